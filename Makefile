@@ -1,0 +1,37 @@
+# One command each, the same by hand and in CI. VENV=... puts the environment elsewhere.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-fast lint format bench clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup            ## fit every family on embedded real data; pictures at the end
+	$(BIN)/python launch.py demo
+
+test: setup            ## every test
+	$(BIN)/python -m pytest
+
+test-fast: setup       ## the tests that need no Ray, under a minute
+	$(BIN)/python -m pytest -m 'not ray'
+
+lint: setup            ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup           ## side by side with scikit-learn, in one run
+	$(BIN)/python benchmarks/gmm.py
+
+clean:
+	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache

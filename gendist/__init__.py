@@ -1,0 +1,23 @@
+"""gendist: fit, evaluate and serve classic generative models on a Ray cluster.
+
+Importing the package loads neither torch nor ray; the names below load what they need when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gendist.artifact import load
+    from gendist.fit import Run, fit
+    from gendist.protocols import UserError
+
+__version__ = "0.1.0"
+__all__ = ["Run", "UserError", "__version__", "fit", "load"]
+
+_HOME = {"fit": "gendist.fit", "Run": "gendist.fit", "load": "gendist.artifact", "UserError": "gendist.protocols"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'gendist' has no attribute {name!r}")

@@ -1,0 +1,86 @@
+"""A fitted model on disk: `model.json` and `model.safetensors` in a folder. Nothing in it is executed when it is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from pydantic import ValidationError
+
+import gendist
+from gendist import noise
+from gendist.atomic import write
+from gendist.config import families, family_class
+from gendist.data.schema import Schema
+from gendist.protocols import GenerativeModel, UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model, its family's name, and what the columns of its data were called."""
+
+    family: str
+    model: GenerativeModel
+    schema: Schema
+
+
+def save(artifact: Artifact, folder: Path) -> None:
+    """Write the folder's two files; the same model gives the same bytes. To be atomic, write into `new_folder`."""
+    model = artifact.model
+    description = {
+        "format_version": FORMAT_VERSION,
+        "gendist_version": gendist.__version__,
+        "noise_version": noise.VERSION,
+        "family": artifact.family,
+        "config": model.config.model_dump(mode="json"),
+        "labels": list(model.labels),
+        "schema": artifact.schema.model_dump(mode="json"),
+    }
+    tensors = {name: tensor.contiguous().clone() for name, tensor in sorted(model.tensors().items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "model.safetensors", safetensors.torch.save(tensors))
+    write(folder / "model.json", (json.dumps(description, indent=2) + "\n").encode())
+
+
+def load(path: str | Path) -> Any:
+    """The model in a run directory or an artifact, of whatever family. UserError where there is none that can be read."""
+    return load_artifact(path).model
+
+
+def load_artifact(path: str | Path) -> Artifact:
+    """The model in a run directory or an artifact, and what came with it."""
+    folder = Path(path)
+    if (folder / "artifact").is_dir():
+        folder = folder / "artifact"
+    if not (folder / "model.json").is_file():
+        hint = "its fit is not finished; run it again" if (folder / "spec.yaml").exists() else "no model.json there"
+        raise UserError(f"{path}: no such artifact ({'no such folder' if not folder.exists() else hint})")
+    try:
+        description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        version = description["format_version"]
+        if version > FORMAT_VERSION or description["noise_version"] > noise.VERSION:
+            raise UserError(
+                f"{path}: written by gendist {description['gendist_version']}, newer than this one ({gendist.__version__}); "
+                "upgrade gendist to read it"
+            )
+        family = description["family"]
+        if family not in families():
+            raise UserError(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        cls = family_class(family)
+        config = cls.Config.model_validate(description["config"])
+        model = cls.from_tensors(config, tensors, tuple(description["labels"]))
+        return Artifact(family, model, Schema.model_validate(description["schema"]))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, ValidationError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{path}: the artifact is damaged ({type(error).__name__}: {reason}); fit the model again or restore the files"
+        ) from error

@@ -1,0 +1,53 @@
+"""Files and folders that appear whole or not at all, whenever the process or the machine dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """`with new_folder(path) as inside:` write into `inside`; at the end it is renamed to `path`, replacing what was there.
+
+    What an earlier process left half-written is removed.
+    """
+    inside = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(inside, ignore_errors=True)
+    inside.mkdir(parents=True)
+    try:
+        yield inside
+        _sync_folder(inside)
+        shutil.rmtree(path, ignore_errors=True)
+        inside.rename(path)
+        _sync_folder(path.parent)
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Replace a file by new content."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write(unfinished, content.encode())
+    unfinished.replace(path)
+    _sync_folder(path.parent)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file and wait until the disk has it."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """A new name survives a power cut only once its folder is on disk too."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,104 @@
+"""Blocks on a Ray cluster: each run of leaves is the output of one load task, and each pass is one task a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from gendist.blocks.leaves import Leaves, leaves_per_run
+from gendist.blocks.local import one_thread
+from gendist.protocols import UserError
+
+Result = TypeVar("Result")
+
+MAX_RETRIES = 8  # of a task whose worker or node died; an exception of the task's own is not tried again
+RUNS_AHEAD = 4  # runs a worker may be ahead of the one that is waited for, so that results do not pile up
+NO_WORKER_LIMIT_S = 60.0
+
+
+@ray.remote(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
+def _load_task(load: Callable[[Sequence[int]], list[Any]], bounds: Sequence[int]) -> list[Any]:
+    return load(bounds)
+
+
+@ray.remote(max_retries=MAX_RETRIES)
+def _run_task(function: Callable[[Any, Sequence[Any]], Any], broadcast: Any, leaves: Sequence[Any]) -> Any:
+    with one_thread():
+        return function(broadcast, leaves)
+
+
+class RayBlocks:
+    """load(bounds) returns the leaves between these row numbers; it runs in tasks, and its output stays with the cluster.
+
+    A run of leaves is a task's return value, so Ray rebuilds it where a node is lost. `num_workers` bounds the tasks at
+    work at one time.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[Sequence[int]], list[Any]],
+        leaves: Leaves,
+        num_workers: int,
+        max_leaves_per_run: int = 1 << 30,
+    ):
+        self._num_workers = num_workers
+        self._load = ray.put(load)
+        self._bounds = leaves.runs(leaves_per_run(leaves.num_leaves, num_workers, max_leaves_per_run))
+        self._loaded: dict[int, ray.ObjectRef] = {}
+
+    def map_runs(self, function: Callable[[Any, Sequence[Any]], Result], broadcast: Any) -> Iterator[Result]:
+        function_ref, broadcast_ref = ray.put(function), ray.put(broadcast)
+        at_work: dict[ray.ObjectRef, int] = {}
+        done: dict[int, ray.ObjectRef] = {}
+        submitted = 0
+        try:
+            for index in range(len(self._bounds)):
+                while index not in done:
+                    last = min(len(self._bounds), index + RUNS_AHEAD * self._num_workers)
+                    while submitted < last and len(at_work) < self._num_workers:
+                        run = self._run(submitted)
+                        at_work[_run_task.remote(function_ref, broadcast_ref, run)] = submitted
+                        submitted += 1
+                    for ref in _wait_for_some(list(at_work)):
+                        done[at_work.pop(ref)] = ref
+                yield _get(done.pop(index))
+        finally:
+            for ref in at_work:
+                ray.cancel(ref)
+
+    def _run(self, index: int) -> ray.ObjectRef:
+        if index not in self._loaded:
+            self._loaded[index] = _load_task.remote(self._load, self._bounds[index])
+        return self._loaded[index]
+
+
+def _wait_for_some(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+    """The refs that are done, at least one. UserError once the cluster has had no CPU for a while."""
+    without_worker_since = None
+    while True:
+        done, waiting = ray.wait(refs, num_returns=1, timeout=10.0, fetch_local=False)
+        if done:
+            more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False) if waiting else ([], [])
+            return done + more
+        if ray.cluster_resources().get("CPU", 0) >= 1:
+            without_worker_since = None
+        elif without_worker_since is None:
+            without_worker_since = time.monotonic()
+        elif time.monotonic() - without_worker_since > NO_WORKER_LIMIT_S:
+            raise UserError(f"the cluster has had no CPU for {NO_WORKER_LIMIT_S:.0f} s; add nodes and run the command again")
+
+
+def _get(ref: ray.ObjectRef) -> Any:
+    """The value of a task, or the mistake of the user's that it met, without Ray's wrapping."""
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"a task was lost {MAX_RETRIES} times over and given up ({reason}); see the logs of Ray") from error

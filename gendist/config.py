@@ -1,0 +1,170 @@
+"""The spec: one YAML file says what is fitted, on which data, how, and on how many workers.
+
+    name: digits-gmm
+    family: gmm                  # a module of gendist/models
+    seed: 0
+    model: {...}                 # the family's own Config
+    data: {...}                  # gendist.data.DataConfig
+    fit: {...}                   # gendist.em.config.EMConfig
+    cluster: {...}               # ClusterConfig
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+
+from gendist.data import DataConfig
+from gendist.em.config import EMConfig
+from gendist.noise import MAX_SEED
+from gendist.protocols import UserError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class ClusterConfig(BaseModel):
+    """num_workers is the number of Ray tasks at work at a time; 0 computes in this process, without Ray."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_workers: int = Field(default=0, ge=0)
+
+
+class Spec(BaseModel):
+    """A whole run. What `model` may hold depends on the family: see `spec_class`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    family: str
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    model: BaseModel
+    data: DataConfig = DataConfig()
+    fit: EMConfig = EMConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved spec: every field with its value."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two specs the same run: all of it but the cluster, since any number of workers may go on."""
+        return self.model_dump(mode="json", exclude={"cluster"})
+
+
+def families() -> list[str]:
+    """The names of all families: the modules of `gendist/models`."""
+    package = importlib.import_module("gendist.models")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg)
+
+
+def family_class(family: str) -> type[Any]:
+    """The class that a family's module calls `Model`: a `GenerativeModel`."""
+    model: type[Any] = importlib.import_module(f"gendist.models.{family}").Model
+    return model
+
+
+def spec_class(family: str) -> type[Spec]:
+    """The spec of a family, whose `model` block is the family's own Config."""
+    fields: Any = {"family": (Literal[family], ...), "model": (family_class(family).Config, ...)}
+    return create_model("Spec", __base__=Spec, **fields)
+
+
+def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[str] = ()) -> Spec:
+    """A spec from a YAML file, a dict, or as it is, with `key=value` overrides, such as `model.num_components=10`.
+
+    UserError where it is not a spec, with the file's name and, for an unknown key, the nearest that is allowed.
+    """
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, Mapping):
+        name, content = "spec", json.loads(json.dumps(spec, default=str))
+    else:
+        name, content = str(spec), read_yaml(spec)
+    content = apply_overrides(content, overrides)
+    family = content.get("family")
+    if family is None:
+        raise UserError(f"{name}: family is missing; allowed are {', '.join(families())}")
+    if family not in families():
+        raise UserError(f"{name}: {nearest('family', str(family), families())}")
+    return validated(spec_class(family), content, name)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a mapping of keys and values is needed, such as `family: gmm`")
+    return content
+
+
+def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of a mapping with dotted `key=value` applied; values are YAML (`[a, b]`, `1e-3`, `true`, `null`)."""
+    result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{override}' is not an override; write key=value, such as fit.max_iterations=10")
+        *parents, last = key.split(".")
+        place = result
+        for parent in parents:
+            if not isinstance(place.setdefault(parent, {}), dict):
+                raise UserError(f"'{override}': {parent} is a value, not a block")
+            place = place[parent]
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"'{override}': the value is not YAML ({' '.join(str(error).split())})") from error
+    return result
+
+
+def validated(config: type[C], content: Any, where: str) -> C:
+    """A validated configuration; UserError, in one line, where `content` is not one."""
+    try:
+        return config.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem, config) for problem in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(problems)) from None
+
+
+def _explain(problem: Any, config: type[BaseModel]) -> str:
+    location, kind = [str(part) for part in problem["loc"]], problem["type"]
+    key = ".".join(location)
+    if kind == "extra_forbidden":
+        *parents, unknown = location
+        for part in parents:
+            config = config.model_fields[part].annotation  # type: ignore[assignment]
+        return nearest("unknown key", unknown, list(config.model_fields), ".".join(parents))
+    if kind == "missing":
+        return f"{key} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = f", not {problem['input']!r}" if not isinstance(problem["input"], dict | list) else ""
+    return f"{key}: {message[:1].lower()}{message[1:]}{given}"
+
+
+def nearest(what: str, given: str, allowed: Sequence[str], block: str = "") -> str:
+    """One line for a name that is not allowed: the nearest one that is, or all of them."""
+    inside = f" in {block}" if block else ""
+    near = get_close_matches(given, allowed, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else "allowed are"
+    return f"{what} '{given}'{inside}; {hint} {'' if near else ', '.join(allowed)}".strip()
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a spec of any family, for editors."""
+    return TypeAdapter(Union[tuple(spec_class(family) for family in families())]).json_schema()

@@ -1,0 +1,8 @@
+"""From rows in files, tables and arrays to blocks: sources, what their columns mean, and a first look at all of it."""
+
+from gendist.data.dataset import Dataset
+from gendist.data.memory import source_of
+from gendist.data.schema import Schema
+from gendist.data.sources import DataConfig, open_source
+
+__all__ = ["DataConfig", "Dataset", "Schema", "open_source", "source_of"]

@@ -1,0 +1,165 @@
+"""A data set, cut into blocks: which rows make which block, read by whoever needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from gendist.blocks import Blocks, Leaves, reduce
+from gendist.data.schema import Schema, require_column, to_matrix
+from gendist.data.sources import DataConfig, Source
+from gendist.noise import Noise
+from gendist.protocols import Block, UserError
+
+MAX_RUN_BYTES = 256 * 2**20  # what one task holds of x at a time
+MAX_LABELS = 10_000
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Part = Literal["all", "training", "validation"]
+MakeBlocks = Callable[[Callable[[Sequence[int]], list[Any]], Leaves, int], Blocks[Any]]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A source and what its columns mean.
+
+    make_blocks  (load, leaves, max_leaves_per_run) -> Blocks: where the reading and computing is done
+    labels       the distinct labels in order; empty where `data.label` is not given
+    """
+
+    source: Source
+    config: DataConfig
+    schema: Schema
+    leaves: Leaves
+    make_blocks: MakeBlocks
+    labels: tuple[Any, ...] = ()
+
+    @classmethod
+    def open(cls, source: Source, config: DataConfig, make_blocks: MakeBlocks) -> Dataset:
+        """Look at the columns, and at all labels where there are any. UserError where columns and rows do not fit."""
+        schema = Schema.of(source, config)
+        leaves = Leaves.of_shape(source.num_rows, schema.num_features)
+        dataset = cls(source, config, schema, leaves, make_blocks)
+        if config.label is None:
+            return dataset
+        found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30), None).labels
+        if not found:
+            raise UserError(f"{source.name}: column '{config.label}' holds no label in any row")
+        return replace(dataset, labels=tuple(sorted(found, key=lambda label: (isinstance(label, str), label))))
+
+    def blocks(self, num_latents: int = 0, part: Part = "all", seed: int = 0) -> Blocks[Block]:
+        """The rows of one part as blocks. The parts are told apart by seed and row number alone."""
+        load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed)
+        leaf_bytes = 8 * max(self.schema.num_features, 1) * (self.leaves.bounds[1] - self.leaves.bounds[0])
+        return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes))
+
+
+@dataclass(frozen=True)
+class _BlockLoader:
+    source: Source
+    config: DataConfig
+    schema: Schema
+    labels: tuple[Any, ...]
+    num_latents: int
+    part: Part
+    seed: int
+
+    def __call__(self, bounds: Sequence[int]) -> list[Block]:
+        """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
+        extra = [name for name in (self.config.label, self.config.weight) if name is not None]
+        table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
+        matrix = to_matrix(table, self.schema, bounds[0], self.source.name)
+        columns = (matrix, self._weights(table, bounds[0]), self._evidence(table))
+        return [self._leaf(start, stop, bounds[0], columns) for start, stop in zip(bounds, bounds[1:], strict=False)]
+
+    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Array | None]) -> Block:
+        """The block of rows start..stop of the part; columns begin at first_row. Its tensors own their memory."""
+        rows = torch.arange(start, stop)
+        if self.part != "all" and self.config.validation_fraction > 0.0:
+            held_out = Noise(self.seed, "validation").uniform_of_rows(rows) < self.config.validation_fraction
+            rows = rows[held_out if self.part == "validation" else ~held_out]
+        index = slice(start - first_row, stop - first_row) if len(rows) == stop - start else rows.numpy() - first_row
+        x, weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in columns)
+        assert x is not None
+        missing = x.isnan()
+        any_missing = bool(missing.any())
+        return Block(
+            x=x.masked_fill_(missing, 0.0) if any_missing else x,
+            rows=rows,
+            weights=weights,
+            evidence=evidence,
+            missing=missing if any_missing else None,
+        )
+
+    def _weights(self, table: pa.Table, first_row: int) -> Array | None:
+        if self.config.weight is None:
+            return None
+        where = f"{self.source.name}: column '{self.config.weight}'"
+        schema = Schema(columns=(self.config.weight,), feature_names=(self.config.weight,))
+        weights = to_matrix(table, schema, first_row, self.source.name)[:, 0]
+        for wrong, what in ((np.isnan(weights), "missing"), (weights < 0, "negative")):
+            if wrong.any():
+                raise UserError(f"{where} is {what} in row {first_row + int(np.argmax(wrong))}; weights are 0 or more")
+        return weights
+
+    def _evidence(self, table: pa.Table) -> Array | None:
+        """(N, num_latents): a labelled row excludes every latent but the label's; a row without label excludes none."""
+        if not self.labels or not self.num_latents:
+            return None
+        index = {label: i for i, label in enumerate(self.labels)}
+        latent_N = np.array([index.get(label, -1) for label in _normalised(table.column(self.config.label))])
+        evidence = np.where(latent_N[:, None] < 0, 0.0, np.full((1, self.num_latents), -np.inf))
+        labelled = np.flatnonzero(latent_N >= 0)
+        evidence[labelled, latent_N[labelled]] = 0.0
+        return evidence
+
+
+@dataclass(frozen=True)
+class _LabelSet:
+    labels: frozenset[Any]
+
+    def merge(self, other: _LabelSet) -> _LabelSet:
+        return _LabelSet(self.labels | other.labels)
+
+
+@dataclass(frozen=True)
+class _LabelLoader:
+    source: Source
+    label: str
+
+    def __call__(self, bounds: Sequence[int]) -> list[_LabelSet]:
+        require_column(self.source, self.label)
+        column = self.source.read(bounds[0], bounds[-1], [self.label]).column(self.label)
+        found = {label for label in _normalised(column.unique()) if label is not None}
+        if len(found) > MAX_LABELS:
+            raise UserError(
+                f"{self.source.name}: column '{self.label}' holds over {MAX_LABELS:,} different labels; is it a label?"
+            )
+        # One set for the whole run; the other leaves of the run add nothing to it.
+        return [_LabelSet(frozenset(found))]
+
+
+def _same(_: None, labels: _LabelSet) -> _LabelSet:
+    return labels
+
+
+def _normalised(column: Any) -> list[Any]:
+    """Labels as str, int or None where missing; 3.0 (an integer column with missing entries, in pandas) is 3."""
+    return [_normal_label(label) for label in column.to_pylist()]
+
+
+def _normal_label(label: Any) -> Any:
+    if isinstance(label, float):
+        if np.isnan(label):
+            return None
+        return int(label) if label.is_integer() else str(label)
+    if isinstance(label, bool):
+        return int(label)
+    if label is None or isinstance(label, (int, str)):
+        return label
+    return str(label)

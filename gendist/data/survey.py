@@ -1,0 +1,82 @@
+"""The first look at all the data: how much there is, where it lies and how wide it spreads, and what it is by content."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gendist.blocks import Blocks, reduce
+from gendist.protocols import Block
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """Moments of the columns and the fingerprint of the data, over some rows. D features.
+
+    feature_weight  (D,) the weight of the rows that have the entry
+    mean            (D,) weighted, over these rows
+    scatter         (D,) weighted sum of squares about the mean
+    num_missing     (D,)
+    fingerprint     SHA-256 of the content of the leaves, combined as the tree of the reduction combines them
+    """
+
+    num_rows: int
+    num_weighted_rows: int
+    total_weight: float
+    feature_weight: Tensor
+    mean: Tensor
+    scatter: Tensor
+    num_missing: Tensor
+    fingerprint: bytes
+
+    @property
+    def variance(self) -> Tensor:
+        """(D,) of each column, biased; 0 of a column without entries."""
+        return self.scatter / self.feature_weight.clamp_min(torch.finfo(torch.float64).tiny)
+
+    def merge(self, other: Summary) -> Summary:
+        """Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances"."""
+        weight = self.feature_weight + other.feature_weight
+        share = other.feature_weight / weight.clamp_min(torch.finfo(torch.float64).tiny)
+        delta = other.mean - self.mean
+        return Summary(
+            num_rows=self.num_rows + other.num_rows,
+            num_weighted_rows=self.num_weighted_rows + other.num_weighted_rows,
+            total_weight=self.total_weight + other.total_weight,
+            feature_weight=weight,
+            mean=self.mean + delta * share,
+            scatter=self.scatter + other.scatter + delta.square() * self.feature_weight * share,
+            num_missing=self.num_missing + other.num_missing,
+            fingerprint=hashlib.sha256(self.fingerprint + other.fingerprint).digest(),
+        )
+
+
+def survey(blocks: Blocks[Block]) -> Summary:
+    """One pass over the blocks."""
+    return reduce(_summarize, blocks, None)
+
+
+def _summarize(_: None, block: Block) -> Summary:
+    weights_N = block.weights_or_ones()
+    present_ND = torch.ones_like(block.x) if block.missing is None else (~block.missing).to(block.x.dtype)
+    weights_ND = weights_N[:, None] * present_ND
+    feature_weight = weights_ND.sum(0)
+    reference = block.x[:1].sum(0)  # the first row, or zeros of an empty block; keeps the digits of data far from 0
+    centred_ND = block.x - reference
+    shift = (weights_ND * centred_ND).sum(0) / feature_weight.clamp_min(torch.finfo(torch.float64).tiny)
+    digest = hashlib.sha256(repr(tuple(block.x.shape)).encode())
+    for values in (block.x, block.weights, block.evidence, block.missing):
+        digest.update(b"-" if values is None else values.numpy().data)
+    return Summary(
+        num_rows=block.num_rows,
+        num_weighted_rows=int((weights_N > 0).sum()),
+        total_weight=float(weights_N.sum()),
+        feature_weight=feature_weight,
+        mean=reference + shift,
+        scatter=(weights_ND * (centred_ND - shift).square()).sum(0),
+        num_missing=(present_ND == 0).sum(0),
+        fingerprint=digest.digest(),
+    )

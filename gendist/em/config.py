@@ -1,0 +1,24 @@
+"""The `fit:` block of a spec whose family is fitted by expectation-maximization."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EMConfig(BaseModel):
+    """
+    max_iterations    EM iterations at most
+    tolerance         stop when the mean log-likelihood of a row gains less than this; 0 runs all iterations
+    time_budget_s     stop after the iteration in which this many seconds are used up; a resumed run counts on
+    init              "kmeans++" (k-means++ seeding and Lloyd's algorithm), "random" (rows drawn at random), or an artifact
+                      or run directory to start from
+    checkpoint_every  iterations between checkpoints
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_iterations: int = Field(default=100, ge=1)
+    tolerance: float = Field(default=1e-3, ge=0.0)
+    time_budget_s: float | None = Field(default=None, gt=0.0)
+    init: str = "kmeans++"
+    checkpoint_every: int = Field(default=10, ge=1)

@@ -1,0 +1,45 @@
+"""Whether to go on: a pure decision on the records of the iterations so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+from gendist.em.config import EMConfig
+
+ROUNDING = 1e-9  # relative; a sum of a million log-densities in float64 is good to about 1e-13
+
+
+class Decision(Enum):
+    CONTINUE = "continue"
+    CONVERGED = "converged"
+    MAX_ITERATIONS = "reached max_iterations"
+    TIME_BUDGET = "used up time_budget_s"
+
+
+def decide(history: Sequence[dict[str, Any]], config: EMConfig) -> Decision:
+    """What to do after these iterations.
+
+    The log-likelihood of an iteration is that of the parameters it began with, as in scikit-learn, so both stop after the
+    same number of iterations. An iteration that lost likelihood beyond what its M-step allows has not converged.
+    """
+    if not history:
+        return Decision.CONTINUE
+    last = history[-1]
+    gain = last["gain"]
+    if gain is not None and abs(gain) < config.tolerance and not last.get("fell"):
+        return Decision.CONVERGED
+    if len(history) >= config.max_iterations:
+        return Decision.MAX_ITERATIONS
+    if config.time_budget_s is not None and sum(record["seconds"] for record in history) >= config.time_budget_s:
+        return Decision.TIME_BUDGET
+    return Decision.CONTINUE
+
+
+def fell(log_likelihood: float, previous: dict[str, Any] | None) -> bool:
+    """Whether the log-likelihood is below what the previous M-step guaranteed; never after a repair."""
+    if previous is None or previous["repairs"]:
+        return False
+    guaranteed: float = previous["log_likelihood"] + previous["least_gain"]
+    return log_likelihood < guaranteed - ROUNDING * (1.0 + abs(guaranteed) + abs(previous["least_gain"]))

@@ -1,0 +1,89 @@
+"""Expectation-maximization (Dempster, Laird & Rubin 1977) of any `StatisticsModel`, over blocks wherever they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from gendist.blocks import Blocks, reduce
+from gendist.blocks.local import one_thread
+from gendist.em.config import EMConfig
+from gendist.em.convergence import Decision, decide, fell
+from gendist.protocols import Block, StatisticsModel
+
+M = TypeVar("M", bound=StatisticsModel)
+
+
+@dataclass(frozen=True)
+class Iteration(Generic[M]):
+    """What an iteration leaves: the model after it, the records of all iterations so far, and whether to go on."""
+
+    model: M
+    history: tuple[dict[str, Any], ...]
+    decision: Decision
+
+
+def expectation_maximization(
+    model: M,
+    blocks: Blocks[Block],
+    total_weight: float,
+    config: EMConfig,
+    validation: Blocks[Block] | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> Iterator[Iteration[M]]:
+    """Iterate from `model` until a decision to stop.
+
+    total_weight  of the rows, to state the log-likelihood as a mean in nats a row
+    validation    rows whose log-likelihood is recorded, and which decide nothing
+    history       the records of the iterations before, of a run that is resumed; nothing is done where they decide to stop
+
+    A record: iteration, log_likelihood (the mean a row, of the parameters that the iteration began with), gain,
+    least_gain (what the M-step guarantees of the next gain), validation_log_likelihood, repairs, seconds; and `fell`
+    where the log-likelihood is less than was guaranteed.
+    """
+    records = list(history)
+    decision = decide(records, config)
+    while decision is Decision.CONTINUE:
+        began = time.monotonic()
+        previous = records[-1] if records else None
+        statistics = reduce(type(model).e_step, blocks, model)
+        log_likelihood = statistics.log_likelihood / total_weight
+        with one_thread():
+            update = model.m_step(statistics)
+        record: dict[str, Any] = {
+            "iteration": len(records) + 1,
+            "log_likelihood": log_likelihood,
+            "gain": log_likelihood - previous["log_likelihood"] if previous else None,
+            "least_gain": update.least_gain / total_weight,
+            "repairs": list(update.repairs),
+        }
+        if fell(log_likelihood, previous):
+            record["fell"] = True
+        if validation is not None:
+            record["validation_log_likelihood"] = mean_log_likelihood(model, validation)
+        record["seconds"] = time.monotonic() - began
+        records.append(record)
+        model = update.model
+        decision = decide(records, config)
+        yield Iteration(model, tuple(records), decision)
+
+
+@dataclass(frozen=True)
+class _LogLikelihood:
+    total: float
+    weight: float
+
+    def merge(self, other: _LogLikelihood) -> _LogLikelihood:
+        return _LogLikelihood(self.total + other.total, self.weight + other.weight)
+
+
+def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block]) -> float:
+    """The weighted mean log-likelihood of a row."""
+    value = reduce(_log_likelihood, blocks, model)
+    return value.total / value.weight
+
+
+def _log_likelihood(model: StatisticsModel, block: Block) -> _LogLikelihood:
+    return _LogLikelihood(model.e_step(block).log_likelihood, float(block.weights_or_ones().sum()))

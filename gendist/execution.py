@@ -1,0 +1,27 @@
+"""Where a computation is done: in this process, or on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gendist.blocks import LocalBlocks
+from gendist.config import ClusterConfig
+from gendist.data.dataset import MakeBlocks
+
+
+@contextmanager
+def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[MakeBlocks]:
+    """Yields what makes blocks; the connection to Ray, where there is one, ends with the `with` block.
+
+    address   of a Ray cluster; None is this machine (see `ray_cluster`)
+    """
+    if cluster.num_workers == 0:
+        yield LocalBlocks
+        return
+    # Only now: neither import needs to be paid for without Ray.
+    from gendist.blocks.ray_blocks import RayBlocks
+    from gendist.ray_cluster import ray_cluster
+
+    with ray_cluster(cluster.num_workers, address):
+        yield lambda load, leaves, most: RayBlocks(load, leaves, cluster.num_workers, most)

@@ -1,0 +1,232 @@
+"""`fit`: from a spec to a fitted model. Chooses the family, the data and the place of work, and keeps the run on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gendist.artifact import Artifact, load_artifact
+from gendist.blocks import Blocks
+from gendist.blocks.local import one_thread
+from gendist.config import Spec, family_class, load_spec
+from gendist.data import Dataset, open_source, source_of
+from gendist.data.survey import Summary, survey
+from gendist.em.convergence import Decision, decide
+from gendist.em.engine import expectation_maximization, mean_log_likelihood
+from gendist.em.start import start_from_data
+from gendist.execution import execution
+from gendist.machine import machine_type, versions
+from gendist.protocols import Block, GenerativeModel, StatisticsModel, Update, UserError
+from gendist.run_directory import Checkpoint, RunDirectory
+
+STARTS = ("kmeans++", "random")
+
+logger = logging.getLogger("gendist")
+Watch = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a fit leaves.
+
+    model    the fitted model
+    history  the records of metrics.jsonl: one dict an iteration
+    path     the run directory, or None where none was asked for
+    results  why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
+    """
+
+    model: Any
+    history: list[dict[str, Any]]
+    path: Path | None
+    results: dict[str, Any]
+
+
+def fit(
+    spec: str | Path | Mapping[str, Any] | Spec,
+    *,
+    data: Any = None,
+    init: Any = None,
+    run_dir: str | Path | None = None,
+    address: str | None = None,
+    watch: Watch | None = None,
+) -> Run:
+    """Fit the model that a spec describes.
+
+    spec      a path to a YAML file, or a dict
+    data      an array, a mapping of arrays, a DataFrame, an Arrow table or a datasets.Dataset, instead of the spec's
+    init      a model to start from, or an estimator that the family's `from_sklearn` understands
+    run_dir   where the run is kept, and resumed from where it is unfinished; None keeps nothing
+    address   of a Ray cluster, for `cluster.num_workers` of 1 and more
+    watch     called with each record as it is written
+
+    UserError (a ValueError) where the spec, the data or the run directory do not allow it.
+    """
+    spec = load_spec(spec)
+    family: type[StatisticsModel] = family_class(spec.family)
+    directory = RunDirectory(Path(run_dir), spec) if run_dir is not None else None
+    with directory or nullcontext():
+        if directory and directory.is_finished:
+            logger.info("%s is finished; nothing to do", directory.path)
+            results = directory.read_manifest()["results"]
+            return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
+        start = _model_to_start_from(spec, family, init)
+        source = source_of(data) if data is not None else open_source(spec.data)
+        with execution(spec.cluster, address) as make_blocks:
+            dataset = Dataset.open(source, spec.data, make_blocks)
+            return _Fitting(spec, family, dataset, start, directory, watch or (lambda record: None)).run()
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """One fit by expectation-maximization: what to begin with, the iterations, and what is kept of them."""
+
+    spec: Spec
+    family: type[StatisticsModel]
+    dataset: Dataset
+    start: StatisticsModel | None
+    directory: RunDirectory | None
+    watch: Watch
+
+    def run(self) -> Run:
+        began = time.monotonic()
+        spec, directory = self.spec, self.directory
+        num_latents = self.family.count_latents(spec.model, self.dataset.labels)
+        held_out = spec.data.validation_fraction > 0.0
+        blocks = self.dataset.blocks(num_latents, "training" if held_out else "all", spec.seed)
+        validation = self.dataset.blocks(num_latents, "validation", spec.seed) if held_out else None
+        logger.info("reading %s: %d rows, %d features", self.dataset.source.name, self.dataset.source.num_rows,
+                    self.dataset.schema.num_features)  # fmt: skip
+        summary = survey(blocks)
+        self._check(summary, validation)
+        manifest = self._manifest(summary)
+        if directory:
+            directory.begin(manifest)
+        state, repairs = self._begin(blocks, summary)
+        try:
+            for iteration in expectation_maximization(
+                state.model, blocks, summary.total_weight, spec.fit, validation, state.history
+            ):
+                # One assignment, so that an interrupt finds model and history of the same iteration.
+                state = Checkpoint(iteration.model, iteration.history)
+                if directory:
+                    directory.append_metrics(state.history[-1])
+                    if len(state.history) % spec.fit.checkpoint_every == 0 or iteration.decision is not Decision.CONTINUE:
+                        self._save(state)
+                self.watch(state.history[-1])
+        except KeyboardInterrupt:
+            self._save(state)
+            raise
+        results = self._results(state, repairs, blocks, validation, summary)
+        if directory:
+            seconds = time.monotonic() - began
+            artifact = Artifact(spec.family, state.model, self.dataset.schema)
+            directory.finish(artifact, {**manifest, "results": results, "wall_time_s": seconds})
+        return Run(state.model, list(state.history), directory.path if directory else None, results)
+
+    def _check(self, summary: Summary, validation: Blocks[Block] | None) -> None:
+        name = self.dataset.source.name
+        if summary.total_weight <= 0.0:
+            raise UserError(f"{name}: all {summary.num_rows} rows have weight 0")
+        self.family.check(self.spec.model, summary)
+        if validation is not None and survey(validation).total_weight <= 0.0:
+            raise UserError(
+                f"{name}: data.validation_fraction {self.spec.data.validation_fraction} of {self.dataset.source.num_rows} "
+                "rows leaves none to validate on; hold out more, or 0"
+            )
+        if self.start is not None and self.start.num_features != self.dataset.schema.num_features:
+            raise UserError(
+                f"the model to start from has {self.start.num_features} features, "
+                f"the data {self.dataset.schema.num_features}"
+            )
+
+    def _begin(self, blocks: Blocks[Block], summary: Summary) -> tuple[Checkpoint[StatisticsModel], tuple[str, ...]]:
+        """The model and records to go on from, and what the start had to repair."""
+        resumed = self.directory.resume() if self.directory else None
+        if resumed is not None:
+            logger.info("resuming after iteration %d", len(resumed.history))
+            return resumed, ()
+        if self.start is not None:
+            update = Update(self.start)
+        else:
+            logger.info("choosing where to start (%s)", self.spec.fit.init)
+            update = start_from_data(
+                self.family, self.spec.model, blocks, summary, self.dataset.labels, self.spec.fit.init, self.spec.seed
+            )
+        state = Checkpoint(update.model, ())
+        self._save(state)
+        return state, update.repairs
+
+    def _save(self, state: Checkpoint[StatisticsModel]) -> None:
+        if self.directory:
+            artifact = Artifact(self.spec.family, state.model, self.dataset.schema)
+            self.directory.save_checkpoint(artifact, state.history)
+
+    def _manifest(self, summary: Summary) -> dict[str, Any]:
+        return {
+            "name": self.spec.name,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seed": self.spec.seed,
+            "data": {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()},
+            "init": _digest(self.start) if self.start is not None else self.spec.fit.init,
+            "machine": machine_type(),
+            "versions": versions(),
+        }
+
+    def _results(
+        self,
+        state: Checkpoint[StatisticsModel],
+        repairs_of_start: tuple[str, ...],
+        blocks: Blocks[Block],
+        validation: Blocks[Block] | None,
+        summary: Summary,
+    ) -> dict[str, Any]:
+        """One pass more, with the final parameters: the records hold those that each iteration began with."""
+        model, history = state.model, state.history
+        log_likelihood = mean_log_likelihood(model, blocks)
+        results: dict[str, Any] = {
+            "stopped": decide(history, self.spec.fit).value,
+            "num_iterations": len(history),
+            "log_likelihood": log_likelihood,
+            **model.criteria(log_likelihood * summary.total_weight, summary.total_weight),
+            "repairs": [*repairs_of_start, *(line for record in history for line in record["repairs"])],
+            "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
+        }
+        if validation is not None:
+            results["validation_log_likelihood"] = mean_log_likelihood(model, validation)
+        return results
+
+
+def _model_to_start_from(spec: Spec, family: type[StatisticsModel], init: Any) -> StatisticsModel | None:
+    """The given model or the artifact that `fit.init` names; None where the data are to say. UserError on a misfit."""
+    if init is None:
+        if spec.fit.init in STARTS:
+            return None
+        if not Path(spec.fit.init).exists():
+            raise UserError(f"fit.init '{spec.fit.init}': neither {' nor '.join(STARTS)}, nor an artifact that exists")
+        init = load_artifact(spec.fit.init).model
+    elif not isinstance(init, family) and hasattr(family, "from_sklearn"):
+        if not hasattr(init, "get_params"):
+            raise UserError(f"init: a {type(init).__name__}; give a {family.__name__} or a scikit-learn estimator")
+        with one_thread():
+            init = family.from_sklearn(init)
+    if not isinstance(init, family):
+        raise UserError(f"init: a {type(init).__name__}, but the spec is of family {spec.family}")
+    if init.config != spec.model:
+        given, wanted = init.config.model_dump(), spec.model.model_dump()
+        different = ", ".join(f"{key} {given[key]} instead of {wanted[key]}" for key in given if given[key] != wanted[key])
+        raise UserError(f"the model to start from does not fit the spec's model block: {different}")
+    return init
+
+
+def _digest(model: GenerativeModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.tensors().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

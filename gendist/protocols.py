@@ -1,0 +1,188 @@
+"""The contracts at the borders: what a block of data is, and what a family of models promises.
+
+Legend: N rows, D features, L latents (components, states or classes), S sequences.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+
+M = TypeVar("M", covariant=True)
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that says what was given, what is allowed and what to try."""
+
+
+class Mergeable(Protocol):
+    """A value that can be combined with another of its kind, as the reduction over blocks does."""
+
+    def merge(self, other: Any) -> Any: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A fixed run of rows: the unit that every kernel sees.
+
+    x                (N, D) float64; entries that are missing hold 0
+    rows             (N,) int64, ascending: the row numbers in the whole data set
+    weights          (N,) float64 >= 0, or None: every row weighs 1
+    evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
+                     log p for a soft label
+    missing          (N, D) bool, True where the entry is missing, or None: nothing is missing
+    sequence_bounds  (S + 1,) int64 offsets into the rows, or None: the rows are independent
+    """
+
+    x: Tensor
+    rows: Tensor
+    weights: Tensor | None = None
+    evidence: Tensor | None = None
+    missing: Tensor | None = None
+    sequence_bounds: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_features(self) -> int:
+        return self.x.shape[1]
+
+    def weights_or_ones(self) -> Tensor:
+        """(N,) the weights, ones where none were given."""
+        return torch.ones(self.num_rows, dtype=self.x.dtype) if self.weights is None else self.weights
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As NumPy arrays, whose buffers pickle 5 hands over without a copy: a task maps its block straight from Ray's
+        # shared memory.
+        tensors = (self.x, self.rows, self.weights, self.evidence, self.missing, self.sequence_bounds)
+        return _block_from_arrays, tuple(None if values is None else values.numpy() for values in tensors)
+
+
+def _block_from_arrays(*arrays: np.ndarray[Any, Any] | None) -> Block:
+    with warnings.catch_warnings():
+        # Shared memory is read-only, and nothing writes into a block.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        x, rows, *rest = (None if values is None else torch.from_numpy(values) for values in arrays)
+    assert x is not None
+    assert rows is not None
+    return Block(x, rows, *rest)
+
+
+class DataSummary(Protocol):
+    """What a family may know of the whole data set before it starts (`gendist.data.survey.Summary`)."""
+
+    @property
+    def num_rows(self) -> int: ...
+    @property
+    def num_weighted_rows(self) -> int: ...
+    @property
+    def total_weight(self) -> float: ...
+    @property
+    def mean(self) -> Tensor: ...
+    @property
+    def variance(self) -> Tensor: ...
+    @property
+    def num_missing(self) -> Tensor: ...
+
+
+VERBS = ("sample", "log_prob", "elbo", "log_prob_bound", "encode", "decode", "classify", "impute", "reconstruct")
+
+
+@runtime_checkable
+class GenerativeModel(Protocol):
+    """A fitted model of any family. Tensors in, tensors out; NumPy arrays are accepted.
+
+    A verb of `VERBS` is a method of the model or stands in `not_offered` with the reason.
+    """
+
+    Config: ClassVar[type[BaseModel]]
+    not_offered: ClassVar[Mapping[str, str]]
+
+    @property
+    def config(self) -> BaseModel: ...
+
+    @property
+    def num_features(self) -> int: ...
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        """The labels that the first latents stand for; empty where the fit saw none."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything the model is made of, beside `config` and `labels`."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> Self:
+        """The inverse of `tensors`; ValueError where their names, shapes or values do not fit."""
+        ...
+
+    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Any:
+        """Rows offset..offset + num_samples of the one endless sample that belongs to the seed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Update(Generic[M]):
+    """What an M-step returns.
+
+    model       the new parameters
+    repairs     one line for every parameter that could not be estimated and what was done instead
+    least_gain  what the total log-likelihood must gain at least by this step, up to rounding. 0 for an exact M-step;
+                another number where the step maximises the likelihood plus a penalty, as regularization does
+    """
+
+    model: M
+    repairs: tuple[str, ...] = ()
+    least_gain: float = 0.0
+
+
+class Statistics(Mergeable, Protocol):
+    """Expected sufficient statistics of some rows: of fixed size, in float64, about a stated reference point."""
+
+    @property
+    def log_likelihood(self) -> float:
+        """The weighted sum of log p over the rows."""
+        ...
+
+
+@runtime_checkable
+class StatisticsModel(GenerativeModel, Protocol):
+    """A family fitted by expected sufficient statistics: all that the EM engine knows of it."""
+
+    @property
+    def num_latents(self) -> int: ...
+
+    @classmethod
+    def count_latents(cls, config: Any, labels: tuple[Any, ...]) -> int:
+        """The width of the evidence; UserError where the configuration has no room for the labels."""
+        ...
+
+    @classmethod
+    def check(cls, config: Any, summary: DataSummary) -> None:
+        """UserError where this data cannot be fitted by this configuration."""
+        ...
+
+    @classmethod
+    def start(cls, config: Any, summary: DataSummary, centers_LD: Tensor, labels: tuple[Any, ...]) -> Self:
+        """Parameters alike for every latent but for the centers, for the first M-step to set out from."""
+        ...
+
+    def e_step(self, block: Block) -> Statistics: ...
+
+    def m_step(self, statistics: Any) -> Update[Self]: ...
+
+    def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:
+        """Numbers to compare models by, from the total log-likelihood of a fit; for the manifest."""
+        ...

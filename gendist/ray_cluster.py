@@ -1,0 +1,94 @@
+"""A connection to Ray: this machine by default, a cluster by its address."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import ray
+
+from gendist.machine import machine_type
+from gendist.protocols import UserError
+
+CONNECT_TIMEOUT_S = 5.0
+logger = logging.getLogger("gendist")
+
+
+@contextmanager
+def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
+    """Connect to Ray for the length of a `with` block.
+
+    address   "HOST:PORT" of a head, or None: the cluster this process is connected to, the one RAY_ADDRESS names, or a
+              Ray of our own on this machine, which is stopped at the end
+
+    UserError where the address does not answer, or the cluster has fewer CPUs than workers are asked for.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    ours = not ray.is_initialized()
+    if ours:
+        _connect(num_workers, address)
+    try:
+        num_cpus = int(ray.cluster_resources().get("CPU", 0))
+        if num_workers > num_cpus:
+            raise UserError(
+                f"cluster.num_workers is {num_workers}, but the cluster has {num_cpus} CPUs; ask for at most {num_cpus}"
+            )
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _connect(num_workers: int, address: str | None) -> None:
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None or address == "local":
+        logger.info("starting Ray on this machine")
+        # More workers than cores are granted on one's own machine: it is slower, and gives the same result.
+        num_cpus = max(num_workers, os.cpu_count() or 1)
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
+        return
+    _check_reachable(address)
+    logger.info("connecting to Ray at %s", address)
+    try:
+        # The cluster's workers run this very code; its dependencies must be installed there.
+        package = Path(__file__).parent
+        ray.init(address=address, runtime_env={"py_modules": [str(package)]}, **quiet)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"cannot connect to Ray at {address}: {reason}") from error
+    _warn_of_mixed_machines()
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself can try for minutes, and ends the process where nothing listens: so knock first."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--address {address}: not an address; give HOST:PORT of a Ray head, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: nothing answers there ({error}); is `ray start --head` running, and the port open?"
+        ) from error
+
+
+def _warn_of_mixed_machines() -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    ask = ray.remote(num_cpus=0.1)(machine_type)
+    answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote() for node in nodes]
+    done, _ = ray.wait(answers, num_returns=len(answers), timeout=60)
+    kinds = {tuple(sorted(kind.items())) for kind in ray.get(done)}
+    if len(kinds) > 1:
+        listing = "; ".join(", ".join(f"{key} {value}" for key, value in kind) for kind in sorted(kinds))
+        logger.warning("the cluster mixes machines (%s): results may differ in their last bits from run to run", listing)

@@ -1,0 +1,175 @@
+"""A run on disk: its spec, manifest, metrics, checkpoints and, in the end, its artifact.
+
+A run is new, unfinished or finished. It is finished when its artifact stands there, which appears whole or not at all; the
+newest checkpoint is what an unfinished one goes on from.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from gendist.artifact import Artifact, load_artifact, save
+from gendist.atomic import new_folder, write_atomically
+from gendist.config import Spec
+from gendist.protocols import GenerativeModel, UserError
+
+KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
+
+logger = logging.getLogger("gendist")
+
+
+M = TypeVar("M", bound=GenerativeModel)
+
+
+@dataclass(frozen=True)
+class Checkpoint(Generic[M]):
+    """A model and the records of the iterations or steps that led to it."""
+
+    model: M
+    history: tuple[dict[str, Any], ...]
+
+
+@dataclass
+class RunDirectory:
+    """Used as `with RunDirectory(path, spec) as run:`, which one process at a time may do.
+
+    UserError where the folder holds a run of another spec, or something that is no run.
+    """
+
+    path: Path
+    spec: Spec
+    _lock: Any = field(default=None, repr=False)
+
+    def __enter__(self) -> RunDirectory:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: a file; a run directory is a folder")
+        spec_file = self.path / "spec.yaml"
+        if spec_file.exists():
+            self._check_same_spec(spec_file)
+        elif self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
+            raise UserError(f"{self.path}: holds files that are not of a run; choose another folder with --run-dir")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"{self.path}: another process is at work on this run; wait for it or stop it") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._lock.close()
+        if not (self.path / "spec.yaml").exists():
+            # Nothing was begun: a mistake in the data block, say, leaves no folder behind.
+            (self.path / ".lock").unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _check_same_spec(self, spec_file: Path) -> None:
+        content = yaml.safe_load(spec_file.read_text(encoding="utf-8"))
+        there = {key: value for key, value in content.items() if key != "cluster"}
+        here = self.spec.identity()
+        different = _differences(there, here)
+        if different:
+            raise UserError(
+                f"{self.path}: holds a run of another spec (different: {', '.join(different)}); "
+                "choose another folder with --run-dir, or remove this one"
+            )
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "artifact").is_dir()
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def begin(self, manifest: dict[str, Any]) -> None:
+        """Write spec and manifest before the work starts; of a resumed run, check that it is on the same data."""
+        earlier = self.read_manifest()
+        if earlier:
+            for key, what in (("data", "the data has changed"), ("init", "the model to start from has changed")):
+                if earlier.get(key) != manifest.get(key):
+                    raise UserError(
+                        f"{self.path}: {what} since this run began ({earlier.get(key)} then, {manifest.get(key)} now); "
+                        "restore it, or choose another folder with --run-dir"
+                    )
+            if earlier["machine"] != manifest["machine"]:
+                logger.warning("this run began on %s and goes on on %s: its last bits may differ from those of an "
+                               "unbroken run", earlier["machine"], manifest["machine"])  # fmt: skip
+        write_atomically(self.path / "spec.yaml", self.spec.to_yaml())
+        self.write_manifest({**manifest, "started": earlier.get("started", manifest["started"])})
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; empty before the run began."""
+        file = self.path / "manifest.json"
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return manifest
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_file.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+
+    def save_checkpoint(self, artifact: Artifact, history: Sequence[dict[str, Any]]) -> None:
+        """The state after the last record of the history; the oldest checkpoints are removed."""
+        with new_folder(self.path / "checkpoints" / f"{len(history):08d}") as inside:
+            save(artifact, inside)
+            write_atomically(inside / "history.json", json.dumps(list(history)))
+        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def resume(self) -> Checkpoint[Any] | None:
+        """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none."""
+        for folder in reversed(self._checkpoints()):
+            try:
+                model = load_artifact(folder).model
+                history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+            except (UserError, OSError, ValueError) as error:
+                logger.warning("a checkpoint cannot be read and is passed over: %s", error)
+                continue
+            write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
+            return Checkpoint(model, tuple(history))
+        return None
+
+    def finish(self, artifact: Artifact, manifest: dict[str, Any]) -> None:
+        """Write the artifact, last of all: with it the run is finished."""
+        self.write_manifest(manifest)
+        with new_folder(self.path / "artifact") as inside:
+            save(artifact, inside)
+
+    def _checkpoints(self) -> list[Path]:
+        folder = self.path / "checkpoints"
+        return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.exists() else []
+
+
+def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """The dotted keys in which two specs differ."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return [] if there == here else [prefix]
+    keys = [*here, *(key for key in there if key not in here)]
+    return [
+        key
+        for name in keys
+        for key in _differences(there.get(name), here.get(name), f"{prefix}.{name}" if prefix else str(name))
+    ]
