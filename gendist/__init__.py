@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gendist.artifact import load
-    from gendist.fit import Run, fit
+    from gendist.fitting import Run, fit
     from gendist.protocols import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Run", "UserError", "__version__", "fit", "load"]
 
-_HOME = {"fit": "gendist.fit", "Run": "gendist.fit", "load": "gendist.artifact", "UserError": "gendist.protocols"}
+_HOME = {"fit": "gendist.fitting", "Run": "gendist.fitting", "load": "gendist.artifact", "UserError": "gendist.protocols"}
 
 
 def __getattr__(name: str) -> Any:

@@ -72,6 +72,15 @@ def family_class(family: str) -> type[Any]:
     return model
 
 
+class ScoreSpec(BaseModel):
+    """What `score` reads of a YAML file: any spec of a fit will do, since other blocks are passed over."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: DataConfig
+    cluster: ClusterConfig = ClusterConfig()
+
+
 def spec_class(family: str) -> type[Spec]:
     """The spec of a family, whose `model` block is the family's own Config."""
     fields: Any = {"family": (Literal[family], ...), "model": (family_class(family).Config, ...)}
@@ -96,6 +105,15 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     if family not in families():
         raise UserError(f"{name}: {nearest('family', str(family), families())}")
     return validated(spec_class(family), content, name)
+
+
+def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
+    """Where rows are, from a path to them, the word "digits", or a YAML file with a `data:` block."""
+    if data.endswith((".yaml", ".yml")):
+        content = read_yaml(data)
+    else:
+        content = {"data": {"source": "digits"} if data == "digits" and not Path(data).exists() else {"path": data}}
+    return validated(ScoreSpec, apply_overrides(content, overrides), data)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

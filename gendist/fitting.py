@@ -23,10 +23,12 @@ from gendist.em.engine import expectation_maximization, mean_log_likelihood
 from gendist.em.start import start_from_data
 from gendist.execution import execution
 from gendist.machine import machine_type, versions
+from gendist.pictures import save_picture
 from gendist.protocols import Block, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.run_directory import Checkpoint, RunDirectory
 
 STARTS = ("kmeans++", "random")
+NUM_PICTURED = 100
 
 logger = logging.getLogger("gendist")
 Watch = Callable[[dict[str, Any]], None]
@@ -127,6 +129,7 @@ class _Fitting:
         if directory:
             seconds = time.monotonic() - began
             artifact = Artifact(spec.family, state.model, self.dataset.schema)
+            save_picture(state.model.sample(NUM_PICTURED, seed=spec.seed), self.dataset.schema, directory.path / "samples.png")
             directory.finish(artifact, {**manifest, "results": results, "wall_time_s": seconds})
         return Run(state.model, list(state.history), directory.path if directory else None, results)
 

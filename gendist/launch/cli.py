@@ -1,0 +1,199 @@
+"""The command line: `gendist VERB ...`, or `python launch.py VERB ...`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="gendist",
+    help="Fit, evaluate and serve generative models on a Ray cluster, from one YAML spec.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
+]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
+]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/.")]
+
+
+def main() -> None:
+    """Run a command. A mistake of the user's is one line on stderr and exit code 2."""
+    # A job that is told to end (SIGTERM, as schedulers do) leaves a resumable run, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Commands import what they need: neither torch nor ray is paid for by --help.
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; what was reached is kept: the same command goes on from there", 130)
+    except ValueError as error:
+        from gendist.protocols import UserError
+
+        if not isinstance(error, UserError):
+            raise
+        _fail(str(error), 2)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        _fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), 2)
+
+
+@app.command()
+def fit(
+    spec: SpecArgument,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
+    ] = None,
+    address: Address = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")] = False,
+) -> None:
+    """Fit a model. On an unfinished run directory of the same spec it goes on; on a finished one it changes nothing."""
+    from gendist.config import load_spec
+
+    resolved = load_spec(spec, overrides or ())
+    if dry_run:
+        print(resolved.to_yaml(), end="")
+        return
+    run = _fit(resolved, run_dir or Path("runs") / resolved.name, address)
+    print(f"\nnext:  {_command()} sample {run.path} -n 64 --out samples.png")
+    print(f"       {_command()} score {run.path} DATA --out scores.parquet")
+
+
+@app.command()
+def sample(
+    artifact: ArtifactArgument,
+    num_samples: Annotated[int, typer.Option("-n", min=1, help="How many samples.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv .png")],
+    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = 0,
+    offset: Annotated[int, typer.Option(min=0, help="The row of the seed's endless sample to begin with.")] = 0,
+    given: Annotated[
+        str | None, typer.Option(metavar="LABEL", help="Draw from this label or component alone.", show_default=False)
+    ] = None,
+) -> None:
+    """Draw samples. 100 samples are the same as 40 and then 60 with --offset 40."""
+    from gendist.artifact import load_artifact
+    from gendist.launch.tables import SUFFIXES, check_out, write_table
+    from gendist.pictures import save_picture
+
+    check_out(out, (*SUFFIXES, ".png"))
+    loaded = load_artifact(artifact)
+    x_ND = loaded.model.sample(num_samples, seed=seed, offset=offset, given=given).numpy()
+    if out.suffix == ".png":
+        save_picture(x_ND, loaded.schema, out)
+    elif out.suffix in (".npy", ".npz"):
+        write_table([{"x": x_ND}], out)
+    else:
+        write_table([dict(zip(loaded.schema.feature_names, x_ND.T, strict=True))], out)
+    print(f"{num_samples:,} samples of {loaded.family} in {out}")
+
+
+@app.command()
+def score(
+    artifact: ArtifactArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv")] = ...,  # type: ignore[assignment]
+    address: Address = None,
+) -> None:
+    """Write the log density of every row of DATA, in nats, in the order of the rows."""
+    from gendist.artifact import load_artifact
+    from gendist.config import ScoreSpec, load_data_spec
+    from gendist.data import Dataset, open_source
+    from gendist.evaluate.score import score as score_blocks
+    from gendist.execution import execution
+    from gendist.launch.tables import SUFFIXES, check_out, write_table
+    from gendist.protocols import UserError
+
+    check_out(out, SUFFIXES)
+    loaded = load_artifact(artifact)
+    spec: ScoreSpec = load_data_spec(data, overrides or ())
+    source = open_source(spec.data)
+    config = spec.data
+    if config.columns is None and set(loaded.schema.columns) <= set(source.schema.names):
+        config = config.model_copy(update={"columns": loaded.schema.columns})
+    config = config.model_copy(update={"label": None, "weight": None})
+    began = time.monotonic()
+    with execution(spec.cluster, address) as make_blocks:
+        dataset = Dataset.open(source, config, make_blocks)
+        if dataset.schema.num_features != loaded.model.num_features:
+            raise UserError(
+                f"{source.name}: {dataset.schema.num_features} features, but the model has {loaded.model.num_features} "
+                f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
+            )
+        total = 0.0
+
+        def parts() -> Any:
+            nonlocal total
+            for rows, log_prob in score_blocks(loaded.model, dataset.blocks()):
+                total += float(log_prob.sum())
+                yield {"row": rows.numpy(), "log_prob": log_prob.numpy()} if out.suffix != ".npy" else {"x": log_prob.numpy()}
+
+        num_rows = write_table(parts(), out)
+    seconds = time.monotonic() - began
+    print(f"{num_rows:,} rows scored in {seconds:.1f} s, mean log density {total / num_rows:.6f} nats, in {out}")
+
+
+@app.command()
+def demo() -> None:
+    """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
+    from gendist.config import load_spec
+
+    folder = next(
+        (place for place in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs") if place.is_dir()),
+        Path("configs"),
+    )
+    pictures = []
+    for path in sorted(folder.glob("*_digits.yaml")):
+        run = _fit(load_spec(path), Path("runs") / "demo" / path.stem, None)
+        pictures.append(f"{run.path}/samples.png")
+    print("\npictures of digits that no one has written:")
+    for picture in pictures:
+        print(f"  {picture}")
+    print("\nnext:  your own data: copy configs/gmm_parquet.yaml, set data.path, and run")
+    print(f"       {_command()} fit my.yaml data.path=my.parquet")
+
+
+def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
+    """A fit with a progress bar, and what came of it."""
+    from rich.console import Console
+
+    from gendist import fitting
+    from gendist.launch.progress import fit_progress, log_to
+
+    console = Console(stderr=True)
+    log_to(console)
+    with fit_progress(console, spec.fit.max_iterations) as watch:
+        run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
+    results = run.results
+    numbers = {key: value for key, value in results.items() if isinstance(value, float)}
+    print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
+    print("  " + "  ".join(f"{key} {value:.6g}" for key, value in numbers.items()))
+    if results["repairs"]:
+        print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
+    if results["iterations_that_fell"]:
+        print(f"  the log-likelihood fell in iterations {results['iterations_that_fell']}; see metrics.jsonl")
+    return run
+
+
+def _command() -> str:
+    """How this program was called."""
+    return "gendist" if Path(sys.argv[0]).name == "gendist" else "python launch.py"
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(code)

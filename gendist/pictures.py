@@ -1,0 +1,62 @@
+"""Samples as a picture: a grid of images where the data are images, else points and histograms of the first features."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gendist.data.schema import Schema
+
+MAX_IMAGES = 400
+MAX_POINTS = 5_000
+MAX_PANELS = 4
+TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
+
+
+def save_picture(x_ND: Any, schema: Schema, path: Path) -> None:
+    """Write samples (N, D) as a PNG file."""
+    x_ND = np.asarray(x_ND)
+    if schema.image_shape is not None:
+        _save_grid(x_ND[:MAX_IMAGES].reshape(-1, *schema.image_shape), path)
+    else:
+        _save_panels(x_ND[:MAX_POINTS], schema.feature_names, path)
+
+
+def _save_grid(images: np.ndarray[Any, Any], path: Path) -> None:
+    """images (N, height, width[, channels]) of 0..1."""
+    from PIL import Image
+
+    num_images, height, width = images.shape[:3]
+    num_columns = max(1, int(np.ceil(np.sqrt(num_images * height / width))))
+    num_rows = -(-num_images // num_columns)
+    scale = max(1, TARGET_PIXELS // (max(num_rows * height, num_columns * width)))
+    gap = max(1, scale // 2)
+    pixels = np.round(images.clip(0.0, 1.0) * 255.0).astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
+    tile_height, tile_width = height * scale + gap, width * scale + gap
+    grid = np.full((num_rows * tile_height + gap, num_columns * tile_width + gap, *images.shape[3:]), 96, dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = gap + i // num_columns * tile_height, gap + i % num_columns * tile_width
+        grid[top : top + height * scale, left : left + width * scale] = image
+    Image.fromarray(grid.squeeze(-1) if grid.shape[2:] == (1,) else grid).save(path, format="PNG")
+
+
+def _save_panels(x_ND: np.ndarray[Any, Any], names: tuple[str, ...], path: Path) -> None:
+    """Every pair of the first features as points, and each of them as a histogram on the diagonal."""
+    from matplotlib.figure import Figure
+
+    size = min(len(names), MAX_PANELS)
+    figure = Figure(figsize=(2.6 * size + 0.6, 2.6 * size + 0.6), layout="constrained")
+    panels = figure.subplots(size, size, squeeze=False)
+    for i in range(size):
+        for j in range(size):
+            if i == j:
+                panels[i, j].hist(x_ND[:, i], bins=50)
+            else:
+                panels[i, j].plot(x_ND[:, j], x_ND[:, i], ".", markersize=2, alpha=0.5)
+            if i == size - 1:
+                panels[i, j].set_xlabel(names[j])
+            if j == 0:
+                panels[i, j].set_ylabel(names[i])
+    figure.savefig(path, dpi=110, format="png")
