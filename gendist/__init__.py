@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Run", "UserError", "__version__", "fit", "load"]
 
-_HOME = {"fit": "gendist.fitting", "Run": "gendist.fitting", "load": "gendist.artifact", "UserError": "gendist.protocols"}
+_HOME = {
+    "fit": "gendist.fitting",
+    "Run": "gendist.fitting",
+    "load": "gendist.artifact",
+    "UserError": "gendist.protocols",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -145,8 +145,7 @@ class _Fitting:
             )
         if self.start is not None and self.start.num_features != self.dataset.schema.num_features:
             raise UserError(
-                f"the model to start from has {self.start.num_features} features, "
-                f"the data {self.dataset.schema.num_features}"
+                f"the model to start from has {self.start.num_features} features, the data {self.dataset.schema.num_features}"
             )
 
     def _begin(self, blocks: Blocks[Block], summary: Summary) -> tuple[Checkpoint[StatisticsModel], tuple[str, ...]]:

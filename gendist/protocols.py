@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-
 M = TypeVar("M", covariant=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -75,7 +76,7 @@ class _BlockLoader:
         table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
         matrix = to_matrix(table, self.schema, bounds[0], self.source.name)
         columns = (matrix, self._weights(table, bounds[0]), self._evidence(table))
-        return [self._leaf(start, stop, bounds[0], columns) for start, stop in zip(bounds, bounds[1:], strict=False)]
+        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
 
     def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Array | None]) -> Block:
         """The block of rows start..stop of the part; columns begin at first_row. Its tensors own their memory."""

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -38,7 +39,7 @@ def _reading(path: str, what: str, read: Callable[[], Any]) -> Any:
 class _Files(ABC):
     """The rows of several files, one after the other, in the order of the files."""
 
-    image_shape = None
+    image_shape: tuple[int, ...] | None = None
 
     def __init__(self, paths: Sequence[str], row_counts: Sequence[int], schemas: Sequence[pa.Schema]):
         self.paths = tuple(paths)
@@ -69,7 +70,7 @@ class ParquetFiles(_Files):
     """Parquet files: the row groups that overlap the rows asked for are decoded, those columns only."""
 
     def __init__(self, paths: Sequence[str]):
-        footers = [_reading(path, "Parquet", lambda path=path: _parquet_footer(path)) for path in paths]
+        footers = [_reading(path, "Parquet", partial(_parquet_footer, path)) for path in paths]
         super().__init__(paths, [sum(rows) for rows, _ in footers], [schema for _, schema in footers])
         self.row_groups = [(0, *accumulate(rows)) for rows, _ in footers]
 
@@ -108,10 +109,8 @@ class CsvFiles(_Files):
     """
 
     def __init__(self, paths: Sequence[str]):
-        self.indexes = [_reading(path, "CSV", lambda path=path: _index_csv(path)) for path in paths]
-        super().__init__(
-            paths, [index.num_rows for index in self.indexes], [index.schema for index in self.indexes]
-        )
+        self.indexes = [_reading(path, "CSV", partial(_index_csv, path)) for path in paths]
+        super().__init__(paths, [index.num_rows for index in self.indexes], [index.schema for index in self.indexes])
         # The first file's types hold for all of them: a later file's text in a column of numbers is an error.
         self.types = {field.name: field.type for field in self.schema}
 

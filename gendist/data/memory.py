@@ -47,7 +47,7 @@ class TableSource:
 class HuggingFaceSource:
     """A `datasets.Dataset`, read by index."""
 
-    image_shape = None
+    image_shape: tuple[int, ...] | None = None
     name = "the data set"
 
     def __init__(self, dataset: Any):

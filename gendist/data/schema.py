@@ -128,8 +128,13 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> np.ndarray[
                 raise UserError(f"{where} holds lists of different lengths ({lengths.min()} to {lengths.max()})")
         array = array.flatten()
     type_ = array.type
-    if not (pa.types.is_integer(type_) or pa.types.is_floating(type_) or pa.types.is_boolean(type_) or pa.types.is_decimal(type_)
-            or pa.types.is_null(type_)):
+    if not (
+        pa.types.is_integer(type_)
+        or pa.types.is_floating(type_)
+        or pa.types.is_boolean(type_)
+        or pa.types.is_decimal(type_)
+        or pa.types.is_null(type_)
+    ):
         raise UserError(f"{where} is not numeric ({type_}); name the columns to fit with data.columns")
     if pa.types.is_boolean(type_):
         array = array.cast(pa.int8())
@@ -160,7 +165,7 @@ def _decode_image(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, np.
     if content is None:
         raise UserError(f"{where} has no image in row {row}")
     try:
-        image = Image.open(io.BytesIO(content))
+        image: Image.Image = Image.open(io.BytesIO(content))
         if image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA", "I;16", "I", "F") else "RGB")
         return np.asarray(image, dtype=np.float64) / 255.0

@@ -59,9 +59,7 @@ def _count_nearest(broadcast: tuple[StatisticsModel, Tensor], block: Block) -> A
     return model.e_step(replace(block, evidence=evidence_NL))
 
 
-def _centers(
-    blocks: Blocks[Block], summary: DataSummary, num_latents: int, method: str, seed: int, has_labels: bool
-) -> Tensor:
+def _centers(blocks: Blocks[Block], summary: DataSummary, num_latents: int, method: str, seed: int, has_labels: bool) -> Tensor:
     """(L, D): latents that rows are known to belong to start at the mean of these rows, the others at chosen rows."""
     middle_LD = summary.mean.expand(num_latents, -1)
     known = torch.zeros(num_latents, dtype=torch.bool)

@@ -25,7 +25,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
 ]
 Address = Annotated[
-    str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
+    str | None,
+    typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False),
 ]
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/.")]
 
@@ -56,7 +57,8 @@ def fit(
     spec: SpecArgument,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False),
     ] = None,
     address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")] = False,
@@ -140,7 +142,7 @@ def score(
             nonlocal total
             for rows, log_prob in score_blocks(loaded.model, dataset.blocks()):
                 total += float(log_prob.sum())
-                yield {"row": rows.numpy(), "log_prob": log_prob.numpy()} if out.suffix != ".npy" else {"x": log_prob.numpy()}
+                yield ({"row": rows.numpy(), "log_prob": log_prob.numpy()} if out.suffix != ".npy" else {"x": log_prob.numpy()})
 
         num_rows = write_table(parts(), out)
     seconds = time.monotonic() - began

@@ -65,7 +65,7 @@ def _write_arrays(parts: Iterable[Columns], path: Path, suffix: str) -> int:
     columns = {name: np.concatenate(values) for name, values in collected.items()}
     with path.open("wb") as file:
         if suffix == ".npz":
-            np.savez(file, **columns)
+            np.savez(file, allow_pickle=False, **columns)
         else:
             arrays = list(columns.values())
             np.save(file, arrays[0] if len(arrays) == 1 else np.column_stack(arrays))

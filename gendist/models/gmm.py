@@ -43,9 +43,7 @@ class GaussianMixtureStatistics:
     gaussian: GaussianStatistics
 
     def merge(self, other: GaussianMixtureStatistics) -> GaussianMixtureStatistics:
-        return GaussianMixtureStatistics(
-            self.log_likelihood + other.log_likelihood, self.gaussian.merge(other.gaussian)
-        )
+        return GaussianMixtureStatistics(self.log_likelihood + other.log_likelihood, self.gaussian.merge(other.gaussian))
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,9 +276,7 @@ class GaussianMixture:
         if block.weights is not None:
             # A row of weight 0 is absent, even where its density underflows.
             log_prob_N = torch.where(block.weights > 0, log_prob_N * block.weights, 0.0)
-            responsibilities_NK = torch.where(
-                block.weights[:, None] > 0, responsibilities_NK * block.weights[:, None], 0.0
-            )
+            responsibilities_NK = torch.where(block.weights[:, None] > 0, responsibilities_NK * block.weights[:, None], 0.0)
         return GaussianMixtureStatistics(
             log_likelihood=float(log_prob_N.sum()),
             gaussian=self.gaussian.statistics(block.x, responsibilities_NK),
