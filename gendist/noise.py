@@ -34,7 +34,8 @@ class Noise:
         key = hashlib.blake2b(f"{self.seed}/{self.purpose}".encode(), digest_size=16).digest()
         generator = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64))
         generator.advance(start * counters_per_row)
-        words = generator.random_raw(num_rows * counters_per_row * WORDS_PER_COUNTER).reshape(num_rows, -1)[:, :width]
+        words_per_row = counters_per_row * WORDS_PER_COUNTER
+        words = generator.random_raw(num_rows * words_per_row).reshape(num_rows, words_per_row)[:, :width]
         # The middle of one of 2^53 equal parts of the unit interval.
         return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
 

@@ -54,7 +54,7 @@ def _connect(num_workers: int, address: str | None) -> None:
         num_cpus = max(num_workers, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         return
-    _check_reachable(address)
+    check_reachable(address)
     logger.info("connecting to Ray at %s", address)
     try:
         # The cluster's workers run this very code; its dependencies must be installed there.
@@ -66,7 +66,7 @@ def _connect(num_workers: int, address: str | None) -> None:
     _warn_of_mixed_machines()
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Ray itself can try for minutes, and ends the process where nothing listens: so knock first."""
     if address == "auto":
         return

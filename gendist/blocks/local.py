@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gendist.blocks.leaves import Leaves
+from gendist.blocks.leaves import Leaves, leaves_per_run
 
 Result = TypeVar("Result")
 
@@ -27,9 +27,9 @@ def one_thread() -> Iterator[None]:
 class LocalBlocks:
     """load(bounds) returns the leaves between these row numbers; each run is loaded once and kept."""
 
-    def __init__(self, load: Callable[[Sequence[int]], list[Any]], leaves: Leaves, max_leaves_per_run: int = 1):
+    def __init__(self, load: Callable[[Sequence[int]], list[Any]], leaves: Leaves, max_leaves_per_run: int = 1 << 30):
         self._load = load
-        self._runs = leaves.runs(max_leaves_per_run)
+        self._runs = leaves.runs(leaves_per_run(leaves.num_leaves, 1, max_leaves_per_run))
         self._loaded: dict[int, list[Any]] = {}
 
     def map_runs(self, function: Callable[[Any, Sequence[Any]], Result], broadcast: Any) -> Iterator[Result]:

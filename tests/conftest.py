@@ -1,0 +1,45 @@
+"""What several tests share: one Ray cluster for the whole session, and small data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import numpy as np
+import pytest
+
+NUM_CPUS = 8
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator:
+    """A Ray cluster of one node with 8 CPUs, to which a test may add nodes of its own; this process is connected to it."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": NUM_CPUS,
+            "include_dashboard": False,
+            "object_store_memory": 400_000_000,
+            # A lost node is noticed within seconds.
+            "_system_config": {"health_check_period_ms": 500, "health_check_timeout_ms": 1000},
+        },
+    )
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def blobs() -> np.ndarray:
+    """(600, 3) three separated clusters of different shapes."""
+    rng = np.random.default_rng(0)
+    means = np.array([[0.0, 0.0, 0.0], [6.0, 0.0, 1.0], [0.0, 5.0, -4.0]])
+    factors = rng.normal(size=(3, 3, 3)) * 0.5 + np.eye(3)
+    which = rng.integers(0, 3, 600)
+    return means[which] + np.einsum("nij,nj->ni", factors[which], rng.normal(size=(600, 3)))
