@@ -16,6 +16,7 @@ import json
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -81,6 +82,7 @@ class ScoreSpec(BaseModel):
     cluster: ClusterConfig = ClusterConfig()
 
 
+@cache
 def spec_class(family: str) -> type[Spec]:
     """The spec of a family, whose `model` block is the family's own Config."""
     fields: Any = {"family": (Literal[family], ...), "model": (family_class(family).Config, ...)}
@@ -178,7 +180,7 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
 def nearest(what: str, given: str, allowed: Sequence[str], block: str = "") -> str:
     """One line for a name that is not allowed: the nearest one that is, or all of them."""
     inside = f" in {block}" if block else ""
-    near = get_close_matches(given, allowed, n=1)
+    near = [name for name in allowed if given and given in name] or get_close_matches(given, allowed, n=1)
     hint = f"did you mean '{near[0]}'?" if near else "allowed are"
     return f"{what} '{given}'{inside}; {hint} {'' if near else ', '.join(allowed)}".strip()
 

@@ -22,6 +22,19 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what was given, what is allowed and what to try."""
 
 
+def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """A tensor of what a caller handed over: a tensor, an array (copied where it may not be written), or lists.
+
+    UserError where it is none of these.
+    """
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()
+    try:
+        return torch.as_tensor(values, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"an array of numbers is needed, not a {type(values).__name__} ({error})") from error
+
+
 class Mergeable(Protocol):
     """A value that can be combined with another of its kind, as the reduction over blocks does."""
 

@@ -34,6 +34,11 @@ def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         _connect(num_workers, address)
+    elif address is not None:
+        check_reachable(address)
+        connected = ray.get_runtime_context().gcs_address
+        if address not in (connected, "auto", "local"):
+            raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")
     try:
         num_cpus = int(ray.cluster_resources().get("CPU", 0))
         if num_workers > num_cpus:

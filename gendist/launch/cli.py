@@ -19,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+DEMO_OVERRIDES: tuple[str, ...] = ()
+
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
 Overrides = Annotated[
     list[str] | None,
@@ -160,7 +162,7 @@ def demo() -> None:
     )
     pictures = []
     for path in sorted(folder.glob("*_digits.yaml")):
-        run = _fit(load_spec(path), Path("runs") / "demo" / path.stem, None)
+        run = _fit(load_spec(path, DEMO_OVERRIDES), Path("runs") / "demo" / path.stem, None)
         pictures.append(f"{run.path}/samples.png")
     print("\npictures of digits that no one has written:")
     for picture in pictures:

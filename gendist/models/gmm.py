@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian, GaussianStatistics
 from gendist.noise import Noise
-from gendist.protocols import Block, DataSummary, Update, UserError
+from gendist.protocols import Block, DataSummary, Update, UserError, as_tensor
 
 ROWS_AT_ONCE = 4096  # of a sample or of a density, to bound memory
 
@@ -86,7 +86,7 @@ class GaussianMixture:
 
         ValueError where shapes do not fit or a covariance is not positive definite.
         """
-        weights, means, covariances = (torch.as_tensor(v, dtype=torch.float64) for v in (weights, means, covariances))
+        weights, means, covariances = (as_tensor(v) for v in (weights, means, covariances))
         model = cls(weights, Gaussian(means, covariances, covariance_type, covariance_regularization), labels)
         _ = model.gaussian.scale  # factorize now, so that a wrong covariance is an error here and not in the first use
         return model
@@ -149,7 +149,7 @@ class GaussianMixture:
 
     def decode(self, z: Any) -> Tensor:
         """(N, D) the mean of x given components (N,), integers, or given responsibilities (N, K)."""
-        z = torch.as_tensor(z)
+        z = as_tensor(z, dtype=None)
         if z.ndim == 1 and not z.is_floating_point():
             if len(z) and not 0 <= int(z.min()) <= int(z.max()) < self.num_components:
                 raise UserError(f"components {int(z.min())} to {int(z.max())}; allowed are 0 to {self.num_components - 1}")
@@ -182,7 +182,7 @@ class GaussianMixture:
         return self.gaussian.log_prob(x_ND) + self.weights.log()
 
     def _by_rows(self, x_ND: Any, function: Any) -> Tensor:
-        x_ND = torch.as_tensor(x_ND, dtype=torch.float64)
+        x_ND = as_tensor(x_ND)
         if x_ND.ndim != 2 or x_ND.shape[1] != self.num_features:
             raise UserError(f"x has shape {tuple(x_ND.shape)}; (N, {self.num_features}) is needed")
         if not bool(x_ND.isfinite().all()):
@@ -299,7 +299,7 @@ class GaussianMixture:
         if hasattr(estimator, "weights_"):
             parameters = (estimator.weights_, estimator.means_, estimator.covariances_)
         elif estimator.weights_init is not None and estimator.means_init is not None and estimator.precisions_init is not None:
-            precisions = torch.as_tensor(estimator.precisions_init, dtype=torch.float64)
+            precisions = as_tensor(estimator.precisions_init)
             covariances = torch.linalg.inv(precisions) if kind in ("full", "tied") else precisions.reciprocal()
             parameters = (estimator.weights_init, estimator.means_init, covariances)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 from functools import partial
@@ -163,6 +164,17 @@ def test_more_workers_than_cpus_are_refused_with_both_numbers(cluster):
 
     with pytest.raises(UserError, match=r"num_workers is 9, but the cluster has 8 CPUs"), ray_cluster(9, None):
         pass
+
+
+def test_one_process_is_on_one_cluster(cluster):
+    from gendist.ray_cluster import ray_cluster
+
+    with ray_cluster(1, cluster.address):
+        pass
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"is connected to Ray at {cluster.address}"), ray_cluster(1, address):
+            pass
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999", "host.invalid:6379"])

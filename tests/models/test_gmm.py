@@ -223,9 +223,7 @@ def test_weight_two_is_the_row_twice_and_weight_zero_is_no_row(kind, blobs):
 @pytest.mark.parametrize("init", ["kmeans++", "random"])
 def test_all_components_known_is_counting(kind, init, blobs):
     labels = np.where(blobs[:, 0] > 3, "right", np.where(blobs[:, 1] > 2.5, "above", "below"))
-    run = gendist.fit(
-        {**spec(kind, 3, max_iterations=3, init=init), "data": {"label": "y"}}, data={"x": blobs, "y": labels}
-    )
+    run = gendist.fit({**spec(kind, 3, max_iterations=3, init=init), "data": {"label": "y"}}, data={"x": blobs, "y": labels})
     model = run.model
     assert model.labels == ("above", "below", "right")
     members = [blobs[labels == label] for label in model.labels]
@@ -242,7 +240,9 @@ def test_all_components_known_is_counting(kind, init, blobs):
     }[kind]
     np.testing.assert_allclose(model.covariances, expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(model.sample(10, seed=0, given="right"), model.sample(10, seed=0, given="right"))
-    assert (model.sample(200, seed=0, given="right")[:, 0] > model.sample(200, seed=0, given="above")[:, 0]).float().mean() > 0.9
+    assert (
+        model.sample(200, seed=0, given="right")[:, 0] > model.sample(200, seed=0, given="above")[:, 0]
+    ).float().mean() > 0.9
 
 
 def test_partly_known_components_keep_their_meaning(blobs):

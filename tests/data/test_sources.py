@@ -1,0 +1,208 @@
+"""Any run of rows of any source, against the whole table read by pyarrow or pandas."""
+
+from __future__ import annotations
+
+import io
+
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from gendist.data import DataConfig, Schema, open_source, source_of
+from gendist.data import files as files_module
+from gendist.data.schema import to_matrix
+from gendist.protocols import UserError
+
+RNG = np.random.default_rng(0)
+FRAME = pd.DataFrame({"a": RNG.normal(size=500), "b": RNG.integers(-5, 5, 500), "c": RNG.normal(size=500) * 1e6})
+PIECES = [(0, 1), (0, 500), (499, 500), (120, 121), (7, 300), (250, 500), (128, 256)]
+
+
+def matrix(source, start=0, stop=None, columns=None):
+    schema = Schema.of(source, DataConfig(columns=columns))
+    stop = source.num_rows if stop is None else stop
+    return to_matrix(source.read(start, stop, schema.columns), schema, start, source.name)
+
+
+def check_pieces(source, expected: np.ndarray) -> None:
+    assert source.num_rows == len(expected)
+    for start, stop in PIECES:
+        np.testing.assert_array_equal(matrix(source, start, stop), expected[start:stop])
+
+
+def write_parquet(path, frame=FRAME, row_group_size=64) -> str:
+    pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), path, row_group_size=row_group_size)
+    return str(path)
+
+
+@pytest.mark.parametrize("row_group_size", [1, 7, 64, 10_000])
+def test_parquet(tmp_path, row_group_size):
+    path = write_parquet(tmp_path / "a.parquet", row_group_size=row_group_size)
+    check_pieces(open_source(DataConfig(path=path)), FRAME.to_numpy())
+
+
+def test_parquet_in_several_files_some_of_them_empty(tmp_path):
+    cuts = [0, 100, 100, 101, 400, 500]
+    for i, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        write_parquet(tmp_path / f"{i}.parquet", FRAME.iloc[start:stop])
+    check_pieces(open_source(DataConfig(path=str(tmp_path))), FRAME.to_numpy())
+    check_pieces(open_source(DataConfig(path=str(tmp_path / "*.parquet"))), FRAME.to_numpy())
+    in_order = tuple(str(tmp_path / f"{i}.parquet") for i in range(5))
+    check_pieces(open_source(DataConfig(path=in_order)), FRAME.to_numpy())
+
+
+@pytest.mark.parametrize("lines_per_mark", [1, 3, 64, 8192])
+@pytest.mark.parametrize("bytes_per_read", [64, 1 << 24])
+def test_csv_is_found_by_its_marks(tmp_path, monkeypatch, lines_per_mark, bytes_per_read):
+    monkeypatch.setattr(files_module, "LINES_PER_MARK", lines_per_mark)
+    monkeypatch.setattr(files_module, "BYTES_PER_READ", bytes_per_read)
+    FRAME.to_csv(tmp_path / "a.csv", index=False)
+    check_pieces(open_source(DataConfig(path=str(tmp_path / "a.csv"))), FRAME.to_numpy())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a,b\n1,2\n3,4\n",
+        "a,b\n1,2\n3,4",
+        "a,b\r\n1,2\r\n3,4\r\n",
+        "\n\na,b\n\n1,2\n\n\n3,4\n\n",
+        "\ufeffa,b\n1,2\n3,4\n",
+        '"a","b"\n"1","2"\n3,4\n',
+    ],
+)
+def test_csv_as_people_write_it(tmp_path, text):
+    (tmp_path / "a.csv").write_bytes(text.encode())
+    source = open_source(DataConfig(path=str(tmp_path / "a.csv")))
+    assert source.num_rows == 2
+    np.testing.assert_array_equal(matrix(source), [[1.0, 2.0], [3.0, 4.0]])
+    np.testing.assert_array_equal(matrix(source, 1, 2), [[3.0, 4.0]])
+
+
+def test_a_decimal_may_come_late_in_a_csv_file(tmp_path):
+    (tmp_path / "a.csv").write_text("a\n" + "1\n" * 300_000 + "0.5\n")
+    source = open_source(DataConfig(path=str(tmp_path / "a.csv")))
+    np.testing.assert_array_equal(matrix(source, 299_999, 300_001), [[1.0], [0.5]])
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int16, np.uint8, np.bool_])
+def test_npy_of_any_numbers(tmp_path, dtype):
+    array = (RNG.normal(size=(500, 3)) * 50).astype(dtype)
+    np.save(tmp_path / "a.npy", array)
+    check_pieces(open_source(DataConfig(path=str(tmp_path / "a.npy"))), array.astype(np.float64))
+
+
+def test_images_in_an_array_of_bytes_are_scaled(tmp_path):
+    images = RNG.integers(0, 256, (20, 5, 4), dtype=np.uint8)
+    np.save(tmp_path / "a.npy", images)
+    for source in (open_source(DataConfig(path=str(tmp_path / "a.npy"))), source_of(images)):
+        assert Schema.of(source, DataConfig()).image_shape == (5, 4)
+        np.testing.assert_allclose(matrix(source), images.reshape(20, 20) / 255.0)
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3)])
+def test_image_columns_in_the_hubs_layout_are_decoded(tmp_path, shape):
+    images = RNG.integers(0, 256, (9, *shape), dtype=np.uint8)
+    column = pa.array([{"bytes": png(image), "path": None} for image in images])
+    pq.write_table(pa.table({"image": column, "label": list(range(9))}), tmp_path / "a.parquet")
+    source = open_source(DataConfig(path=str(tmp_path / "a.parquet")))
+    schema = Schema.of(source, DataConfig())
+    assert schema.columns == ("image",)
+    assert schema.image_shape == shape
+    np.testing.assert_allclose(matrix(source), images.reshape(9, -1) / 255.0)
+
+
+def test_what_python_hands_over():
+    values = FRAME.to_numpy()
+    by_name = {name: FRAME[name].to_numpy() for name in FRAME}
+    nested = datasets.Dataset.from_dict({"x": values.tolist()})
+    handed = (values, FRAME, by_name, {"x": values}, pa.Table.from_pandas(FRAME), datasets.Dataset.from_pandas(FRAME), nested)
+    for data in handed:
+        check_pieces(source_of(data), values)
+    shuffled = datasets.Dataset.from_pandas(FRAME).select(range(499, -1, -1))
+    check_pieces(source_of(shuffled), values[::-1])
+    with pytest.raises(UserError, match="a str; give an array"):
+        source_of("data.parquet")
+
+
+def test_the_embedded_digits():
+    source = open_source(DataConfig(source="digits"))
+    values = matrix(source)
+    assert values.shape == (1797, 64)
+    assert (values.min(), values.max()) == (0.0, 1.0)
+    assert Schema.of(source, DataConfig(label="label")).image_shape == (8, 8)
+
+
+# What is wrong with the data is told in one line
+
+
+def case(name: str, expected: str, **config):
+    return pytest.param(name, config, expected, id=name)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        case("missing.parquet", "no such file"),
+        case("nothing/*.parquet", "no file matches"),
+        case("notes.txt", "the suffix does not say"),
+        case("cut.parquet", "cannot be read as Parquet"),
+        case("text.parquet", "cannot be read as Parquet"),
+        case("empty.csv", "the file is empty"),
+        case("header.csv", "the data set is empty"),
+        case("empty.parquet", "the data set is empty"),
+        case("words.csv", "column 'b' is not numeric"),
+        case("late.csv", "cannot be read as CSV"),
+        case("ragged.csv", "cannot be read as CSV"),
+        case("quoted.csv", "quoted line breaks"),
+        case("good.csv", "no column 'amout'; did you mean 'amount'", columns=("amout",)),
+        case("good.csv", "no column 'zzz'; there are 'amount', 'count'", label="zzz"),
+        case("infinite.csv", "column 'a' is infinite in row 2"),
+        case("lists.parquet", "lists of different lengths"),
+        case("images.parquet", "images of mixed sizes"),
+        case("noimage.parquet", "not an image"),
+        case("objects.npy", "cannot be read as .npy"),
+        case("cut.npy", "cannot be read as .npy"),
+        case("folder", "columns .*, but"),
+    ],
+)
+def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
+    write_parquet(tmp_path / "whole.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "whole.parquet").read_bytes()[:-50])
+    (tmp_path / "text.parquet").write_text("not parquet")
+    (tmp_path / "notes.txt").write_text("1 2 3")
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "header.csv").write_text("a,b\n")
+    (tmp_path / "words.csv").write_text("a,b\n1,x\n2,y\n")
+    (tmp_path / "late.csv").write_text("a\n" + "1\n" * 600_000 + "x\n")
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "quoted.csv").write_text('a,b\n1,"x\ny"\n2,z\n')
+    (tmp_path / "good.csv").write_text("amount,count\n1,2\n")
+    (tmp_path / "infinite.csv").write_text("a\n1\n2\ninf\n")
+    write_parquet(tmp_path / "empty.parquet", FRAME.iloc[:0])
+    pq.write_table(pa.table({"x": [[1.0, 2.0], [3.0]]}), tmp_path / "lists.parquet")
+    sizes = [png(np.zeros((4, 4), np.uint8)), png(np.zeros((4, 5), np.uint8))]
+    pq.write_table(pa.table({"image": sizes}), tmp_path / "images.parquet")
+    pq.write_table(pa.table({"image": [b"123"]}), tmp_path / "noimage.parquet")
+    np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "whole.npy", np.zeros((100, 3)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:900])
+    (tmp_path / "folder").mkdir()
+    write_parquet(tmp_path / "folder" / "1.parquet")
+    write_parquet(tmp_path / "folder" / "2.parquet", FRAME[["a", "b"]])
+
+    with pytest.raises(UserError, match=expected) as caught:
+        source = open_source(DataConfig(path=str(tmp_path / name)))
+        schema = Schema.of(source, DataConfig(**config))
+        to_matrix(source.read(0, source.num_rows, source.schema.names), schema, 0, source.name)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,192 @@
+"""The command line, as a person calls it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+import gendist
+from gendist.launch import cli
+
+ROOT = Path(__file__).parents[2]
+SPEC = {
+    "name": "two",
+    "family": "gmm",
+    "model": {"num_components": 2},
+    "data": {"path": "data.csv", "columns": ["a", "b"]},
+    "fit": {"max_iterations": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with data, a spec and a finished run, as a person may have it."""
+    folder = tmp_path_factory.mktemp("cli")
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"a": rng.normal(size=300), "b": rng.normal(size=300) + 4, "note": "x"})
+    frame.to_csv(folder / "data.csv", index=False)
+    frame.to_parquet(folder / "data.parquet", index=False)
+    (folder / "spec.yaml").write_text(yaml.safe_dump(SPEC))
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch.py", "fit", "spec.yaml", "--run-dir", "run"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "in run" in done.stdout
+    assert "next:" in done.stdout
+    return folder
+
+
+def call(monkeypatch, capsys, folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command, run in this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["gendist", *arguments])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".parquet", ".csv"])
+def test_samples_in_every_format_are_the_same_rows(monkeypatch, capsys, folder, suffix):
+    out = folder / f"samples{suffix}"
+    assert call(monkeypatch, capsys, folder, "sample", "run", "-n", "50", "--seed", "3", "--out", str(out))[0] == 0
+    read = {
+        ".npy": lambda: np.load(out),
+        ".npz": lambda: np.load(out)["x"],
+        ".parquet": lambda: pd.read_parquet(out)[["a", "b"]].to_numpy(),
+        ".csv": lambda: pyarrow.csv.read_csv(out).to_pandas()[["a", "b"]].to_numpy(),
+    }[suffix]()
+    np.testing.assert_array_equal(read, gendist.load(folder / "run").sample(50, seed=3).numpy())
+
+
+def test_a_sample_may_be_drawn_in_two_commands(monkeypatch, capsys, folder):
+    for name, n, offset in (("whole", 100, 0), ("one", 40, 0), ("two", 60, 40)):
+        code, _, _ = call(
+            monkeypatch, capsys, folder, "sample", "run", "-n", str(n), "--offset", str(offset), "--out", f"{name}.npy"
+        )
+        assert code == 0
+    parts = [np.load(folder / "one.npy"), np.load(folder / "two.npy")]
+    np.testing.assert_array_equal(np.load(folder / "whole.npy"), np.concatenate(parts))
+
+
+def test_pictures_of_samples_that_are_no_images(monkeypatch, capsys, folder):
+    assert call(monkeypatch, capsys, folder, "sample", "run", "-n", "50", "--given", "1", "--out", "points.png")[0] == 0
+    with Image.open(folder / "points.png") as image:
+        assert min(image.size) > 300
+    with Image.open(folder / "run" / "samples.png") as image:
+        assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("out", ["scores.parquet", "scores.npy", "scores.csv", "scores.npz"])
+@pytest.mark.parametrize("data", ["data.parquet", "data.csv", "spec.yaml"])
+def test_scores_are_the_log_density_of_every_row_in_order(monkeypatch, capsys, folder, data, out):
+    code, stdout, _ = call(monkeypatch, capsys, folder, "score", "run", data, "--out", out)
+    assert code == 0
+    assert "300 rows scored" in stdout
+    x = pd.read_parquet(folder / "data.parquet")[["a", "b"]].to_numpy()
+    expected = gendist.load(folder / "run").log_prob(x).numpy()
+    read = {
+        ".npy": np.load,
+        ".npz": lambda path: np.load(path)["log_prob"],
+        ".parquet": lambda path: pd.read_parquet(path)["log_prob"],
+        ".csv": lambda path: pd.read_csv(path)["log_prob"],
+    }[Path(out).suffix](folder / out)
+    np.testing.assert_allclose(read, expected, rtol=1e-14)
+
+
+@pytest.mark.ray
+def test_scores_from_ray_are_the_same_bytes(cluster, monkeypatch, capsys, folder):
+    assert call(monkeypatch, capsys, folder, "score", "run", "data.csv", "--out", "here.npy")[0] == 0
+    code, _, err = call(monkeypatch, capsys, folder, "score", "run", "data.csv", "cluster.num_workers=3", "--out", "there.npy")
+    assert code == 0, err
+    np.testing.assert_array_equal(np.load(folder / "here.npy"), np.load(folder / "there.npy"))
+
+
+def test_a_dry_run_prints_the_resolved_spec_and_does_nothing(monkeypatch, capsys, folder):
+    code, out, _ = call(monkeypatch, capsys, folder, "fit", "spec.yaml", "seed=5", "--dry-run", "--run-dir", "other")
+    assert code == 0
+    assert yaml.safe_load(out)["seed"] == 5
+    assert yaml.safe_load(out)["fit"]["init"] == "kmeans++"
+    assert not (folder / "other").exists()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder):
+    before = (folder / "run" / "manifest.json").read_bytes()
+    code, out, err = call(monkeypatch, capsys, folder, "fit", "spec.yaml", "--run-dir", "run")
+    assert code == 0
+    assert "is finished" in err + out
+    assert (folder / "run" / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["fit", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["fit", "spec.yaml", "model.num_component=3"], "did you mean 'num_components'?"),
+        (["fit", "spec.yaml", "data.path=zzz.csv"], "zzz.csv: no such file"),
+        (["fit", "spec.yaml", "data.columns=[a,note]"], "column 'note' is not numeric"),
+        (["fit", "spec.yaml", "model.num_components=301"], "only 300 rows"),
+        (["fit", "spec.yaml", "seed=1", "--run-dir", "run"], "another spec (different: seed)"),
+        (["fit", "spec.yaml", "--run-dir", "spec.yaml"], "a file; a run directory is a folder"),
+        (["fit", "spec.yaml", "cluster.num_workers=1", "--address", "127.0.0.1:1"], "nothing answers there"),
+        (["sample", "nowhere", "-n", "1", "--out", "a.npy"], "nowhere: no such artifact"),
+        (["sample", "run", "-n", "1", "--out", "a.jpg"], "allowed are .npy, .npz, .parquet, .csv, .png"),
+        (["sample", "run", "-n", "1", "--out", "no/where.npy"], "no such folder"),
+        (["sample", "run", "-n", "1", "--given", "7", "--out", "a.npy"], "the components are 0 to 1"),
+        (["score", "run", "data.csv", "data.columns=[a]", "--out", "a.npy"], "1 features, but the model has 2"),
+        (["score", "run", "digits", "--out", "a.npy"], "64 features, but the model has 2"),
+        (["score", "run", "missing.csv", "--out", "a.npy"], "missing or infinite entries"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments, expected):
+    (folder / "missing.csv").write_text("a,b\n1,2\n3,\n")
+    code, _, err = call(monkeypatch, capsys, folder, *arguments)
+    assert code == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert expected in lines[0]
+    assert "Traceback" not in err
+    assert not (folder / "a.npy").exists()
+    assert not list(folder.glob(".*unfinished"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["sample", "run", "--out", "a.npy"], ["sample", "run", "-n", "0", "--out", "a.npy"], ["fit"], ["nonsense"]]
+)
+def test_a_call_that_lacks_something_is_code_2(monkeypatch, capsys, folder, arguments):
+    assert call(monkeypatch, capsys, folder, *arguments)[0] == 2
+
+
+def test_the_demo_draws_digits(monkeypatch, capsys, tmp_path):
+    """As `make demo`, without Ray: pictures of pixels, some dark and some bright, that differ from each other."""
+    monkeypatch.setattr(cli, "DEMO_OVERRIDES", ("cluster.num_workers=0", "fit.max_iterations=3"))
+    code, out, _ = call(monkeypatch, capsys, tmp_path, "demo")
+    assert code == 0
+    pictures = sorted((tmp_path / "runs" / "demo").glob("*/samples.png"))
+    assert len(pictures) == len(list((ROOT / "configs").glob("*_digits.yaml")))
+    for picture in pictures:
+        assert f"runs/demo/{picture.parent.name}/samples.png" in out
+        with Image.open(picture) as image:
+            values = np.asarray(image)
+        assert values.min() == 0
+        assert values.max() == 255
+
+
+def test_scores_read_as_a_table(folder):
+    assert pq.read_table(folder / "scores.parquet").column_names == ["row", "log_prob"]

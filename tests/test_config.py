@@ -1,0 +1,93 @@
+"""A spec says what it means; a mistake in it is told in one line with the nearest thing that is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from gendist.config import load_data_spec, load_spec
+from gendist.protocols import UserError
+
+GOOD = {"name": "a", "family": "gmm", "model": {"num_components": 3}, "data": {"source": "digits"}}
+
+
+def test_defaults_are_resolved_and_read_back():
+    spec = load_spec(GOOD)
+    assert spec.fit.init == "kmeans++"
+    assert spec.model.covariance_type == "full"
+    assert load_spec(yaml.safe_load(spec.to_yaml())) == spec
+
+
+def test_overrides():
+    changes = ["model.num_components=7", "fit.tolerance=1e-5", "data.columns=[a, b]", "cluster.num_workers=4", "seed=9"]
+    spec = load_spec(GOOD, changes)
+    assert (spec.model.num_components, spec.fit.tolerance, spec.data.columns) == (7, 1e-5, ("a", "b"))
+    assert (spec.cluster.num_workers, spec.seed) == (4, 9)
+    assert GOOD["model"] == {"num_components": 3}
+
+
+def test_the_number_of_workers_is_no_part_of_the_identity():
+    assert load_spec(GOOD, ["cluster.num_workers=4"]).identity() == load_spec(GOOD).identity()
+    assert load_spec(GOOD, ["seed=4"]).identity() != load_spec(GOOD).identity()
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("famly=gmm", "unknown key 'famly'; did you mean 'family'?"),
+        ("model.num_component=3", "unknown key 'num_component' in model; did you mean 'num_components'?"),
+        ("data.pth=x", "unknown key 'pth' in data; did you mean 'path'?"),
+        ("fit.tol=1", "unknown key 'tol' in fit; did you mean 'tolerance'?"),
+        ("fit.zzz=1", "unknown key 'zzz' in fit; allowed are max_iterations"),
+        ("cluster.workers=1", "unknown key 'workers' in cluster; did you mean 'num_workers'?"),
+        ("family=gmn", "family 'gmn'; did you mean 'gmm'?"),
+        ("model.num_components=0", "model.num_components: input should be greater than or equal to 1, not 0"),
+        ("model.num_components=two", "model.num_components: input should be a valid integer"),
+        ("model.covariance_type=round", "model.covariance_type: input should be 'full', 'tied', 'diag' or 'spherical'"),
+        ("data.validation_fraction=1", "less than 1"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
+        ("name=a/b", "name: string should match pattern"),
+        ("num_components", "is not an override; write key=value"),
+        ("name.x=1", "name is a value, not a block"),
+        ("seed=[", "the value is not YAML"),
+    ],
+)
+def test_mistakes_are_told_with_the_nearest_key(override, expected, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(GOOD))
+    with pytest.raises(UserError) as caught:
+        load_spec(path, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "a mapping of keys and values is needed"),
+        ("- 1", "a mapping of keys and values is needed"),
+        ("a: [", "not YAML"),
+        ("name: a", "family is missing; allowed are gmm"),
+        ("family: gmm\nname: a", "model is missing"),
+        ("family: gmm\nname: a\nmodel: 3", "model: input should be"),
+    ],
+)
+def test_a_file_that_is_no_spec_is_named(content, expected, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_spec(path)
+    assert str(caught.value).startswith(str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_data_for_scoring_is_a_path_or_a_yaml_file(tmp_path):
+    assert load_data_spec("x.parquet").data.path == "x.parquet"
+    assert load_data_spec("digits").data.source == "digits"
+    path = tmp_path / "d.yaml"
+    path.write_text(yaml.safe_dump({**GOOD, "cluster": {"num_workers": 3}}))
+    spec = load_data_spec(str(path), ["data.weight=w"])
+    assert (spec.data.source, spec.data.weight, spec.cluster.num_workers) == ("digits", "w", 3)
+    with pytest.raises(UserError, match="did you mean 'path'"):
+        load_data_spec(str(path), ["data.pth=w"])

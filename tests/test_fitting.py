@@ -1,0 +1,248 @@
+"""A whole fit: any number of workers, any interruption, the same bytes; and the run directory tells the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import gendist
+from gendist.protocols import UserError
+from gendist.run_directory import RunDirectory
+
+SPEC = {
+    "name": "digits",
+    "family": "gmm",
+    "model": {"num_components": 10, "covariance_type": "full", "covariance_regularization": 1e-3},
+    "data": {"source": "digits", "validation_fraction": 0.1},
+    "fit": {"max_iterations": 12, "tolerance": 0.0, "checkpoint_every": 4},
+}
+
+
+def with_workers(num_workers: int) -> dict:
+    return {**SPEC, "cluster": {"num_workers": num_workers}}
+
+
+def sha256(run_dir: Path) -> str:
+    return hashlib.sha256((run_dir / "artifact" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def trace(history) -> list:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "unbroken"
+    gendist.fit(SPEC, run_dir=path)
+    return path
+
+
+def records(path: Path) -> list:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2, 4, 8])
+def test_any_number_of_workers_gives_the_same_bytes(cluster, unbroken, tmp_path, num_workers):
+    run = gendist.fit(with_workers(num_workers), run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+    assert trace(run.history) == trace(records(unbroken))
+
+
+def test_what_a_run_leaves(unbroken):
+    assert {path.name for path in unbroken.iterdir() if not path.name.startswith(".")} == {
+        "spec.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "artifact",
+        "samples.png",
+    }
+    manifest = json.loads((unbroken / "manifest.json").read_text())
+    assert manifest["results"]["num_iterations"] == 12
+    assert manifest["results"]["stopped"] == "reached max_iterations"
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert len(manifest["data"]["fingerprint"]) == 64
+    assert [record["iteration"] for record in records(unbroken)] == list(range(1, 13))
+    spec = yaml.safe_load((unbroken / "spec.yaml").read_text())
+    assert spec["fit"]["init"] == "kmeans++"
+    model = gendist.load(unbroken)
+    assert model.log_prob(np.zeros((1, 64))).shape == (1,)
+
+
+def test_a_fit_of_arrays_needs_no_folder(unbroken):
+    from sklearn.datasets import load_digits
+
+    run = gendist.fit(SPEC, data=load_digits().data / 16.0)
+    assert run.path is None
+    assert torch.equal(run.model.means, gendist.load(unbroken).means)
+    assert run.history[0]["validation_log_likelihood"] < run.history[0]["log_likelihood"]
+
+
+def test_a_finished_run_is_left_as_it_is(unbroken):
+    before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and path.name != ".lock"}
+    run = gendist.fit(SPEC, run_dir=unbroken)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(run.history) == 12
+    assert run.results["num_iterations"] == 12
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 9, 12])
+@pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
+def test_an_interrupted_fit_goes_on_to_the_same_bytes(unbroken, tmp_path, stop_at, error):
+    def stop(record):
+        if record["iteration"] == stop_at:
+            raise error
+
+    with pytest.raises(error):
+        gendist.fit(SPEC, run_dir=tmp_path / "run", watch=stop)
+    assert not (tmp_path / "run" / "artifact").exists()
+    if error is KeyboardInterrupt:  # nothing at all is lost
+        assert RunDirectory(tmp_path / "run", gendist.config.load_spec(SPEC)).resume().history[-1]["iteration"] == stop_at
+    run = gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+    assert trace(records(tmp_path / "run")) == trace(records(unbroken)) == trace(run.history)
+
+
+PROGRAM = """
+import os, signal, sys, gendist
+def watch(record):
+    if record["iteration"] == int(sys.argv[3]):
+        os.kill(os.getpid(), getattr(signal, sys.argv[4]))
+address = sys.argv[5] if len(sys.argv) > 5 else None
+gendist.fit(sys.argv[1], run_dir=sys.argv[2], watch=watch, address=address)
+"""
+
+
+def fit_and_die(tmp_path: Path, spec: dict, iteration: int, how: str, address: str = "") -> int:
+    spec_file = tmp_path / "spec.yaml"
+    spec_file.write_text(yaml.safe_dump(spec))
+    arguments = [sys.executable, "-c", PROGRAM, str(spec_file), str(tmp_path / "run"), str(iteration), how]
+    return subprocess.run([*arguments, *([address] if address else [])], timeout=120, capture_output=True).returncode
+
+
+def test_killed_twice_it_ends_in_the_same_bytes(unbroken, tmp_path):
+    assert fit_and_die(tmp_path, SPEC, 3, "SIGKILL") == -signal.SIGKILL
+    assert fit_and_die(tmp_path, SPEC, 11, "SIGKILL") == -signal.SIGKILL
+    gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+
+
+@pytest.mark.ray
+def test_a_driver_killed_on_a_cluster_is_resumed_by_other_workers(cluster, unbroken, tmp_path):
+    assert fit_and_die(tmp_path, with_workers(2), 6, "SIGKILL", cluster.address) == -signal.SIGKILL
+    gendist.fit(with_workers(3), run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+
+
+def test_a_checkpoint_that_a_disk_lost_is_passed_over(unbroken, tmp_path):
+    assert fit_and_die(tmp_path, SPEC, 9, "SIGKILL") == -signal.SIGKILL
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
+    (newest / "model.safetensors").write_bytes(b"")
+    gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+
+
+def test_another_spec_is_refused(unbroken):
+    other = {**SPEC, "seed": 1, "fit": {**SPEC["fit"], "max_iterations": 99}}
+    with pytest.raises(UserError, match=r"another spec \(different: seed, fit.max_iterations\)"):
+        gendist.fit(other, run_dir=unbroken)
+
+
+def test_other_data_are_refused_in_a_resumed_run(blobs, tmp_path):
+    spec = {**SPEC, "data": {}, "model": {"num_components": 3}}
+
+    def stop(record):
+        raise Stop
+
+    with pytest.raises(Stop):
+        gendist.fit(spec, data=blobs, run_dir=tmp_path / "run", watch=stop)
+    with pytest.raises(UserError, match="the data has changed"):
+        gendist.fit(spec, data=blobs + 1, run_dir=tmp_path / "run")
+    gendist.fit(spec, data=blobs, run_dir=tmp_path / "run")
+
+
+def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="holds files that are not of a run"):
+        gendist.fit(SPEC, run_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_mistake_in_the_data_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        gendist.fit({**SPEC, "data": {"path": "nowhere.parquet"}}, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_cannot_work_on_one_run(tmp_path):
+    spec = gendist.config.load_spec(SPEC)
+    with (
+        RunDirectory(tmp_path / "run", spec),
+        pytest.raises(UserError, match="another process is at work"),
+        RunDirectory(tmp_path / "run", spec),
+    ):
+        pass
+
+
+def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
+    model = gendist.load(unbroken)
+    longer = {**SPEC, "fit": {"max_iterations": 3, "tolerance": 0.0}}
+    by_model = gendist.fit(longer, init=model)
+    by_path = gendist.fit({**longer, "fit": {**longer["fit"], "init": str(unbroken)}})
+    assert torch.equal(by_model.model.means, by_path.model.means)
+    assert (
+        by_model.history[0]["log_likelihood"]
+        > json.loads((unbroken / "manifest.json").read_text())["results"]["log_likelihood"] - 1e-9
+    )
+    assert by_model.history[0]["repairs"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "init", "expected"),
+    [
+        ({}, np.zeros((5, 2)), None, "num_components is 10, but there are only 5 rows"),
+        ({}, np.full((50, 2), np.nan), None, "entries are missing"),
+        ({}, np.array([[1.0, 2.0], [np.inf, 1.0]]), None, "infinite in row 1"),
+        ({}, {"x": np.zeros((50, 2)), "w": np.zeros(50)}, None, "all 50 rows have weight 0"),
+        ({}, {"x": np.zeros((50, 2)), "y": range(50)}, None, "50 different labels, but model.num_components is 10"),
+        ({"fit": {"init": "kmean++"}}, np.zeros((50, 2)), None, "neither kmeans[+][+] nor random, nor an artifact"),
+        ({}, np.zeros((50, 2)), "nonsense", "init: a str"),
+        ({}, np.zeros((50, 2)), "model", "has 1 features"),
+        ({"data": {"validation_fraction": 1e-9}}, np.zeros((50, 2)), None, "leaves none to validate on"),
+    ],
+)
+def test_what_cannot_be_fitted_is_told(change, data, init, expected):
+    from gendist.models.gmm import GaussianMixture
+
+    if init == "model":
+        init = GaussianMixture.from_parameters(np.full(10, 0.1), np.zeros((10, 1)), np.ones((10, 1, 1)))
+        init = GaussianMixture.from_parameters(init.weights, init.means, init.covariances, covariance_regularization=1e-3)
+    columns = {"weight": "w"} if isinstance(data, dict) and "w" in data else {}
+    columns |= {"label": "y"} if isinstance(data, dict) and "y" in data else {}
+    with pytest.raises(UserError, match=expected):
+        gendist.fit({**SPEC, "data": columns, **change}, data=data, init=init)
+
+
+def test_a_model_of_another_shape_is_no_start(unbroken):
+    with pytest.raises(UserError, match="num_components 10 instead of 4"):
+        gendist.fit({**SPEC, "model": {**SPEC["model"], "num_components": 4}}, init=gendist.load(unbroken))
+
+
+def test_a_time_budget_ends_a_fit():
+    run = gendist.fit({**SPEC, "fit": {"max_iterations": 10_000, "tolerance": 0.0, "time_budget_s": 1e-6}})
+    assert run.results["stopped"] == "used up time_budget_s"
+    assert len(run.history) == 1
