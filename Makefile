@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-fast lint format bench clean
+.PHONY: setup demo test test-fast lint format bench schema clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ format: setup
 
 bench: setup           ## side by side with scikit-learn, in one run
 	$(BIN)/python benchmarks/gmm.py
+
+schema: setup          ## write the JSON schema that editors check configs with
+	$(BIN)/python -c 'import json; from gendist.config import json_schema; print(json.dumps(json_schema(), indent=2))' \
+		> configs/spec.schema.json
 
 clean:
 	rm -rf $(VENV) runs build dist .mypy_cache .pytest_cache .ruff_cache

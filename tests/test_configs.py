@@ -27,7 +27,7 @@ def test_every_family_has_a_config_on_embedded_digits(family):
 
 
 def test_the_schema_for_editors_is_up_to_date():
-    """Where this fails: python -c "import json; from gendist.config import json_schema; print(json.dumps(json_schema(), indent=2))" > configs/spec.schema.json"""
+    """Where this fails, `make schema` writes it anew."""
     assert json.loads((FOLDER / "spec.schema.json").read_text()) == json_schema()
 
 

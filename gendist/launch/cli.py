@@ -19,8 +19,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-DEMO_OVERRIDES: tuple[str, ...] = ()
-
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
 Overrides = Annotated[
     list[str] | None,
@@ -152,7 +150,7 @@ def score(
 
 
 @app.command()
-def demo() -> None:
+def demo(overrides: Overrides = None) -> None:
     """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
     from gendist.config import load_spec
 
@@ -162,7 +160,7 @@ def demo() -> None:
     )
     pictures = []
     for path in sorted(folder.glob("*_digits.yaml")):
-        run = _fit(load_spec(path, DEMO_OVERRIDES), Path("runs") / "demo" / path.stem, None)
+        run = _fit(load_spec(path, overrides or ()), Path("runs") / "demo" / path.stem, None)
         pictures.append(f"{run.path}/samples.png")
     print("\npictures of digits that no one has written:")
     for picture in pictures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -38,7 +39,7 @@ class Moments:
 
 def load(bounds) -> list[Block]:
     blocks = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in itertools.pairwise(bounds):
         generator = torch.Generator().manual_seed(start)
         x = torch.randn(stop - start, NUM_FEATURES, dtype=torch.float64, generator=generator).exp()
         blocks.append(Block(x=x, rows=torch.arange(start, stop)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import datasets
 import numpy as np
@@ -47,7 +48,7 @@ def test_parquet(tmp_path, row_group_size):
 
 def test_parquet_in_several_files_some_of_them_empty(tmp_path):
     cuts = [0, 100, 100, 101, 400, 500]
-    for i, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
         write_parquet(tmp_path / f"{i}.parquet", FRAME.iloc[start:stop])
     check_pieces(open_source(DataConfig(path=str(tmp_path))), FRAME.to_numpy())
     check_pieces(open_source(DataConfig(path=str(tmp_path / "*.parquet"))), FRAME.to_numpy())
@@ -201,8 +202,11 @@ def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
     write_parquet(tmp_path / "folder" / "1.parquet")
     write_parquet(tmp_path / "folder" / "2.parquet", FRAME[["a", "b"]])
 
-    with pytest.raises(UserError, match=expected) as caught:
+    def read() -> None:
         source = open_source(DataConfig(path=str(tmp_path / name)))
         schema = Schema.of(source, DataConfig(**config))
         to_matrix(source.read(0, source.num_rows, source.schema.names), schema, 0, source.name)
+
+    with pytest.raises(UserError, match=expected) as caught:
+        read()
     assert "\n" not in str(caught.value)

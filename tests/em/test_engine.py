@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -46,12 +47,12 @@ def blocks(num_heads: int = 700, num_tails: int = 300) -> LocalBlocks:
     x = torch.cat([torch.ones(num_heads), torch.zeros(num_tails)]).double()[:, None]
 
     def load(bounds):
-        return [Block(x=x[a:b], rows=torch.arange(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [Block(x=x[a:b], rows=torch.arange(a, b)) for a, b in itertools.pairwise(bounds)]
 
     return LocalBlocks(load, Leaves.of_shape(len(x), 1))
 
 
-def run(model=TwoCoins(0.1), validation=None, history=(), **config):  # noqa: B008
+def run(model=TwoCoins(0.1), validation=None, history=(), **config):
     return list(expectation_maximization(model, blocks(), 1000.0, EMConfig(**config), validation, history))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -21,7 +23,7 @@ def blocks_of(x: np.ndarray, most: int = 1, weights: np.ndarray | None = None, r
     def load(bounds):
         return [
             Block(x=x[a:b], rows=torch.arange(a, b), weights=None if w is None else w[a:b])
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+            for a, b in itertools.pairwise(bounds)
         ]
 
     return LocalBlocks(load, Leaves((*range(0, len(x), rows_a_leaf), len(x))), most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def case(request) -> Case:
 
 
 def leaves_of(case: Case):
-    return lambda bounds: [case.block(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return lambda bounds: [case.block(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def flat(value: Any) -> list[torch.Tensor | float]:
