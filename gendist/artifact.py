@@ -9,16 +9,19 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from pydantic import ValidationError
 
 import gendist
 from gendist import noise
 from gendist.atomic import write
-from gendist.config import families, family_class
+from gendist.config import families, family_class, validated
 from gendist.data.schema import Schema
 from gendist.protocols import GenerativeModel, UserError
 
 FORMAT_VERSION = 1
+
+
+class _NotThisGendist(UserError):
+    """The artifact is whole, but another gendist is needed to read it."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +66,30 @@ def load_artifact(path: str | Path) -> Artifact:
         raise UserError(f"{path}: no such artifact ({'no such folder' if not folder.exists() else hint})")
     try:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
-        version = description["format_version"]
-        if version > FORMAT_VERSION or description["noise_version"] > noise.VERSION:
-            raise UserError(
-                f"{path}: written by gendist {description['gendist_version']}, newer than this one ({gendist.__version__}); "
-                "upgrade gendist to read it"
-            )
+        for key, known in (("format_version", FORMAT_VERSION), ("noise_version", noise.VERSION)):
+            if description[key] > known:
+                raise _NotThisGendist(
+                    f"{path}: written by a newer gendist ({key} {description[key]}; this one, {gendist.__version__}, reads up "
+                    f"to {known}); upgrade gendist to read it"
+                )
         family = description["family"]
         if family not in families():
-            raise UserError(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
+            raise _NotThisGendist(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
         tensors = safetensors.torch.load_file(folder / "model.safetensors")
         cls = family_class(family)
-        config = cls.Config.model_validate(description["config"])
+        config = validated(cls.Config, description["config"], "config")
+        schema = validated(Schema, description["schema"], "schema")
+        if not isinstance(description["labels"], list):
+            raise ValueError("labels are no list")
         model = cls.from_tensors(config, tensors, tuple(description["labels"]))
-        return Artifact(family, model, Schema.model_validate(description["schema"]))
-    except UserError:
+        if model.config != config:
+            raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
+        if schema.num_features != model.num_features:
+            raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
+        return Artifact(family, model, schema)
+    except _NotThisGendist:
         raise
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"{path}: the artifact is damaged ({type(error).__name__}: {reason}); fit the model again or restore the files"

@@ -97,10 +97,12 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     if isinstance(spec, Spec):
         return spec
     if isinstance(spec, Mapping):
-        name, content = "spec", json.loads(json.dumps(spec, default=str))
-    else:
+        name, content = "spec", spec
+    elif isinstance(spec, str | Path):
         name, content = str(spec), read_yaml(spec)
-    content = apply_overrides(content, overrides)
+    else:
+        raise UserError(f"spec: a {type(spec).__name__}; give a path to a YAML file, or a dict")
+    content = apply_overrides(content, overrides, name)
     family = content.get("family")
     if family is None:
         raise UserError(f"{name}: family is missing; allowed are {', '.join(families())}")
@@ -111,11 +113,14 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
 
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
     """Where rows are, from a path to them, the word "digits", or a YAML file with a `data:` block."""
+    for override in overrides:
+        if not override.startswith(("data.", "cluster.")):
+            raise UserError(f"'{override}': only data.KEY and cluster.KEY can be said here")
     if data.endswith((".yaml", ".yml")):
         content = read_yaml(data)
     else:
         content = {"data": {"source": "digits"} if data == "digits" and not Path(data).exists() else {"path": data}}
-    return validated(ScoreSpec, apply_overrides(content, overrides), data)
+    return validated(ScoreSpec, apply_overrides(content, overrides, data), data)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -133,9 +138,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str], name: str) -> dict[str, Any]:
     """A copy of a mapping with dotted `key=value` applied; values are YAML (`[a, b]`, `1e-3`, `true`, `null`)."""
-    result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: holds something else than plain keys and values ({error})") from error
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -158,12 +166,14 @@ def validated(config: type[C], content: Any, where: str) -> C:
     try:
         return config.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(problem, config) for problem in error.errors()]
+        problems = dict.fromkeys(_explain(problem, config) for problem in error.errors())
         raise UserError(f"{where}: " + "; ".join(problems)) from None
 
 
 def _explain(problem: Any, config: type[BaseModel]) -> str:
-    location, kind = [str(part) for part in problem["loc"]], problem["type"]
+    kind = problem["type"]
+    # Of a field that may be of several types, pydantic names the type as if it were a key.
+    location = [str(part) for part in problem["loc"] if part != "str" and "[" not in str(part)]
     key = ".".join(location)
     if kind == "extra_forbidden":
         *parents, unknown = location

@@ -41,7 +41,7 @@ class Run:
     model    the fitted model
     history  the records of metrics.jsonl: one dict an iteration
     path     the run directory, or None where none was asked for
-    results  why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
+    results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
     """
 
     model: Any
@@ -76,9 +76,11 @@ def fit(
     with directory or nullcontext():
         if directory and directory.is_finished:
             logger.info("%s is finished; nothing to do", directory.path)
-            results = directory.read_manifest()["results"]
+            results = directory.read_manifest().get("results", {})
             return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
         start = _model_to_start_from(spec, family, init)
+        if address is not None and spec.cluster.num_workers == 0:
+            raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         source = source_of(data) if data is not None else open_source(spec.data)
         with execution(spec.cluster, address) as make_blocks:
             dataset = Dataset.open(source, spec.data, make_blocks)
@@ -129,20 +131,26 @@ class _Fitting:
         if directory:
             seconds = time.monotonic() - began
             artifact = Artifact(spec.family, state.model, self.dataset.schema)
-            save_picture(state.model.sample(NUM_PICTURED, seed=spec.seed), self.dataset.schema, directory.path / "samples.png")
+            self._draw(state.model, directory.path / "samples.png")
             directory.finish(artifact, {**manifest, "results": results, "wall_time_s": seconds})
         return Run(state.model, list(state.history), directory.path if directory else None, results)
 
+    def _draw(self, model: GenerativeModel, path: Path) -> None:
+        try:
+            save_picture(model.sample(NUM_PICTURED, seed=self.spec.seed), self.dataset.schema, path)
+        except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
+            logger.warning("samples.png could not be drawn (%s)", error)
+
     def _check(self, summary: Summary, validation: Blocks[Block] | None) -> None:
-        name = self.dataset.source.name
-        if summary.total_weight <= 0.0:
-            raise UserError(f"{name}: all {summary.num_rows} rows have weight 0")
-        self.family.check(self.spec.model, summary)
-        if validation is not None and survey(validation).total_weight <= 0.0:
-            raise UserError(
-                f"{name}: data.validation_fraction {self.spec.data.validation_fraction} of {self.dataset.source.num_rows} "
-                "rows leaves none to validate on; hold out more, or 0"
-            )
+        name, fraction = self.dataset.source.name, self.spec.data.validation_fraction
+        for part, purpose in ((summary, "to fit"), (survey(validation) if validation else None, "to validate on")):
+            if part is not None and part.num_rows == 0:
+                raise UserError(
+                    f"{name}: data.validation_fraction {fraction} of {self.dataset.source.num_rows} rows leaves none {purpose}"
+                )
+            if part is not None and part.total_weight <= 0.0:
+                raise UserError(f"{name}: all {part.num_rows} rows {purpose} have weight 0")
+        self.family.check(self.spec.model, summary, self.dataset.schema.feature_names)
         if self.start is not None and self.start.num_features != self.dataset.schema.num_features:
             raise UserError(
                 f"the model to start from has {self.start.num_features} features, the data {self.dataset.schema.num_features}"
@@ -216,8 +224,11 @@ def _model_to_start_from(spec: Spec, family: type[StatisticsModel], init: Any) -
     elif not isinstance(init, family) and hasattr(family, "from_sklearn"):
         if not hasattr(init, "get_params"):
             raise UserError(f"init: a {type(init).__name__}; give a {family.__name__} or a scikit-learn estimator")
-        with one_thread():
-            init = family.from_sklearn(init)
+        try:
+            with one_thread():
+                init = family.from_sklearn(init)
+        except ValueError as error:
+            raise UserError(f"init: {error}") from error
     if not isinstance(init, family):
         raise UserError(f"init: a {type(init).__name__}, but the spec is of family {spec.family}")
     if init.config != spec.model:

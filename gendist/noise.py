@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gendist.protocols import UserError
+
 VERSION = 1  # of the scheme; kept in artifacts, since another scheme gives other samples for the same seed
 
 WORDS_PER_COUNTER = 4
@@ -28,8 +30,14 @@ class Noise:
     seed: int
     purpose: str
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed {self.seed}; allowed are 0 to 2^64 - 1")
+
     def uniform(self, start: int, num_rows: int, width: int = 1) -> Tensor:
         """(num_rows, width) float64, uniform between 0 and 1, both excluded, for the rows from `start` on."""
+        if start < 0 or num_rows < 0:
+            raise UserError(f"{num_rows} rows from {start} on; both must be 0 or more")
         counters_per_row = -(-width // WORDS_PER_COUNTER)
         key = hashlib.blake2b(f"{self.seed}/{self.purpose}".encode(), digest_size=16).digest()
         generator = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64))

@@ -9,8 +9,8 @@ import numpy as np
 
 from gendist.data.schema import Schema
 
+MAX_SHOWN = 5_000  # samples, as points
 MAX_IMAGES = 400
-MAX_POINTS = 5_000
 MAX_PANELS = 4
 TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
 
@@ -21,7 +21,7 @@ def save_picture(x_ND: Any, schema: Schema, path: Path) -> None:
     if schema.image_shape is not None:
         _save_grid(x_ND[:MAX_IMAGES].reshape(-1, *schema.image_shape), path)
     else:
-        _save_panels(x_ND[:MAX_POINTS], schema.feature_names, path)
+        _save_panels(x_ND[:MAX_SHOWN], schema.feature_names, path)
 
 
 def _save_grid(images: np.ndarray[Any, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ Legend: N rows, D features, L latents (components, states or classes), S sequenc
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
 
@@ -23,16 +23,24 @@ class UserError(ValueError):
 
 
 def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
-    """A tensor of what a caller handed over: a tensor, an array (copied where it may not be written), or lists.
+    """A tensor of what a caller handed over: a tensor, an array or data frame of any layout, or lists.
 
-    UserError where it is none of these.
+    UserError where it does not hold real numbers.
     """
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()
-    try:
-        return torch.as_tensor(values, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"an array of numbers is needed, not a {type(values).__name__} ({error})") from error
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+        except ValueError as error:
+            raise UserError(f"an array of numbers is needed, not a {type(values).__name__} ({error})") from error
+        if array.dtype.kind not in "buif":
+            raise UserError(f"an array of numbers is needed, not a {type(values).__name__} of {array.dtype}")
+        native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+        # Memory of its own where torch could not read it as it lies, or warns that it may not be written.
+        plain = array.flags.writeable and array.flags.c_contiguous and array.dtype == native
+        values = torch.from_numpy(array if plain else np.array(array, dtype=native, order="C"))
+    if values.is_complex():
+        raise UserError(f"an array of real numbers is needed, not of {values.dtype}")
+    return values.detach() if dtype is None else values.detach().to(dtype)
 
 
 class Mergeable(Protocol):
@@ -182,7 +190,7 @@ class StatisticsModel(GenerativeModel, Protocol):
         ...
 
     @classmethod
-    def check(cls, config: Any, summary: DataSummary) -> None:
+    def check(cls, config: Any, summary: DataSummary, feature_names: Sequence[str]) -> None:
         """UserError where this data cannot be fitted by this configuration."""
         ...
 

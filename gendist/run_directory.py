@@ -16,11 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-import yaml
-
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
-from gendist.config import Spec
+from gendist.config import Spec, read_yaml
 from gendist.protocols import GenerativeModel, UserError
 
 KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
@@ -58,6 +56,8 @@ class RunDirectory:
             self._check_same_spec(spec_file)
         elif self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
             raise UserError(f"{self.path}: holds files that are not of a run; choose another folder with --run-dir")
+        if self.is_finished:
+            return self  # there is nothing to write, and reading needs no lock
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -71,6 +71,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is None:
+            return
         self._lock.close()
         if not (self.path / "spec.yaml").exists():
             # Nothing was begun: a mistake in the data block, say, leaves no folder behind.
@@ -79,8 +81,7 @@ class RunDirectory:
                 self.path.rmdir()
 
     def _check_same_spec(self, spec_file: Path) -> None:
-        content = yaml.safe_load(spec_file.read_text(encoding="utf-8"))
-        there = {key: value for key, value in content.items() if key != "cluster"}
+        there = {key: value for key, value in read_yaml(spec_file).items() if key != "cluster"}
         here = self.spec.identity()
         different = _differences(there, here)
         if different:
@@ -91,7 +92,7 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        return (self.path / "artifact").is_dir()
+        return (self.path / "artifact" / "model.json").is_file()
 
     @property
     def metrics_file(self) -> Path:
@@ -116,8 +117,9 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty before the run began."""
         file = self.path / "manifest.json"
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return manifest
+        if not file.exists():
+            return {}
+        return _parse(file, file.read_bytes())
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
@@ -129,7 +131,8 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
             return []
-        return [json.loads(line) for line in self.metrics_file.read_text(encoding="utf-8").splitlines()]
+        lines = self.metrics_file.read_bytes().splitlines()
+        return [_parse(self.metrics_file, line) for line in lines]
 
     def save_checkpoint(self, artifact: Artifact, history: Sequence[dict[str, Any]]) -> None:
         """The state after the last record of the history; the oldest checkpoints are removed."""
@@ -145,11 +148,14 @@ class RunDirectory:
             try:
                 model = load_artifact(folder).model
                 history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
-            except (UserError, OSError, ValueError) as error:
+                if [record["iteration"] for record in history] != list(range(1, int(folder.name) + 1)):
+                    raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations")
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("a checkpoint cannot be read and is passed over: %s", error)
                 continue
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
             return Checkpoint(model, tuple(history))
+        self.metrics_file.unlink(missing_ok=True)
         return None
 
     def finish(self, artifact: Artifact, manifest: dict[str, Any]) -> None:
@@ -161,6 +167,16 @@ class RunDirectory:
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
         return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.exists() else []
+
+
+def _parse(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+        return content
+    except ValueError as error:
+        raise UserError(f"{file}: damaged ({error}); restore it, or remove the run directory and fit again") from error
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:

@@ -38,9 +38,17 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-def set_weights(folder: Path, weights: list[float]) -> None:
+def set_schema(folder: Path, **changes) -> None:
+    edit(folder, schema=json.loads((folder / "model.json").read_text())["schema"] | changes)
+
+
+def set_tensor(folder: Path, name: str, values: list) -> None:
     tensors = load_file(folder / "model.safetensors")
-    save_file({**tensors, "weights": torch.tensor(weights, dtype=torch.float64)}, folder / "model.safetensors")
+    save_file({**tensors, name: torch.tensor(values, dtype=torch.float64)}, folder / "model.safetensors")
+
+
+def set_weights(folder: Path, weights: list[float]) -> None:
+    set_tensor(folder, "weights", weights)
 
 
 @pytest.mark.parametrize(
@@ -54,10 +62,16 @@ def set_weights(folder: Path, weights: list[float]) -> None:
         (lambda folder: edit(folder, config={"num_components": -1}), "damaged"),
         (lambda folder: edit(folder, config={"num_components": 2}), "damaged"),
         (lambda folder: edit(folder, family="flow"), "family 'flow', which this gendist does not know"),
-        (lambda folder: edit(folder, format_version=99), "newer than this one"),
-        (lambda folder: edit(folder, noise_version=99), "newer than this one"),
+        (lambda folder: edit(folder, format_version=99), "by a newer gendist"),
+        (lambda folder: edit(folder, noise_version=99), "by a newer gendist"),
         (lambda folder: set_weights(folder, [0.4, float("nan")]), "damaged"),
         (lambda folder: set_weights(folder, [0.4, 0.3, 0.3]), "damaged"),
+        (lambda folder: set_tensor(folder, "means", [[0.0], [float("inf")]]), "damaged.*mean"),
+        (lambda folder: set_tensor(folder, "covariances", [1.0, -1.0]), "damaged.*variance"),
+        (lambda folder: edit(folder, labels="ab"), "damaged.*labels"),
+        (lambda folder: edit(folder, labels=["a", "b", "c"]), "damaged.*3 labels for 2 components"),
+        (lambda folder: set_schema(folder, feature_names=["x", "y"]), "damaged.*2 features"),
+        (lambda folder: set_schema(folder, image_shape=[3, 3]), "damaged.*1 pixels"),
     ],
 )
 def test_damage_is_told_in_one_line(folder, damage, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,42 @@ def test_a_checkpoint_that_a_disk_lost_is_passed_over(unbroken, tmp_path):
     assert sha256(tmp_path / "run") == sha256(unbroken)
 
 
+def damaged(unbroken: Path, tmp_path: Path, name: str, content: bytes) -> Path:
+    path = tmp_path / "run"
+    shutil.copytree(unbroken, path)
+    (path / name).write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["spec.yaml", "manifest.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"[", b"[1, 2]\n", b"\xff\xfe"])
+def test_a_damaged_run_directory_is_told_in_one_line_and_kept(unbroken, tmp_path, name, content):
+    path = damaged(unbroken, tmp_path, name, content)
+    with pytest.raises(UserError, match=name) as caught:
+        gendist.fit(SPEC, run_dir=path)
+    assert "\n" not in str(caught.value)
+    assert (path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"[", b"[{}]", b"[1]", b"{}"])
+def test_without_a_checkpoint_that_can_be_read_a_run_begins_again(unbroken, tmp_path, content):
+    path = tmp_path / "run"
+    shutil.copytree(unbroken, path)
+    shutil.rmtree(path / "artifact")
+    for folder in (path / "checkpoints").iterdir():
+        (folder / "history.json").write_bytes(content)
+    gendist.fit(SPEC, run_dir=path)
+    assert sha256(path) == sha256(unbroken)
+    assert trace(records(path)) == trace(records(unbroken))
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_model(tmp_path):
+    x = np.full((100, 2), 1.8e19) + np.arange(200).reshape(100, 2)  # too few float64 between them for a histogram
+    spec = {**SPEC, "data": {}, "model": {"num_components": 1, "covariance_regularization": 0.0}}
+    gendist.fit(spec, data=x, run_dir=tmp_path / "run")
+    assert bool(gendist.load(tmp_path / "run").means.isfinite().all())
+
+
 def test_another_spec_is_refused(unbroken):
     other = {**SPEC, "seed": 1, "fit": {**SPEC["fit"], "max_iterations": 99}}
     with pytest.raises(UserError, match=r"another spec \(different: seed, fit.max_iterations\)"):
@@ -217,12 +254,18 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
         ({}, np.zeros((5, 2)), None, "num_components is 10, but there are only 5 rows"),
         ({}, np.full((50, 2), np.nan), None, "entries are missing"),
         ({}, np.array([[1.0, 2.0], [np.inf, 1.0]]), None, "infinite in row 1"),
-        ({}, {"x": np.zeros((50, 2)), "w": np.zeros(50)}, None, "all 50 rows have weight 0"),
+        ({}, {"x": np.zeros((50, 2)), "w": np.zeros(50)}, None, "all 50 rows to fit have weight 0"),
         ({}, {"x": np.zeros((50, 2)), "y": range(50)}, None, "50 different labels, but model.num_components is 10"),
         ({"fit": {"init": "kmean++"}}, np.zeros((50, 2)), None, "neither kmeans[+][+] nor random, nor an artifact"),
         ({}, np.zeros((50, 2)), "nonsense", "init: a str"),
         ({}, np.zeros((50, 2)), "model", "has 1 features"),
         ({"data": {"validation_fraction": 1e-9}}, np.zeros((50, 2)), None, "leaves none to validate on"),
+        ({}, np.full((50, 2), 1e200), None, "column 'x' is 1e[+]200, beyond 1e[+]150, in row 0"),
+        ({}, np.ma.masked_array(np.zeros((50, 2)), mask=np.eye(50, 2)), None, "2 entries are missing, 1 of them in 'x_0'"),
+        ({}, np.zeros((50, 2), dtype=complex), None, "holds complex128; numbers are needed"),
+        ({}, {0: np.zeros((50, 2)), 1: [[1], [2, 3]]}, None, "rows of different lengths"),
+        ({}, np.zeros((50, 2)), object, "init: a type"),
+        (None, None, None, "spec: a NoneType"),
     ],
 )
 def test_what_cannot_be_fitted_is_told(change, data, init, expected):
@@ -233,8 +276,9 @@ def test_what_cannot_be_fitted_is_told(change, data, init, expected):
         init = GaussianMixture.from_parameters(init.weights, init.means, init.covariances, covariance_regularization=1e-3)
     columns = {"weight": "w"} if isinstance(data, dict) and "w" in data else {}
     columns |= {"label": "y"} if isinstance(data, dict) and "y" in data else {}
-    with pytest.raises(UserError, match=expected):
-        gendist.fit({**SPEC, "data": columns, **change}, data=data, init=init)
+    with pytest.raises(UserError, match=expected) as caught:
+        gendist.fit(None if change is None else {**SPEC, "data": columns, **change}, data=data, init=init)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_of_another_shape_is_no_start(unbroken):

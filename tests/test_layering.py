@@ -19,7 +19,7 @@ MODULES = {
 BASE = ("gendist", "gendist.protocols", "gendist.noise")
 ALLOWED = {
     "gendist.protocols": (),
-    "gendist.noise": (),
+    "gendist.noise": ("gendist.protocols",),
     "gendist.machine": (),
     "gendist.atomic": (),
     "gendist.blocks": ("gendist.protocols",),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import torch
 
 from gendist.blocks import Blocks, Leaves, reduce
-from gendist.data.schema import Schema, require_column, to_matrix
+from gendist.data.schema import MAX_MAGNITUDE, Schema, require_column, to_matrix
 from gendist.data.sources import DataConfig, Source
 from gendist.noise import Noise
 from gendist.protocols import Block, UserError
@@ -48,6 +48,9 @@ class Dataset:
         dataset = cls(source, config, schema, leaves, make_blocks)
         if config.label is None:
             return dataset
+        label_type = source.schema.field(config.label).type
+        if pa.types.is_nested(label_type):
+            raise UserError(f"{source.name}: column '{config.label}' holds {label_type}; a label is a number or a text")
         found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30), None).labels
         if not found:
             raise UserError(f"{source.name}: column '{config.label}' holds no label in any row")
@@ -102,8 +105,11 @@ class _BlockLoader:
             return None
         where = f"{self.source.name}: column '{self.config.weight}'"
         schema = Schema(columns=(self.config.weight,), feature_names=(self.config.weight,))
+        if pa.types.is_nested(table.column(self.config.weight).type):
+            raise UserError(f"{where} holds lists; a weight is one number")
         weights = to_matrix(table, schema, first_row, self.source.name)[:, 0]
-        for wrong, what in ((np.isnan(weights), "missing"), (weights < 0, "negative")):
+        tiny = (weights > 0) & (weights < 1 / MAX_MAGNITUDE)
+        for wrong, what in ((np.isnan(weights), "missing"), (weights < 0, "negative"), (tiny, "too small for float64")):
             if wrong.any():
                 raise UserError(f"{where} is {what} in row {first_row + int(np.argmax(wrong))}; weights are 0 or more")
         return weights

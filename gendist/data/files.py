@@ -29,9 +29,9 @@ def _reading(path: str, what: str, read: Callable[[], Any]) -> Any:
     """read(), with a failure told as one line about the file."""
     try:
         return read()
-    except (OSError, pa.ArrowException, ValueError, EOFError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # whatever a parser or a file system raises over content that is not ours
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be read as {what} ({reason})") from error
 
@@ -46,9 +46,7 @@ class _Files(ABC):
         self.starts = (0, *accumulate(row_counts))
         self.num_rows = self.starts[-1]
         self.schema = schemas[0]
-        for path, schema in zip(paths, schemas, strict=True):
-            if schema.names != self.schema.names:
-                raise UserError(f"{path}: columns {schema.names}, but {paths[0]} has {self.schema.names}")
+        self._names = [frozenset(schema.names) for schema in schemas]
         self.name = paths[0] if len(paths) == 1 else f"{os.path.dirname(paths[0])} ({len(paths)} files)"
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
@@ -58,6 +56,9 @@ class _Files(ABC):
             if first >= stop:
                 break
             if first < end:
+                lacking = [name for name in columns if name not in self._names[index]]
+                if lacking:
+                    raise UserError(f"{self.paths[index]}: no column '{lacking[0]}', which {self.paths[0]} has")
                 tables.append(self._read_file(index, max(start, first) - first, min(stop, end) - first, columns))
         # One type for a column that is written as integers in one file and as decimals in another.
         return _reading(self.name, "one table", lambda: pa.concat_tables(tables, promote_options="permissive"))
@@ -184,6 +185,7 @@ class NpyFile:
 
     def __init__(self, path: str):
         self.path = self.name = path
+        self.paths: tuple[str, ...] = (path,)
         array = self._open()
         if array.ndim < 1 or array.dtype.kind not in "buif":
             raise UserError(f"{path}: an array of {array.dtype} of shape {array.shape}; rows of numbers are needed")
@@ -195,5 +197,6 @@ class NpyFile:
         return pa.table({"x": array_column(self._open()[start:stop], self.path)})
 
     def _open(self) -> np.ndarray[Any, Any]:
-        array: np.ndarray[Any, Any] = _reading(self.path, ".npy", lambda: np.load(self.path, mmap_mode="r", allow_pickle=False))
+        open_memmap = partial(np.lib.format.open_memmap, self.path, mode="r")
+        array: np.ndarray[Any, Any] = _reading(self.path, ".npy", open_memmap)
         return array

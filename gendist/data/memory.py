@@ -11,14 +11,36 @@ import pyarrow as pa
 from gendist.protocols import UserError
 
 
+def _as_array(values: Any, name: str) -> np.ndarray[Any, Any]:
+    if hasattr(values, "detach"):  # a tensor, of whatever device and precision
+        values = values.detach().cpu()
+        values = values.numpy() if str(values.dtype) != "torch.bfloat16" else values.float().numpy()
+    if isinstance(values, np.ma.MaskedArray):
+        return np.ma.filled(values.astype(np.float64), np.nan)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise UserError(f"{name}: rows of different lengths ({error})") from error
+
+
+def _column(values: Any, name: str) -> pa.Array:
+    return array_column(_as_array(values, name), name)
+
+
 def array_column(array: np.ndarray[Any, Any], name: str) -> pa.Array:
     """A column whose entries are the rows of an array; images of bytes are scaled to 0..1."""
     if array.ndim == 0 or (array.ndim > 1 and 0 in array.shape[1:]):
         raise UserError(f"{name} has shape {array.shape}; one row a sample is needed")
-    if array.ndim == 1:
-        return pa.array(array, from_pandas=True)
-    if array.dtype.kind not in "buif":
+    if array.dtype.kind in "buif":
+        native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
+        array = array.astype(native, copy=False)
+    elif array.ndim > 1 or array.dtype.kind not in "OSUT":
         raise UserError(f"{name} holds {array.dtype}; numbers are needed")
+    if array.ndim == 1:
+        try:
+            return pa.array(array, from_pandas=True)
+        except pa.ArrowException as error:
+            raise UserError(f"{name} holds values of several kinds ({str(error).splitlines()[0]})") from error
     if array.dtype == np.uint8 and image_shape_of(array) is not None:
         array = array / 255.0
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -32,6 +54,8 @@ def image_shape_of(array: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
 
 class TableSource:
     """A table that is held in memory."""
+
+    paths: tuple[str, ...] = ()
 
     def __init__(self, table: pa.Table, name: str, image_shape: tuple[int, ...] | None = None):
         self.table = table
@@ -49,8 +73,11 @@ class HuggingFaceSource:
 
     image_shape: tuple[int, ...] | None = None
     name = "the data set"
+    paths: tuple[str, ...] = ()
 
     def __init__(self, dataset: Any):
+        if not hasattr(dataset, "__len__"):
+            raise UserError("a streamed data set has no length; give a datasets.Dataset, or the files it streams from")
         self.dataset = dataset.with_format("arrow")
         self.num_rows: int = len(dataset)
         self.schema: pa.Schema = dataset.features.arrow_schema
@@ -64,7 +91,7 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
     if isinstance(data, pa.Table):
         return TableSource(data, "the table")
     if isinstance(data, Mapping):
-        columns = {name: array_column(np.asarray(values), f"data[{name!r}]") for name, values in data.items()}
+        columns = {str(name): _column(values, f"data[{name!r}]") for name, values in data.items()}
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"data: columns of different lengths ({lengths})")
@@ -72,10 +99,13 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
     if hasattr(data, "select_columns") and hasattr(data, "with_format"):
         return HuggingFaceSource(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
-        table = pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+        try:
+            table = pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise UserError(f"the data frame cannot be read ({str(error).splitlines()[0]})") from error
         return TableSource(table.rename_columns([str(name) for name in data.columns]), "the data frame")
     if hasattr(data, "__array__"):
-        array = np.asarray(data)
+        array = _as_array(data, "the array")
         return TableSource(pa.table({"x": array_column(array, "the array")}), "the array", image_shape_of(array))
     raise UserError(
         f"data: a {type(data).__name__}; give an array, a mapping of arrays, a DataFrame, an Arrow table or a datasets.Dataset"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from gendist.data.sources import DataConfig, Source
 from gendist.protocols import UserError
+
+MAX_MAGNITUDE = 1e150  # squares of larger numbers overflow
 
 
 class Schema(BaseModel):
@@ -30,6 +33,12 @@ class Schema(BaseModel):
     feature_names: tuple[str, ...]
     image_shape: tuple[int, ...] | None = None
 
+    @model_validator(mode="after")
+    def _image_has_the_features(self) -> Self:
+        if self.image_shape is not None and prod(self.image_shape) != self.num_features:
+            raise ValueError(f"an image of shape {self.image_shape} does not have {self.num_features} pixels")
+        return self
+
     @property
     def num_features(self) -> int:
         return len(self.feature_names)
@@ -39,15 +48,21 @@ class Schema(BaseModel):
         """The schema that the source's columns, its first row and the `data:` block make."""
         if source.num_rows == 0:
             raise UserError(f"{source.name}: the data set is empty")
-        for role in (config.label, config.weight, *(config.columns or ())):
-            if role is not None:
-                require_column(source, role)
+        for what, given in (("columns", source.schema.names), ("data.columns", list(config.columns or ()))):
+            twice = [name for name, count in Counter(given).items() if count > 1]
+            if twice:
+                raise UserError(f"{source.name}: {what} with the same name: {_listing(twice)}; each may stand there once")
+        for name in (config.label, config.weight, *(config.columns or ())):
+            if name is not None:
+                require_column(source, name)
         columns = config.columns or _default_columns(source, config)
         first_row = source.read(0, 1, columns)
         names: list[str] = []
         shapes = [_entry_shape(first_row, name, source.name) for name in columns]
         for name, shape in zip(columns, shapes, strict=True):
             names += [name] if shape == () else [f"{name}_{i}" for i in range(prod(shape))]
+        if not names:
+            raise UserError(f"{source.name}: column '{columns[0]}' holds empty lists; there is nothing to fit")
         image_shape = None
         if len(columns) == 1:
             image_shape = source.image_shape if not _is_image(source.schema.field(columns[0]).type) else shapes[0]
@@ -98,11 +113,14 @@ def _default_columns(source: Source, config: DataConfig) -> tuple[str, ...]:
 def _is_image(type_: pa.DataType) -> bool:
     """The layout of the Hugging Face hub, a struct with the encoded bytes, or the bytes alone."""
     if pa.types.is_struct(type_):
-        return type_.get_field_index("bytes") >= 0
+        index = type_.get_field_index("bytes")
+        return index >= 0 and _is_image(type_.field(index).type)
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
 
 
 def _is_list(type_: pa.DataType) -> bool:
+    if isinstance(type_, pa.ExtensionType):  # such as Array2D of `datasets`
+        type_ = type_.storage_type
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
 
 
@@ -119,6 +137,8 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> np.ndarray[
     """(N, width) of a column of numbers or of lists of equally many numbers."""
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     num_rows = len(array)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
     while _is_list(array.type):
         if array.null_count:
             raise UserError(f"{where} is missing in row {first_row + _first(array.is_null())}; a list is needed in each")
@@ -135,14 +155,16 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> np.ndarray[
         or pa.types.is_decimal(type_)
         or pa.types.is_null(type_)
     ):
-        raise UserError(f"{where} is not numeric ({type_}); name the columns to fit with data.columns")
+        raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
     if pa.types.is_boolean(type_):
         array = array.cast(pa.int8())
     values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    infinite = np.isinf(values)
-    if infinite.any():
-        width = len(values) // num_rows
-        raise UserError(f"{where} is infinite in row {first_row + _first(infinite) // width}; remove or replace such values")
+    too_large = np.abs(values) > MAX_MAGNITUDE
+    if too_large.any():
+        first = _first(too_large)
+        what = "infinite" if np.isinf(values[first]) else f"{values[first]:g}, beyond {MAX_MAGNITUDE:g},"
+        row = first_row + first // (len(values) // num_rows)
+        raise UserError(f"{where} is {what} in row {row}; remove, replace or rescale such values")
     return values.reshape(num_rows, -1) if num_rows else values.reshape(0, 1)
 
 
@@ -166,11 +188,15 @@ def _decode_image(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, np.
         raise UserError(f"{where} has no image in row {row}")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            return np.asarray(image, dtype=np.float64) / 65535.0
         if image.mode not in ("L", "RGB"):
-            image = image.convert("L" if image.mode in ("1", "LA", "I;16", "I", "F") else "RGB")
+            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return np.asarray(image, dtype=np.float64) / 255.0
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{where} in row {row} is not an image that can be decoded ({error})") from error
+    except UnidentifiedImageError:
+        raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where} in row {row} is a damaged image ({error})") from error
 
 
 def _first(flags: Any) -> int:

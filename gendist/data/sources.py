@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,8 +36,8 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Literal["digits", "npy", "parquet", "csv"] | None = None
-    path: str | tuple[str, ...] | None = None
-    columns: tuple[str, ...] | None = None
+    path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     weight: str | None = None
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -48,11 +48,13 @@ class Source(Protocol):
 
     num_rows     how many there are
     schema       the names and types of the columns
-    image_shape  (height, width[, channels]) where the one column "x" is known to hold images, else None
+    image_shape  (height, width[, channels]) where the first column is known to hold images, else None
     name         what error messages call it
+    paths        the files it reads
     """
 
     num_rows: int
+    paths: tuple[str, ...]
     schema: pa.Schema
     image_shape: tuple[int, ...] | None
     name: str
@@ -92,17 +94,17 @@ def _expand(paths: Sequence[str]) -> list[str]:
         if "://" in path:
             files.append(path)
         elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob("*") if file.suffix in SUFFIXES)
+            inside = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
             if not inside:
                 raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
             files += inside
+        elif os.path.exists(path):
+            files.append(path)
         elif glob.has_magic(path):
             found = sorted(glob.glob(path, recursive=True))
             if not found:
                 raise UserError(f"{path}: no file matches")
             files += found
-        elif os.path.exists(path):
-            files.append(path)
         else:
             raise UserError(f"{path}: no such file")
     return [path if "://" in path else os.path.abspath(path) for path in files]

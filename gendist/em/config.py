@@ -18,7 +18,7 @@ class EMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_iterations: int = Field(default=100, ge=1)
-    tolerance: float = Field(default=1e-3, ge=0.0)
+    tolerance: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)
     time_budget_s: float | None = Field(default=None, gt=0.0)
-    init: str = "kmeans++"
+    init: str = Field(default="kmeans++", min_length=1)
     checkpoint_every: int = Field(default=10, ge=1)

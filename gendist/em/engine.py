@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from gendist.blocks import Blocks, reduce
 from gendist.blocks.local import one_thread
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision, decide, fell
-from gendist.protocols import Block, StatisticsModel
+from gendist.protocols import Block, StatisticsModel, UserError
 
 M = TypeVar("M", bound=StatisticsModel)
 
@@ -50,6 +51,11 @@ def expectation_maximization(
         previous = records[-1] if records else None
         statistics = reduce(type(model).e_step, blocks, model)
         log_likelihood = statistics.log_likelihood / total_weight
+        if not math.isfinite(log_likelihood):
+            raise UserError(
+                f"the log-likelihood is {log_likelihood} in iteration {len(records) + 1}: the rows are too far from the model "
+                "for float64; rescale the columns, or start from the data with fit.init"
+            )
         with one_thread():
             update = model.m_step(statistics)
         record: dict[str, Any] = {

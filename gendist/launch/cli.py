@@ -5,41 +5,43 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended, and typer's
+ROWS_AT_ONCE = 1_000_000  # of a sample that is written part by part
+
 app = typer.Typer(
     name="gendist",
     help="Fit, evaluate and serve generative models on a Ray cluster, from one YAML spec.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
 ]
 Address = Annotated[
-    str | None,
-    typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False),
+    str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
 ]
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/.")]
 
 
 def main() -> None:
     """Run a command. A mistake of the user's is one line on stderr and exit code 2."""
     # A job that is told to end (SIGTERM, as schedulers do) leaves a resumable run, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Commands import what they need: neither torch nor ray is paid for by --help.
+    if len(sys.argv) == 1:
+        sys.argv.append("--help")
     try:
-        app()
-    except KeyboardInterrupt:
-        _fail("interrupted; what was reached is kept: the same command goes on from there", 130)
+        if app(standalone_mode=False) == INTERRUPTED:
+            _fail("interrupted; what was reached is kept: the same command goes on from there", INTERRUPTED)
     except ValueError as error:
         from gendist.protocols import UserError
 
@@ -50,6 +52,13 @@ def main() -> None:
         if error.errno is None:
             raise
         _fail(f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), 2)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{' '.join(error.format_message().split())} (--help tells more)", 2)  # a call that typer could not read
+
+
+# The commands import what they need: neither torch nor ray is paid for by --help.
 
 
 @app.command()
@@ -57,8 +66,7 @@ def fit(
     spec: SpecArgument,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False),
+        Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
     ] = None,
     address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")] = False,
@@ -88,18 +96,24 @@ def sample(
 ) -> None:
     """Draw samples. 100 samples are the same as 40 and then 60 with --offset 40."""
     from gendist.artifact import load_artifact
-    from gendist.launch.tables import SUFFIXES, check_out, write_table
-    from gendist.pictures import save_picture
+    from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
+    from gendist.pictures import MAX_SHOWN, save_picture
 
     check_out(out, (*SUFFIXES, ".png"))
     loaded = load_artifact(artifact)
-    x_ND = loaded.model.sample(num_samples, seed=seed, offset=offset, given=given).numpy()
-    if out.suffix == ".png":
-        save_picture(x_ND, loaded.schema, out)
-    elif out.suffix in (".npy", ".npz"):
-        write_table([{"x": x_ND}], out)
+
+    def draw(start: int, size: int) -> Any:
+        return loaded.model.sample(size, seed=seed, offset=start, given=given).numpy()
+
+    def parts() -> Iterator[dict[str, Any]]:
+        for start in range(offset, offset + num_samples, ROWS_AT_ONCE):
+            x_ND = draw(start, min(ROWS_AT_ONCE, offset + num_samples - start))
+            yield {"x": x_ND} if is_array(out) else dict(zip(loaded.schema.feature_names, x_ND.T, strict=True))
+
+    if out.suffix.lower() == ".png":
+        save_picture(draw(offset, min(num_samples, MAX_SHOWN)), loaded.schema, out)
     else:
-        write_table([dict(zip(loaded.schema.feature_names, x_ND.T, strict=True))], out)
+        write_table(parts(), out)
     print(f"{num_samples:,} samples of {loaded.family} in {out}")
 
 
@@ -107,28 +121,29 @@ def sample(
 def score(
     artifact: ArtifactArgument,
     data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv")] = ...,  # type: ignore[assignment]
     address: Address = None,
 ) -> None:
     """Write the log density of every row of DATA, in nats, in the order of the rows."""
     from gendist.artifact import load_artifact
-    from gendist.config import ScoreSpec, load_data_spec
+    from gendist.config import load_data_spec
     from gendist.data import Dataset, open_source
     from gendist.evaluate.score import score as score_blocks
     from gendist.execution import execution
-    from gendist.launch.tables import SUFFIXES, check_out, write_table
+    from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
     from gendist.protocols import UserError
 
     check_out(out, SUFFIXES)
     loaded = load_artifact(artifact)
-    spec: ScoreSpec = load_data_spec(data, overrides or ())
+    spec = load_data_spec(data, overrides or ())
     source = open_source(spec.data)
-    config = spec.data
-    if config.columns is None and set(loaded.schema.columns) <= set(source.schema.names):
-        config = config.model_copy(update={"columns": loaded.schema.columns})
-    config = config.model_copy(update={"label": None, "weight": None})
-    began = time.monotonic()
+    if str(out.absolute()) in source.paths:
+        raise UserError(f"--out {out}: the data themselves; choose another file")
+    # The columns that were fitted; an array has no names and is taken by position.
+    columns = spec.data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
+    config = spec.data.model_copy(update={"columns": columns, "label": None, "weight": None})
+    began, total = time.monotonic(), 0.0
     with execution(spec.cluster, address) as make_blocks:
         dataset = Dataset.open(source, config, make_blocks)
         if dataset.schema.num_features != loaded.model.num_features:
@@ -136,13 +151,12 @@ def score(
                 f"{source.name}: {dataset.schema.num_features} features, but the model has {loaded.model.num_features} "
                 f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
             )
-        total = 0.0
 
-        def parts() -> Any:
+        def parts() -> Iterator[dict[str, Any]]:
             nonlocal total
             for rows, log_prob in score_blocks(loaded.model, dataset.blocks()):
                 total += float(log_prob.sum())
-                yield ({"row": rows.numpy(), "log_prob": log_prob.numpy()} if out.suffix != ".npy" else {"x": log_prob.numpy()})
+                yield ({} if is_array(out) else {"row": rows.numpy()}) | {"log_prob": log_prob.numpy()}
 
         num_rows = write_table(parts(), out)
     seconds = time.monotonic() - began
@@ -154,19 +168,19 @@ def demo(overrides: Overrides = None) -> None:
     """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
     from gendist.config import load_spec
 
-    folder = next(
-        (place for place in (Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs") if place.is_dir()),
-        Path("configs"),
-    )
-    pictures = []
-    for path in sorted(folder.glob("*_digits.yaml")):
-        run = _fit(load_spec(path, overrides or ()), Path("runs") / "demo" / path.stem, None)
-        pictures.append(f"{run.path}/samples.png")
+    # Beside the package in a checkout, inside it where it was installed.
+    places = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
+    folder = next(place for place in places if place.is_dir())
+    runs = [
+        _fit(load_spec(path, overrides or ()), Path("runs") / "demo" / path.stem, None)
+        for path in sorted(folder.glob("*_digits.yaml"))
+    ]
     print("\npictures of digits that no one has written:")
-    for picture in pictures:
-        print(f"  {picture}")
-    print("\nnext:  your own data: copy configs/gmm_parquet.yaml, set data.path, and run")
-    print(f"       {_command()} fit my.yaml data.path=my.parquet")
+    for run in runs:
+        print(f"  {run.path}/samples.png")
+    print(f"\nnext:  more of them         {_command()} sample {runs[0].path} -n 100 --seed 1 --out digits.png")
+    print(f"       your own data        {_command()} fit {folder.name}/gmm_parquet.yaml data.path=YOUR.parquet")
+    print("       what a spec can say  README.md")
 
 
 def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
@@ -181,9 +195,8 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     with fit_progress(console, spec.fit.max_iterations) as watch:
         run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     results = run.results
-    numbers = {key: value for key, value in results.items() if isinstance(value, float)}
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
-    print("  " + "  ".join(f"{key} {value:.6g}" for key, value in numbers.items()))
+    print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
     if results["repairs"]:
         print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
     if results["iterations_that_fell"]:

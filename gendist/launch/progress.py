@@ -32,16 +32,20 @@ def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=False) as progress:
-        task = progress.add_task("EM", total=max_iterations, state="")
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("EM", total=max_iterations, state="")
 
-        def watch(record: dict[str, Any]) -> None:
-            for repair in record["repairs"]:
-                progress.console.print(f"iteration {record['iteration']}: {repair}", highlight=False)
-            if record.get("fell"):
-                progress.console.print(f"iteration {record['iteration']}: the log-likelihood fell", highlight=False)
-            gain = "" if record["gain"] is None else f"  gain {record['gain']:.2e}"
-            state = f"log-likelihood {record['log_likelihood']:.6f}{gain}  {record['seconds']:.2f} s"
-            progress.update(task, completed=record["iteration"], state=state)
+    def watch(record: dict[str, Any]) -> None:
+        progress.start()  # with the first record: a mistake found before leaves no empty bar
+        for repair in record["repairs"]:
+            progress.console.print(f"iteration {record['iteration']}: {repair}", highlight=False)
+        if record.get("fell"):
+            progress.console.print(f"iteration {record['iteration']}: the log-likelihood fell", highlight=False)
+        gain = "" if record["gain"] is None else f"  gain {record['gain']:.2e}"
+        state = f"log-likelihood {record['log_likelihood']:.6f}{gain}  {record['seconds']:.2f} s"
+        progress.update(task, completed=record["iteration"], state=state)
 
+    try:
         yield watch
+    finally:
+        progress.stop()

@@ -20,7 +20,7 @@ Columns = Mapping[str, np.ndarray[Any, Any]]
 
 def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
     """UserError where a file of this name cannot be written."""
-    if out.suffix not in suffixes:
+    if out.suffix.lower() not in suffixes:
         raise UserError(f"--out {out}: the suffix says how to write; allowed are {', '.join(suffixes)}")
     if not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: no such folder; make it first")
@@ -28,14 +28,19 @@ def check_out(out: Path, suffixes: tuple[str, ...]) -> None:
         raise UserError(f"--out {out}: a folder; give a file")
 
 
+def is_array(out: Path) -> bool:
+    """Whether a file of this name holds arrays instead of named columns."""
+    return out.suffix.lower() in (".npy", ".npz")
+
+
 def write_table(parts: Iterable[Columns], out: Path) -> int:
     """Write parts of a table, one below the other; returns the number of rows.
 
-    .npy holds one array, of a column a name in the table or of the only column; .npz one array a name.
+    .npy holds the only column, .npz one array a name.
     """
     unfinished = out.with_name(f".{out.name}.unfinished")
     try:
-        num_rows = (_write_arrays if out.suffix in (".npy", ".npz") else _write_arrow)(parts, unfinished, out.suffix)
+        num_rows = (_write_arrays if is_array(out) else _write_arrow)(parts, unfinished, out.suffix.lower())
         unfinished.replace(out)
         return num_rows
     finally:
@@ -67,6 +72,6 @@ def _write_arrays(parts: Iterable[Columns], path: Path, suffix: str) -> int:
         if suffix == ".npz":
             np.savez(file, allow_pickle=False, **columns)
         else:
-            arrays = list(columns.values())
-            np.save(file, arrays[0] if len(arrays) == 1 else np.column_stack(arrays))
+            (values,) = columns.values()
+            np.save(file, values)
     return len(next(iter(columns.values())))

@@ -7,7 +7,7 @@ Legend: N samples, D features, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ class GaussianMixtureConfig(BaseModel):
 
     num_components: int = Field(ge=1)
     covariance_type: CovarianceType = "full"
-    covariance_regularization: float = Field(default=1e-6, ge=0.0)
+    covariance_regularization: float = Field(default=1e-6, ge=0.0, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,8 @@ class GaussianMixture:
             raise ValueError(f"weights of shape {tuple(self.weights.shape)}; ({self.num_components},) is needed")
         if not bool((self.weights >= 0).all()) or not math.isclose(float(self.weights.sum()), 1.0, rel_tol=1e-6):
             raise ValueError(f"weights must be 0 or more and sum to 1, not {float(self.weights.sum()):g}")
+        if len(self.labels) > self.num_components:
+            raise ValueError(f"{len(self.labels)} labels for {self.num_components} components")
 
     @classmethod
     def from_parameters(
@@ -87,9 +89,7 @@ class GaussianMixture:
         ValueError where shapes do not fit or a covariance is not positive definite.
         """
         weights, means, covariances = (as_tensor(v) for v in (weights, means, covariances))
-        model = cls(weights, Gaussian(means, covariances, covariance_type, covariance_regularization), labels)
-        _ = model.gaussian.scale  # factorize now, so that a wrong covariance is an error here and not in the first use
-        return model
+        return cls(weights, Gaussian(means, covariances, covariance_type, covariance_regularization).check(), labels)
 
     # Parameters
 
@@ -210,14 +210,14 @@ class GaussianMixture:
         return torch.cat(parts) if parts else torch.empty(0, self.num_features, dtype=torch.float64)
 
     def _component_of(self, given: Any) -> int:
-        if self.labels:
-            by_name = {str(label): component for component, label in enumerate(self.labels)}
-            if str(given) not in by_name:
-                raise UserError(f"given {given!r}; the labels are {', '.join(map(str, self.labels))}")
-            return by_name[str(given)]
-        if not str(given).isdigit() or int(given) >= self.num_components:
-            raise UserError(f"given {given!r}; the components are 0 to {self.num_components - 1}")
-        return int(given)
+        names = {str(label): component for component, label in enumerate(self.labels)}
+        names |= {str(free): free for free in range(len(self.labels), self.num_components) if str(free) not in names}
+        if str(given) not in names:
+            labels = f"the labels are {', '.join(map(str, self.labels))}" if self.labels else ""
+            free = self.num_components - len(self.labels)
+            components = f"the components are {len(self.labels)} to {self.num_components - 1}" if free else ""
+            raise UserError(f"given {given!r}; {'; '.join(filter(None, (labels, components)))}")
+        return names[str(given)]
 
     # Expectation-maximization
 
@@ -250,12 +250,13 @@ class GaussianMixture:
         return cls(weights_K, gaussian, labels)
 
     @classmethod
-    def check(cls, config: GaussianMixtureConfig, summary: DataSummary) -> None:
+    def check(cls, config: GaussianMixtureConfig, summary: DataSummary, feature_names: Sequence[str]) -> None:
         if bool(summary.num_missing.any()):
-            column = int(torch.argmax(summary.num_missing))
+            worst = int(torch.argmax(summary.num_missing))
             raise UserError(
-                f"{int(summary.num_missing.sum()):,} entries are missing, most in feature {column}; a Gaussian mixture takes "
-                "complete rows only: drop or fill them, or choose other columns with data.columns"
+                f"{int(summary.num_missing.sum()):,} entries are missing, {int(summary.num_missing[worst]):,} of them in "
+                f"'{feature_names[worst]}'; a Gaussian mixture takes complete rows only: drop or fill them, or choose other "
+                "columns with data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(
@@ -295,12 +296,17 @@ class GaussianMixture:
     @classmethod
     def from_sklearn(cls, estimator: Any) -> GaussianMixture:
         """From a `sklearn.mixture.GaussianMixture`, fitted, or with weights_init, means_init and precisions_init set."""
+        if not hasattr(estimator, "covariance_type"):
+            raise UserError(f"a {type(estimator).__name__} is no sklearn.mixture.GaussianMixture")
         kind = estimator.covariance_type
         if hasattr(estimator, "weights_"):
             parameters = (estimator.weights_, estimator.means_, estimator.covariances_)
         elif estimator.weights_init is not None and estimator.means_init is not None and estimator.precisions_init is not None:
             precisions = as_tensor(estimator.precisions_init)
-            covariances = torch.linalg.inv(precisions) if kind in ("full", "tied") else precisions.reciprocal()
+            inverse, failed = torch.linalg.inv_ex(precisions) if kind in ("full", "tied") else (1 / precisions, torch.tensor(0))
+            if bool(failed.any()) or not bool(inverse.isfinite().all()):
+                raise UserError("precisions_init has no inverse")
+            covariances = 0.5 * (inverse + inverse.mT) if kind in ("full", "tied") else inverse
             parameters = (estimator.weights_init, estimator.means_init, covariances)
         else:
             raise UserError(

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from gendist.data import DataConfig, Schema, open_source, source_of
@@ -136,6 +137,39 @@ def test_what_python_hands_over():
         source_of("data.parquet")
 
 
+def test_arrays_of_every_layout_are_the_same_numbers(tmp_path):
+    values = RNG.integers(0, 100, (500, 3))
+    layouts = [values.astype(kind) for kind in (">f8", ">i4", "<i2", np.longdouble, np.uint64)]
+    layouts += [values[::-1][::-1], np.asfortranarray(values), torch.from_numpy(values), torch.tensor(values).bfloat16()]
+    layouts += [torch.tensor(values, dtype=torch.float32, requires_grad=True)]
+    for layout in layouts:
+        check_pieces(source_of(layout), values)
+    np.save(tmp_path / "a.npy", values.astype(">f8"))
+    check_pieces(open_source(DataConfig(path=str(tmp_path / "a.npy"))), values)
+
+
+def test_file_names_and_order_of_columns(tmp_path):
+    (tmp_path / "odd[1].CSV").write_text("a,b\n1,2\n")
+    assert open_source(DataConfig(path=str(tmp_path / "odd[1].CSV"))).num_rows == 1
+    (tmp_path / "other.csv").write_text("b,extra,a\n4,x,3\n")
+    source = open_source(DataConfig(path=str(tmp_path)))  # a folder, in the order of the names
+    np.testing.assert_array_equal(matrix(source, columns=("a", "b")), [[1.0, 2.0], [3.0, 4.0]])
+
+
+def test_arrays_of_two_axes_in_a_datasets_column():
+    images = RNG.normal(size=(8, 3, 4))
+    features = datasets.Features({"image": datasets.Array2D((3, 4), "float64")})
+    source = source_of(datasets.Dataset.from_dict({"image": list(images)}, features=features))
+    np.testing.assert_array_equal(matrix(source), images.reshape(8, 12))
+
+
+def test_pictures_of_sixteen_bits_are_scaled(tmp_path):
+    image = np.array([[0, 300], [30_000, 65_535]], dtype=np.uint16)
+    pq.write_table(pa.table({"image": [png(image)]}), tmp_path / "a.parquet")
+    source = open_source(DataConfig(path=str(tmp_path / "a.parquet")))
+    np.testing.assert_allclose(matrix(source), image.reshape(1, 4) / 65_535)
+
+
 def test_the_embedded_digits():
     source = open_source(DataConfig(source="digits"))
     values = matrix(source)
@@ -172,9 +206,13 @@ def case(name: str, expected: str, **config):
         case("lists.parquet", "lists of different lengths"),
         case("images.parquet", "images of mixed sizes"),
         case("noimage.parquet", "not an image"),
+        case("twice.csv", "columns with the same name: 'a'"),
+        case("good.csv", "data.columns with the same name: 'count'", columns=("count", "count")),
+        case("hollow.parquet", "holds empty lists"),
+        case("several.npy", "cannot be read as .npy"),
         case("objects.npy", "cannot be read as .npy"),
         case("cut.npy", "cannot be read as .npy"),
-        case("folder", "columns .*, but"),
+        case("folder", "2.parquet: no column .c., which .*1.parquet has"),
     ],
 )
 def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
@@ -198,6 +236,10 @@ def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
     np.save(tmp_path / "objects.npy", np.array([{}, {}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "whole.npy", np.zeros((100, 3)))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "whole.npy").read_bytes()[:900])
+    (tmp_path / "twice.csv").write_text("a,a\n1,2\n")
+    pq.write_table(pa.table({"x": pa.array([[], []], pa.list_(pa.float64()))}), tmp_path / "hollow.parquet")
+    with (tmp_path / "several.npy").open("wb") as file:
+        np.savez(file, a=np.zeros(3), b=np.zeros(3))
     (tmp_path / "folder").mkdir()
     write_parquet(tmp_path / "folder" / "1.parquet")
     write_parquet(tmp_path / "folder" / "2.parquet", FRAME[["a", "b"]])

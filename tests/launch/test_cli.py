@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -152,12 +154,21 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["sample", "run", "-n", "1", "--out", "no/where.npy"], "no such folder"),
         (["sample", "run", "-n", "1", "--given", "7", "--out", "a.npy"], "the components are 0 to 1"),
         (["score", "run", "data.csv", "data.columns=[a]", "--out", "a.npy"], "1 features, but the model has 2"),
-        (["score", "run", "digits", "--out", "a.npy"], "64 features, but the model has 2"),
+        (["score", "run", "digits", "--out", "a.npy"], "digits: no column 'a'"),
+        (["score", "run", "wide.npy", "--out", "a.npy"], "3 features, but the model has 2"),
+        (["score", "run", "data.csv", "--out", "data.csv"], "the data themselves"),
+        (["score", "run", "data.csv", "seed=3", "--out", "a.npy"], "only data.KEY and cluster.KEY"),
+        (["fit", "spec.yaml", "--address", "127.0.0.1:1"], "cluster.num_workers is 0"),
+        (["sample", "run", "--out", "a.npy"], "Missing option '-n'"),
+        (["sample", "run", "-n", "0", "--out", "a.npy"], "greater than or equal to 1"),
+        (["fit"], "Missing argument 'SPEC.yaml'"),
+        (["nonsense"], "No such command 'nonsense'"),
         (["score", "run", "missing.csv", "--out", "a.npy"], "missing or infinite entries"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments, expected):
     (folder / "missing.csv").write_text("a,b\n1,2\n3,\n")
+    np.save(folder / "wide.npy", np.zeros((5, 3)))
     code, _, err = call(monkeypatch, capsys, folder, *arguments)
     assert code == 2
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -168,11 +179,24 @@ def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments
     assert not list(folder.glob(".*unfinished"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [["sample", "run", "--out", "a.npy"], ["sample", "run", "-n", "0", "--out", "a.npy"], ["fit"], ["nonsense"]]
-)
-def test_a_call_that_lacks_something_is_code_2(monkeypatch, capsys, folder, arguments):
-    assert call(monkeypatch, capsys, folder, *arguments)[0] == 2
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_a_fit_says_how_to_go_on(folder, tmp_path, how):
+    """SIGTERM, as schedulers send it, and Ctrl-C: code 130, one line, a run that the same command finishes."""
+    command = [sys.executable, ROOT / "launch.py", "fit", "spec.yaml", "--run-dir", str(tmp_path / "run")]
+    command += ["fit.tolerance=0", "fit.max_iterations=20000", "fit.time_budget_s=100"]
+    process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("error: interrupted; what was reached is kept")
+    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
 def test_the_demo_draws_digits(monkeypatch, capsys, tmp_path):

@@ -22,6 +22,7 @@ from torch import Tensor
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 
 ENTRIES_AT_ONCE = 1 << 18  # of the (k, N, D) differences that a kernel holds at a time: 2 MiB, cache-sized
+EMPTY = 10 * torch.finfo(torch.float64).eps  # a latent with less than this share of all weight has none
 SMALLEST_JITTER = 1e-12  # of the mean variance, added to a covariance that has no Cholesky factor, and then tenfold
 
 
@@ -79,6 +80,15 @@ class Gaussian:
             raise ValueError(
                 f"covariances of shape {tuple(self.covariances.shape)}; {shape} is needed for {self.covariance_type}"
             )
+
+    def check(self) -> Gaussian:
+        """The same; ValueError where means or covariances are no numbers that a Gaussian can have."""
+        if not bool(self.means.isfinite().all()):
+            raise ValueError("a mean is missing or infinite")
+        if self._has_matrices and not torch.allclose(self.covariances, self.covariances.mT, rtol=1e-6, atol=0.0):
+            raise ValueError("a covariance matrix is not symmetric")
+        _ = self.scale
+        return self
 
     @property
     def num_latents(self) -> int:
@@ -164,7 +174,8 @@ class Gaussian:
         With s the mean of d, the new mean is reference + s and the covariance second / count - s s^T + regularization. A
         latent without weight keeps its parameters.
         """
-        counts_K, alive_K = statistics.counts, statistics.counts > 10 * torch.finfo(torch.float64).eps
+        counts_K = statistics.counts
+        alive_K = counts_K > EMPTY * counts_K.sum()
         counts_K1 = torch.where(alive_K, counts_K, 1.0)[:, None]
         shift_KD = statistics.first / counts_K1
         means = torch.where(alive_K[:, None], statistics.reference + shift_KD, self.means)
