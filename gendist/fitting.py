@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gendist.artifact import Artifact, load_artifact
+from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
 from gendist.blocks.local import one_thread
 from gendist.config import Spec, family_class, load_spec
@@ -107,18 +107,18 @@ class _Fitting:
         validation = self.dataset.blocks(num_latents, "validation", spec.seed) if held_out else None
         logger.info("reading %s: %d rows, %d features", self.dataset.source.name, self.dataset.source.num_rows,
                     self.dataset.schema.num_features)  # fmt: skip
-        summary = survey(blocks)
-        self._check(summary, validation)
-        manifest = self._manifest(summary)
+        summary, held_out_summary = survey(blocks), survey(validation) if validation else None
+        self._check(summary, held_out_summary)
+        manifest = self._manifest(summary, held_out_summary)
         if directory:
             directory.begin(manifest)
-        state, repairs = self._begin(blocks, summary)
+        state = self._begin(blocks, summary)
         try:
             for iteration in expectation_maximization(
                 state.model, blocks, summary.total_weight, spec.fit, validation, state.history
             ):
                 # One assignment, so that an interrupt finds model and history of the same iteration.
-                state = Checkpoint(iteration.model, iteration.history)
+                state = Checkpoint(iteration.model, iteration.history, state.repairs_of_start)
                 if directory:
                     directory.append_metrics(state.history[-1])
                     if len(state.history) % spec.fit.checkpoint_every == 0 or iteration.decision is not Decision.CONTINUE:
@@ -127,12 +127,11 @@ class _Fitting:
         except KeyboardInterrupt:
             self._save(state)
             raise
-        results = self._results(state, repairs, blocks, validation, summary)
+        results = self._results(state, blocks, validation, summary)
         if directory:
-            seconds = time.monotonic() - began
-            artifact = Artifact(spec.family, state.model, self.dataset.schema)
             self._draw(state.model, directory.path / "samples.png")
-            directory.finish(artifact, {**manifest, "results": results, "wall_time_s": seconds})
+            manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
+            directory.finish(state.model, self.dataset.schema, manifest)
         return Run(state.model, list(state.history), directory.path if directory else None, results)
 
     def _draw(self, model: GenerativeModel, path: Path) -> None:
@@ -141,9 +140,9 @@ class _Fitting:
         except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
             logger.warning("samples.png could not be drawn (%s)", error)
 
-    def _check(self, summary: Summary, validation: Blocks[Block] | None) -> None:
+    def _check(self, summary: Summary, held_out: Summary | None) -> None:
         name, fraction = self.dataset.source.name, self.spec.data.validation_fraction
-        for part, purpose in ((summary, "to fit"), (survey(validation) if validation else None, "to validate on")):
+        for part, purpose in ((summary, "to fit"), (held_out, "to validate on")):
             if part is not None and part.num_rows == 0:
                 raise UserError(
                     f"{name}: data.validation_fraction {fraction} of {self.dataset.source.num_rows} rows leaves none {purpose}"
@@ -151,39 +150,44 @@ class _Fitting:
             if part is not None and part.total_weight <= 0.0:
                 raise UserError(f"{name}: all {part.num_rows} rows {purpose} have weight 0")
         self.family.check(self.spec.model, summary, self.dataset.schema.feature_names)
-        if self.start is not None and self.start.num_features != self.dataset.schema.num_features:
-            raise UserError(
-                f"the model to start from has {self.start.num_features} features, the data {self.dataset.schema.num_features}"
-            )
+        if self.start is not None:
+            features, labels = self.dataset.schema.num_features, self.dataset.labels
+            if self.start.num_features != features:
+                raise UserError(f"the model to start from has {self.start.num_features} features, the data {features}")
+            if labels and self.start.labels not in ((), labels):
+                raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
 
-    def _begin(self, blocks: Blocks[Block], summary: Summary) -> tuple[Checkpoint[StatisticsModel], tuple[str, ...]]:
-        """The model and records to go on from, and what the start had to repair."""
+    def _begin(self, blocks: Blocks[Block], summary: Summary) -> Checkpoint[StatisticsModel]:
+        """The model and records to go on from."""
         resumed = self.directory.resume() if self.directory else None
         if resumed is not None:
             logger.info("resuming after iteration %d", len(resumed.history))
-            return resumed, ()
+            return resumed
         if self.start is not None:
-            update = Update(self.start)
+            labels = self.dataset.labels or self.start.labels
+            update = Update(self.family.from_tensors(self.start.config, self.start.tensors(), labels))
         else:
             logger.info("choosing where to start (%s)", self.spec.fit.init)
             update = start_from_data(
                 self.family, self.spec.model, blocks, summary, self.dataset.labels, self.spec.fit.init, self.spec.seed
             )
-        state = Checkpoint(update.model, ())
+        state = Checkpoint(update.model, (), update.repairs)
         self._save(state)
-        return state, update.repairs
+        return state
 
     def _save(self, state: Checkpoint[StatisticsModel]) -> None:
         if self.directory:
-            artifact = Artifact(self.spec.family, state.model, self.dataset.schema)
-            self.directory.save_checkpoint(artifact, state.history)
+            self.directory.save_checkpoint(state, self.dataset.schema)
 
-    def _manifest(self, summary: Summary) -> dict[str, Any]:
+    def _manifest(self, summary: Summary, held_out: Summary | None) -> dict[str, Any]:
+        data = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
+        if held_out is not None:
+            data |= {"num_validation_rows": held_out.num_rows, "validation_fingerprint": held_out.fingerprint.hex()}
         return {
             "name": self.spec.name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seed": self.spec.seed,
-            "data": {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()},
+            "data": data,
             "init": _digest(self.start) if self.start is not None else self.spec.fit.init,
             "machine": machine_type(),
             "versions": versions(),
@@ -192,7 +196,6 @@ class _Fitting:
     def _results(
         self,
         state: Checkpoint[StatisticsModel],
-        repairs_of_start: tuple[str, ...],
         blocks: Blocks[Block],
         validation: Blocks[Block] | None,
         summary: Summary,
@@ -205,7 +208,7 @@ class _Fitting:
             "num_iterations": len(history),
             "log_likelihood": log_likelihood,
             **model.criteria(log_likelihood * summary.total_weight, summary.total_weight),
-            "repairs": [*repairs_of_start, *(line for record in history for line in record["repairs"])],
+            "repairs": [*state.repairs_of_start, *(line for record in history for line in record["repairs"])],
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:

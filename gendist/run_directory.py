@@ -10,7 +10,6 @@ import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, read_yaml
+from gendist.data import Schema
 from gendist.protocols import GenerativeModel, UserError
 
 KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
@@ -31,10 +31,11 @@ M = TypeVar("M", bound=GenerativeModel)
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[M]):
-    """A model and the records of the iterations or steps that led to it."""
+    """A model, the records of the iterations or steps that led to it, and what had to be repaired where they began."""
 
     model: M
-    history: tuple[dict[str, Any], ...]
+    history: tuple[dict[str, Any], ...] = ()
+    repairs_of_start: tuple[str, ...] = ()
 
 
 @dataclass
@@ -134,11 +135,12 @@ class RunDirectory:
         lines = self.metrics_file.read_bytes().splitlines()
         return [_parse(self.metrics_file, line) for line in lines]
 
-    def save_checkpoint(self, artifact: Artifact, history: Sequence[dict[str, Any]]) -> None:
-        """The state after the last record of the history; the oldest checkpoints are removed."""
-        with new_folder(self.path / "checkpoints" / f"{len(history):08d}") as inside:
-            save(artifact, inside)
-            write_atomically(inside / "history.json", json.dumps(list(history)))
+    def save_checkpoint(self, state: Checkpoint[Any], schema: Schema) -> None:
+        """Keep the state after the last record of its history; the oldest checkpoints are removed."""
+        with new_folder(self.path / "checkpoints" / f"{len(state.history):08d}") as inside:
+            save(Artifact(self.spec.family, state.model, schema), inside)
+            records = {"history": state.history, "repairs_of_start": state.repairs_of_start}
+            write_atomically(inside / "history.json", json.dumps(records))
         for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
 
@@ -147,22 +149,24 @@ class RunDirectory:
         for folder in reversed(self._checkpoints()):
             try:
                 model = load_artifact(folder).model
-                history = json.loads((folder / "history.json").read_text(encoding="utf-8"))
+                records = _parse(folder / "history.json", (folder / "history.json").read_bytes())
+                history = tuple(records["history"])
                 if [record["iteration"] for record in history] != list(range(1, int(folder.name) + 1)):
                     raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations")
+                state = Checkpoint(model, history, tuple(records["repairs_of_start"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("a checkpoint cannot be read and is passed over: %s", error)
                 continue
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
-            return Checkpoint(model, tuple(history))
+            return state
         self.metrics_file.unlink(missing_ok=True)
         return None
 
-    def finish(self, artifact: Artifact, manifest: dict[str, Any]) -> None:
+    def finish(self, model: GenerativeModel, schema: Schema, manifest: dict[str, Any]) -> None:
         """Write the artifact, last of all: with it the run is finished."""
         self.write_manifest(manifest)
         with new_folder(self.path / "artifact") as inside:
-            save(artifact, inside)
+            save(Artifact(self.spec.family, model, schema), inside)
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"

@@ -281,6 +281,31 @@ def test_what_cannot_be_fitted_is_told(change, data, init, expected):
     assert "\n" not in str(caught.value)
 
 
+def test_labels_and_a_model_to_start_from(blobs):
+    """The labels of the data are the model's; a model that has others is refused."""
+    labels = np.where(blobs[:, 0] > 3, "b", "a")
+    spec = {**SPEC, "data": {"label": "y"}, "model": {"num_components": 3}}
+    plain = gendist.fit({**spec, "data": {}}, data=blobs).model
+    run = gendist.fit(spec, data={"x": blobs, "y": labels}, init=plain)
+    assert run.model.labels == ("a", "b")
+    assert gendist.fit({**spec, "data": {}}, data=blobs, init=run.model).model.labels == ("a", "b")
+    with pytest.raises(UserError, match="has the labels"):
+        gendist.fit(spec, data={"x": blobs, "y": np.where(labels == "a", "c", "d")}, init=run.model)
+
+
+def test_repairs_of_the_start_survive_a_resume(tmp_path):
+    x = np.repeat([[0.0, 0.0], [1.0, 1.0]], 40, axis=0)
+    spec = {**SPEC, "data": {}, "model": {"num_components": 4}}
+
+    def stop(record):
+        raise Stop
+
+    with pytest.raises(Stop):
+        gendist.fit(spec, data=x, run_dir=tmp_path / "run", watch=stop)
+    resumed = gendist.fit(spec, data=x, run_dir=tmp_path / "run")
+    assert resumed.results["repairs"] == gendist.fit(spec, data=x).results["repairs"] != []
+
+
 def test_a_model_of_another_shape_is_no_start(unbroken):
     with pytest.raises(UserError, match="num_components 10 instead of 4"):
         gendist.fit({**SPEC, "model": {**SPEC["model"], "num_components": 4}}, init=gendist.load(unbroken))
