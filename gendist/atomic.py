@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """`with new_folder(path) as inside:` write into `inside`; at the end it is renamed to `path`, replacing what was there.
+    """`with new_folder(path) as inside:` write into `inside`; at the end it is renamed to `path`, where nothing may stand.
 
     What an earlier process left half-written is removed.
     """
@@ -21,7 +21,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield inside
         _sync_folder(inside)
-        shutil.rmtree(path, ignore_errors=True)
         inside.rename(path)
         _sync_folder(path.parent)
     finally:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
@@ -156,8 +156,8 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str], name: 
             place = place[parent]
         try:
             place[last] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"'{override}': the value is not YAML ({' '.join(str(error).split())})") from error
+        except yaml.YAMLError:
+            place[last] = text  # such as data.path=*.parquet
     return result
 
 
@@ -178,13 +178,20 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         *parents, unknown = location
         for part in parents:
-            config = config.model_fields[part].annotation  # type: ignore[assignment]
+            config = _block_of(config.model_fields[part].annotation)
         return nearest("unknown key", unknown, list(config.model_fields), ".".join(parents))
     if kind == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
     given = f", not {problem['input']!r}" if not isinstance(problem["input"], dict | list) else ""
     return f"{key}: {message[:1].lower()}{message[1:]}{given}"
+
+
+def _block_of(annotation: Any) -> type[BaseModel]:
+    """The configuration class inside the type of a field, such as `Block | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(_block_of(part) for part in get_args(annotation) if part is not type(None))
 
 
 def nearest(what: str, given: str, allowed: Sequence[str], block: str = "") -> str:

@@ -24,4 +24,4 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     from gendist.ray_cluster import ray_cluster
 
     with ray_cluster(cluster.num_workers, address):
-        yield lambda load, leaves, most: RayBlocks(load, leaves, cluster.num_workers, most)
+        yield lambda load, leaves, most, keep: RayBlocks(load, leaves, cluster.num_workers, most, keep)

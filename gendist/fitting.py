@@ -14,20 +14,20 @@ from typing import Any
 
 from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
-from gendist.blocks.local import one_thread
 from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset, open_source, source_of
 from gendist.data.survey import Summary, survey
+from gendist.em.config import STARTS
 from gendist.em.convergence import Decision, decide
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
 from gendist.em.start import start_from_data
 from gendist.execution import execution
 from gendist.machine import machine_type, versions
+from gendist.one_thread import one_thread
 from gendist.pictures import save_picture
 from gendist.protocols import Block, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.run_directory import Checkpoint, RunDirectory
 
-STARTS = ("kmeans++", "random")
 NUM_PICTURED = 100
 
 logger = logging.getLogger("gendist")
@@ -74,10 +74,9 @@ def fit(
     family: type[StatisticsModel] = family_class(spec.family)
     directory = RunDirectory(Path(run_dir), spec) if run_dir is not None else None
     with directory or nullcontext():
-        if directory and directory.is_finished:
-            logger.info("%s is finished; nothing to do", directory.path)
-            results = directory.read_manifest().get("results", {})
-            return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
+        # The spec says nothing of what Python hands over, so that a finished run must look at it, too.
+        if directory and directory.is_finished and data is None and init is None:
+            return _finished(directory)
         start = _model_to_start_from(spec, family, init)
         if address is not None and spec.cluster.num_workers == 0:
             raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
@@ -110,8 +109,11 @@ class _Fitting:
         summary, held_out_summary = survey(blocks), survey(validation) if validation else None
         self._check(summary, held_out_summary)
         manifest = self._manifest(summary, held_out_summary)
+        if directory and directory.is_finished:
+            directory.check_same_data(manifest)
+            return _finished(directory)
         if directory:
-            directory.begin(manifest)
+            manifest = directory.begin(manifest)
         state = self._begin(blocks, summary)
         try:
             for iteration in expectation_maximization(
@@ -131,7 +133,7 @@ class _Fitting:
         if directory:
             self._draw(state.model, directory.path / "samples.png")
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
-            directory.finish(state.model, self.dataset.schema, manifest)
+            directory.finish(state, self.dataset.schema, manifest)
         return Run(state.model, list(state.history), directory.path if directory else None, results)
 
     def _draw(self, model: GenerativeModel, path: Path) -> None:
@@ -180,9 +182,11 @@ class _Fitting:
             self.directory.save_checkpoint(state, self.dataset.schema)
 
     def _manifest(self, summary: Summary, held_out: Summary | None) -> dict[str, Any]:
-        data = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
+        data: dict[str, Any] = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
         if held_out is not None:
             data |= {"num_validation_rows": held_out.num_rows, "validation_fingerprint": held_out.fingerprint.hex()}
+        if self.dataset.labels:
+            data |= {"labels": list(self.dataset.labels)}
         return {
             "name": self.spec.name,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -207,7 +211,7 @@ class _Fitting:
             "stopped": decide(history, self.spec.fit).value,
             "num_iterations": len(history),
             "log_likelihood": log_likelihood,
-            **model.criteria(log_likelihood * summary.total_weight, summary.total_weight),
+            **({} if log_likelihood is None else model.criteria(log_likelihood * summary.total_weight, summary.total_weight)),
             "repairs": [*state.repairs_of_start, *(line for record in history for line in record["repairs"])],
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
@@ -239,6 +243,12 @@ def _model_to_start_from(spec: Spec, family: type[StatisticsModel], init: Any) -
         different = ", ".join(f"{key} {given[key]} instead of {wanted[key]}" for key in given if given[key] != wanted[key])
         raise UserError(f"the model to start from does not fit the spec's model block: {different}")
     return init
+
+
+def _finished(directory: RunDirectory) -> Run:
+    logger.info("%s is finished; nothing to do", directory.path)
+    results = directory.read_manifest().get("results", {})
+    return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
 
 
 def _digest(model: GenerativeModel) -> str:

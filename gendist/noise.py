@@ -44,8 +44,8 @@ class Noise:
         generator.advance(start * counters_per_row)
         words_per_row = counters_per_row * WORDS_PER_COUNTER
         words = generator.random_raw(num_rows * words_per_row).reshape(num_rows, words_per_row)[:, :width]
-        # The middle of one of 2^53 equal parts of the unit interval.
-        return torch.from_numpy(((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+        # The middle of one of 2^52 equal parts of the unit interval, which float64 holds exactly.
+        return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
     def normal(self, start: int, num_rows: int, width: int = 1) -> Tensor:
         """(num_rows, width) float64, standard normal (Box & Muller 1958), for the rows from `start` on."""

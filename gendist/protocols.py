@@ -201,6 +201,10 @@ class StatisticsModel(GenerativeModel, Protocol):
 
     def e_step(self, block: Block) -> Statistics: ...
 
+    def log_likelihood(self, block: Block) -> float:
+        """The weighted sum of log p over a block's rows, given what is known of their latents: the E-step's."""
+        ...
+
     def m_step(self, statistics: Any) -> Update[Self]: ...
 
     def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:

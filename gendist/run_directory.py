@@ -9,7 +9,9 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
-from gendist.config import Spec, read_yaml
+from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.protocols import GenerativeModel, UserError
 
@@ -52,11 +54,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: a file; a run directory is a folder")
-        spec_file = self.path / "spec.yaml"
-        if spec_file.exists():
-            self._check_same_spec(spec_file)
-        elif self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
-            raise UserError(f"{self.path}: holds files that are not of a run; choose another folder with --run-dir")
+        self._check_what_is_there()
         if self.is_finished:
             return self  # there is nothing to write, and reading needs no lock
         try:
@@ -65,26 +63,49 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._take_lock()
+            self._check_what_is_there()  # again: another process may have begun a run in between
+        except BaseException:
             self._lock.close()
-            raise UserError(f"{self.path}: another process is at work on this run; wait for it or stop it") from None
+            raise
         return self
+
+    def _take_lock(self) -> None:
+        taken = f"{self.path}: another process is at work on this run; wait for it or stop it"
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(taken) from None
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): see to it that one process at a time works on it", self.path, error)
+            return
+        try:
+            still_there = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat())
+        except FileNotFoundError:
+            still_there = False
+        if not still_there:  # the process that had it removed it
+            raise UserError(taken)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._lock is None:
             return
-        self._lock.close()
-        if not (self.path / "spec.yaml").exists():
-            # Nothing was begun: a mistake in the data block, say, leaves no folder behind.
-            (self.path / ".lock").unlink(missing_ok=True)
-            if not any(self.path.iterdir()):
-                self.path.rmdir()
+        try:
+            if not (self.path / "spec.yaml").exists():
+                # Nothing was begun: a mistake in the data block, say, leaves no folder behind.
+                (self.path / ".lock").unlink(missing_ok=True)
+                if not any(self.path.iterdir()):
+                    self.path.rmdir()
+        finally:
+            self._lock.close()
 
-    def _check_same_spec(self, spec_file: Path) -> None:
-        there = {key: value for key, value in read_yaml(spec_file).items() if key != "cluster"}
-        here = self.spec.identity()
-        different = _differences(there, here)
+    def _check_what_is_there(self) -> None:
+        """UserError unless there is nothing, or a run of the same spec."""
+        if not (self.path / "spec.yaml").exists():
+            if self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
+                raise UserError(f"{self.path}: holds files that are not of a run; choose another folder with --run-dir")
+            return
+        # Read as a spec, so that a field that this gendist added has its default.
+        different = _differences(load_spec(self.path / "spec.yaml").identity(), self.spec.identity())
         if different:
             raise UserError(
                 f"{self.path}: holds a run of another spec (different: {', '.join(different)}); "
@@ -99,8 +120,8 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def begin(self, manifest: dict[str, Any]) -> None:
-        """Write spec and manifest before the work starts; of a resumed run, check that it is on the same data."""
+    def check_same_data(self, manifest: dict[str, Any]) -> None:
+        """UserError where the run that stands here began on other data, or from another model."""
         earlier = self.read_manifest()
         if earlier:
             for key, what in (("data", "the data has changed"), ("init", "the model to start from has changed")):
@@ -109,11 +130,19 @@ class RunDirectory:
                         f"{self.path}: {what} since this run began ({earlier.get(key)} then, {manifest.get(key)} now); "
                         "restore it, or choose another folder with --run-dir"
                     )
+
+    def begin(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write spec and manifest before the work starts; returns the manifest, which of a resumed run has its beginning."""
+        self.check_same_data(manifest)
+        earlier = self.read_manifest()
+        if earlier:
+            manifest = {**manifest, "started": earlier["started"]}
             if earlier["machine"] != manifest["machine"]:
                 logger.warning("this run began on %s and goes on on %s: its last bits may differ from those of an "
                                "unbroken run", earlier["machine"], manifest["machine"])  # fmt: skip
         write_atomically(self.path / "spec.yaml", self.spec.to_yaml())
-        self.write_manifest({**manifest, "started": earlier.get("started", manifest["started"])})
+        self.write_manifest(manifest)
+        return manifest
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty before the run began."""
@@ -137,7 +166,10 @@ class RunDirectory:
 
     def save_checkpoint(self, state: Checkpoint[Any], schema: Schema) -> None:
         """Keep the state after the last record of its history; the oldest checkpoints are removed."""
-        with new_folder(self.path / "checkpoints" / f"{len(state.history):08d}") as inside:
+        folder = self.path / "checkpoints" / f"{len(state.history):08d}"
+        if folder.exists():
+            return
+        with new_folder(folder) as inside:
             save(Artifact(self.spec.family, state.model, schema), inside)
             records = {"history": state.history, "repairs_of_start": state.repairs_of_start}
             write_atomically(inside / "history.json", json.dumps(records))
@@ -151,22 +183,27 @@ class RunDirectory:
                 model = load_artifact(folder).model
                 records = _parse(folder / "history.json", (folder / "history.json").read_bytes())
                 history = tuple(records["history"])
-                if [record["iteration"] for record in history] != list(range(1, int(folder.name) + 1)):
-                    raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations")
+                if len(history) != int(folder.name) or not all(isinstance(record, dict) and record for record in history):
+                    raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations or steps")
                 state = Checkpoint(model, history, tuple(records["repairs_of_start"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("a checkpoint cannot be read and is passed over: %s", error)
+                logger.warning("a checkpoint cannot be read and is put aside: %s", error)
+                folder.rename(folder.with_name(f".{folder.name}.unreadable"))
                 continue
-            write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
+            self._write_metrics(history)
             return state
         self.metrics_file.unlink(missing_ok=True)
         return None
 
-    def finish(self, model: GenerativeModel, schema: Schema, manifest: dict[str, Any]) -> None:
+    def finish(self, state: Checkpoint[Any], schema: Schema, manifest: dict[str, Any]) -> None:
         """Write the artifact, last of all: with it the run is finished."""
         self.write_manifest(manifest)
+        self._write_metrics(state.history)
         with new_folder(self.path / "artifact") as inside:
-            save(Artifact(self.spec.family, model, schema), inside)
+            save(Artifact(self.spec.family, state.model, schema), inside)
+
+    def _write_metrics(self, history: Iterable[dict[str, Any]]) -> None:
+        write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"

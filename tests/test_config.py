@@ -49,7 +49,7 @@ def test_the_number_of_workers_is_no_part_of_the_identity():
         ("name=a/b", "name: string should match pattern"),
         ("num_components", "is not an override; write key=value"),
         ("name.x=1", "name is a value, not a block"),
-        ("seed=[", "the value is not YAML"),
+        ("seed=[", "seed: input should be a valid integer"),
     ],
 )
 def test_mistakes_are_told_with_the_nearest_key(override, expected, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,11 +12,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
 
 import gendist
+from gendist import atomic, fitting
+from gendist.models.gmm import GaussianMixture
 from gendist.protocols import UserError
 from gendist.run_directory import RunDirectory
 
@@ -101,6 +105,124 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("kind", ["full", "tied", "diag", "spherical"])
+@pytest.mark.parametrize("source", ["parquet", "csv"])
+def test_files_weights_and_labels_on_ray_give_the_bytes_of_this_process(cluster, tmp_path, kind, source):
+    rng = np.random.default_rng(1)
+    frame = pd.DataFrame(rng.normal(size=(3000, 4)) + rng.integers(0, 3, (3000, 1)) * 4, columns=list("abcd"))
+    frame["w"] = rng.uniform(0, 2, 3000)
+    frame["y"] = np.where(rng.random(3000) < 0.1, np.where(frame.a > 6, "high", "low"), None)
+    for i, start in enumerate(range(0, 3000, 1000)):
+        part = frame.iloc[start : start + 1000]
+        part.to_parquet(tmp_path / f"{i}.parquet", index=False, row_group_size=171)
+        part.to_csv(tmp_path / f"{i}.csv", index=False)
+    spec = {
+        "name": "files",
+        "family": "gmm",
+        "model": {"num_components": 4, "covariance_type": kind},
+        "data": {"path": str(tmp_path / f"*.{source}"), "weight": "w", "label": "y", "validation_fraction": 0.2},
+        "fit": {"max_iterations": 4, "tolerance": 0.0},
+    }
+    here = gendist.fit(spec)
+    there = gendist.fit({**spec, "cluster": {"num_workers": 3}})
+    assert here.model.labels == there.model.labels == ("high", "low")
+    for name, tensor in here.model.tensors().items():
+        assert torch.equal(tensor, there.model.tensors()[name])
+    assert trace(here.history) == trace(there.history)
+
+
+@pytest.fixture(params=[1, 2])
+def num_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def wide_fit(num_workers: int, **more) -> gendist.Run:
+    """260 features: wide enough for LAPACK to give other bytes with two threads than with one."""
+    x = np.random.default_rng(0).normal(size=(1500, 260))
+    spec = {
+        "name": "wide",
+        "family": "gmm",
+        "model": {"num_components": 2, "covariance_type": "tied"},
+        "fit": {"max_iterations": 3, "tolerance": 0.0, "checkpoint_every": 1, "init": "random"},
+        "cluster": {"num_workers": num_workers},
+    }
+    return gendist.fit(spec, data=x, **more)
+
+
+def digest(model) -> str:
+    content = b"".join(tensor.numpy().tobytes() for _, tensor in sorted(model.tensors().items()))
+    return hashlib.sha256(content + model.sample(5, seed=1).numpy().tobytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def wide() -> str:
+    return digest(wide_fit(0).model)
+
+
+@pytest.mark.parametrize("stop_at", [1, 2])
+def test_wide_data_resume_to_the_same_bytes_with_any_number_of_threads(num_threads, wide, tmp_path, stop_at):
+    def stop(record):
+        if record["iteration"] == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        wide_fit(0, run_dir=tmp_path / "run", watch=stop)
+    wide_fit(0, run_dir=tmp_path / "run")
+    assert digest(gendist.load(tmp_path / "run")) == wide
+
+
+@pytest.mark.ray
+def test_wide_data_on_ray_give_the_same_bytes(cluster, num_threads, wide):
+    assert digest(wide_fit(2).model) == wide
+
+
+class PowerCut(BaseException):
+    pass
+
+
+def cut_power_at(monkeypatch, number: int) -> list[int]:
+    """Let the number-th change of the disk fail, and all after it, as if the machine had gone."""
+    calls = [0]
+
+    def failing(original):
+        def change(*arguments, **options):
+            calls[0] += 1
+            if calls[0] >= number:
+                raise PowerCut
+            return original(*arguments, **options)
+
+        return change
+
+    monkeypatch.setattr(atomic.os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(shutil, "rmtree", failing(shutil.rmtree))
+    for name in ("rename", "replace", "unlink", "mkdir"):
+        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    return calls
+
+
+def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, blobs, tmp_path):
+    """Before every single change that a fit makes to the disk; then the same command again."""
+    spec = {**SPEC, "data": {}, "model": {"num_components": 3}, "fit": {"max_iterations": 3, "checkpoint_every": 1}}
+    monkeypatch.setattr(fitting._Fitting, "_draw", lambda *_: None)
+    with monkeypatch.context() as counting:
+        calls = cut_power_at(counting, 10**9)
+        gendist.fit(spec, data=blobs, run_dir=tmp_path / "unbroken")
+    assert calls[0] > 40
+    for number in range(1, calls[0] + 1):
+        path = tmp_path / str(number)
+        with monkeypatch.context() as dying:
+            cut_power_at(dying, number)
+            with pytest.raises(PowerCut):
+                gendist.fit(spec, data=blobs, run_dir=path)
+        run = gendist.fit(spec, data=blobs, run_dir=path)
+        assert sha256(path) == sha256(tmp_path / "unbroken"), number
+        assert trace(records(path)) == trace(run.history)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 9, 12])
 @pytest.mark.parametrize("error", [Stop, KeyboardInterrupt])
 def test_an_interrupted_fit_goes_on_to_the_same_bytes(unbroken, tmp_path, stop_at, error):
@@ -181,9 +303,27 @@ def test_without_a_checkpoint_that_can_be_read_a_run_begins_again(unbroken, tmp_
     shutil.rmtree(path / "artifact")
     for folder in (path / "checkpoints").iterdir():
         (folder / "history.json").write_bytes(content)
+
+    def stop(record):
+        if record["iteration"] == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        gendist.fit(SPEC, run_dir=path, watch=stop)
+    resumed = RunDirectory(path, gendist.config.load_spec(SPEC)).resume()
+    assert len(resumed.history) == 4, "the damaged checkpoints must not push out the good ones"
     gendist.fit(SPEC, run_dir=path)
     assert sha256(path) == sha256(unbroken)
     assert trace(records(path)) == trace(records(unbroken))
+
+
+def test_a_spec_of_before_a_new_field_is_the_same_run(unbroken, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(unbroken, path)
+    content = yaml.safe_load((path / "spec.yaml").read_text())
+    del content["fit"]["time_budget_s"]
+    (path / "spec.yaml").write_text(yaml.safe_dump(content))
+    assert len(gendist.fit(SPEC, run_dir=path).history) == 12
 
 
 def test_a_picture_that_cannot_be_drawn_does_not_cost_the_model(tmp_path):
@@ -209,7 +349,13 @@ def test_other_data_are_refused_in_a_resumed_run(blobs, tmp_path):
         gendist.fit(spec, data=blobs, run_dir=tmp_path / "run", watch=stop)
     with pytest.raises(UserError, match="the data has changed"):
         gendist.fit(spec, data=blobs + 1, run_dir=tmp_path / "run")
-    gendist.fit(spec, data=blobs, run_dir=tmp_path / "run")
+    run = gendist.fit(spec, data=blobs, run_dir=tmp_path / "run")
+    # Finished, it looks at what Python hands over all the same.
+    with pytest.raises(UserError, match="the data has changed"):
+        gendist.fit(spec, data=blobs + 1, run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match="the model to start from has changed"):
+        gendist.fit(spec, data=blobs, init=run.model, run_dir=tmp_path / "run")
+    assert torch.equal(gendist.fit(spec, data=blobs, run_dir=tmp_path / "run").model.means, run.model.means)
 
 
 def test_a_folder_of_something_else_is_refused_and_kept(tmp_path):
@@ -260,7 +406,7 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
         ({}, np.zeros((50, 2)), "nonsense", "init: a str"),
         ({}, np.zeros((50, 2)), "model", "has 1 features"),
         ({"data": {"validation_fraction": 1e-9}}, np.zeros((50, 2)), None, "leaves none to validate on"),
-        ({}, np.full((50, 2), 1e200), None, "column 'x' is 1e[+]200, beyond 1e[+]150, in row 0"),
+        ({}, np.full((50, 2), 1e200), None, "column 'x' is 1e[+]200, beyond 1e[+]75, in row 0"),
         ({}, np.ma.masked_array(np.zeros((50, 2)), mask=np.eye(50, 2)), None, "2 entries are missing, 1 of them in 'x_0'"),
         ({}, np.zeros((50, 2), dtype=complex), None, "holds complex128; numbers are needed"),
         ({}, {0: np.zeros((50, 2)), 1: [[1], [2, 3]]}, None, "rows of different lengths"),
@@ -269,8 +415,6 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
     ],
 )
 def test_what_cannot_be_fitted_is_told(change, data, init, expected):
-    from gendist.models.gmm import GaussianMixture
-
     if init == "model":
         init = GaussianMixture.from_parameters(np.full(10, 0.1), np.zeros((10, 1)), np.ones((10, 1, 1)))
         init = GaussianMixture.from_parameters(init.weights, init.means, init.covariances, covariance_regularization=1e-3)

@@ -16,13 +16,14 @@ MODULES = {
 }
 
 # What a module of each room may import from the others. The root package holds the version only.
-BASE = ("gendist", "gendist.protocols", "gendist.noise")
+BASE = ("gendist", "gendist.protocols", "gendist.noise", "gendist.one_thread")
 ALLOWED = {
     "gendist.protocols": (),
     "gendist.noise": ("gendist.protocols",),
     "gendist.machine": (),
     "gendist.atomic": (),
-    "gendist.blocks": ("gendist.protocols",),
+    "gendist.one_thread": (),
+    "gendist.blocks": ("gendist.protocols", "gendist.one_thread"),
     "gendist.ray_cluster": ("gendist.protocols", "gendist.machine"),
     "gendist.data": (*BASE, "gendist.blocks"),
     "gendist.models": BASE,

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import ray
 
 from gendist.blocks.leaves import Leaves, leaves_per_run
-from gendist.blocks.local import one_thread
+from gendist.one_thread import one_thread
 from gendist.protocols import UserError
 
 Result = TypeVar("Result")
@@ -33,6 +33,8 @@ def _run_task(function: Callable[[Any, Sequence[Any]], Any], broadcast: Any, lea
 class RayBlocks:
     """load(bounds) returns the leaves between these row numbers; it runs in tasks, and its output stays with the cluster.
 
+    keep   whether the cluster holds on to what was loaded, for the next pass
+
     A run of leaves is a task's return value, so Ray rebuilds it where a node is lost. `num_workers` bounds the tasks at
     work at one time.
     """
@@ -43,7 +45,9 @@ class RayBlocks:
         leaves: Leaves,
         num_workers: int,
         max_leaves_per_run: int = 1 << 30,
+        keep: bool = True,
     ):
+        self._keep = keep
         self._num_workers = num_workers
         self._load = ray.put(load)
         self._bounds = leaves.runs(leaves_per_run(leaves.num_leaves, num_workers, max_leaves_per_run))
@@ -70,9 +74,10 @@ class RayBlocks:
                 ray.cancel(ref)
 
     def _run(self, index: int) -> ray.ObjectRef:
-        if index not in self._loaded:
-            self._loaded[index] = _load_task.remote(self._load, self._bounds[index])
-        return self._loaded[index]
+        run = self._loaded.get(index) or _load_task.remote(self._load, self._bounds[index])
+        if self._keep:
+            self._loaded[index] = run
+        return run
 
 
 def _wait_for_some(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:

@@ -12,7 +12,8 @@ import pyarrow as pa
 import torch
 
 from gendist.blocks import Blocks, Leaves, reduce
-from gendist.data.schema import MAX_MAGNITUDE, Schema, require_column, to_matrix
+from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
+from gendist.data.schema import Schema
 from gendist.data.sources import DataConfig, Source
 from gendist.noise import Noise
 from gendist.protocols import Block, UserError
@@ -22,14 +23,14 @@ MAX_LABELS = 10_000
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Part = Literal["all", "training", "validation"]
-MakeBlocks = Callable[[Callable[[Sequence[int]], list[Any]], Leaves, int], Blocks[Any]]
+MakeBlocks = Callable[[Callable[[Sequence[int]], list[Any]], Leaves, int, bool], Blocks[Any]]
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A source and what its columns mean.
 
-    make_blocks  (load, leaves, max_leaves_per_run) -> Blocks: where the reading and computing is done
+    make_blocks  (load, leaves, max_leaves_per_run, keep) -> Blocks: where the reading and computing is done
     labels       the distinct labels in order; empty where `data.label` is not given
     """
 
@@ -51,16 +52,25 @@ class Dataset:
         label_type = source.schema.field(config.label).type
         if pa.types.is_nested(label_type):
             raise UserError(f"{source.name}: column '{config.label}' holds {label_type}; a label is a number or a text")
-        found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30), None).labels
+        found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30, False), None).labels
         if not found:
             raise UserError(f"{source.name}: column '{config.label}' holds no label in any row")
+        if len(found) > MAX_LABELS:
+            raise UserError(
+                f"{source.name}: column '{config.label}' holds {len(found):,} labels; up to {MAX_LABELS:,} are allowed"
+            )
         return replace(dataset, labels=tuple(sorted(found, key=lambda label: (isinstance(label, str), label))))
 
-    def blocks(self, num_latents: int = 0, part: Part = "all", seed: int = 0) -> Blocks[Block]:
-        """The rows of one part as blocks. The parts are told apart by seed and row number alone."""
+    def blocks(self, num_latents: int = 0, part: Part = "all", seed: int = 0, keep: bool = True) -> Blocks[Block]:
+        """The rows of one part as blocks. The parts are told apart by seed and row number alone.
+
+        num_latents   the width of the evidence that labels become
+        keep          whether to hold on to the blocks, for more than one pass
+        """
         load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed)
-        leaf_bytes = 8 * max(self.schema.num_features, 1) * (self.leaves.bounds[1] - self.leaves.bounds[0])
-        return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes))
+        width = self.schema.num_features + (num_latents if self.labels else 0)
+        leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
+        return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes), keep)
 
 
 @dataclass(frozen=True)
@@ -77,7 +87,12 @@ class _BlockLoader:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
         extra = [name for name in (self.config.label, self.config.weight) if name is not None]
         table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
-        matrix = to_matrix(table, self.schema, bounds[0], self.source.name)
+        matrix = to_matrix(table, self.schema.columns, bounds[0], self.source.name)
+        if matrix.shape[1] != self.schema.num_features:
+            raise UserError(
+                f"{self.source.name}: {matrix.shape[1]} features in rows {bounds[0]} to {bounds[-1] - 1}, but "
+                f"{self.schema.num_features} in row 0"
+            )
         columns = (matrix, self._weights(table, bounds[0]), self._evidence(table))
         return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
 
@@ -104,10 +119,9 @@ class _BlockLoader:
         if self.config.weight is None:
             return None
         where = f"{self.source.name}: column '{self.config.weight}'"
-        schema = Schema(columns=(self.config.weight,), feature_names=(self.config.weight,))
         if pa.types.is_nested(table.column(self.config.weight).type):
             raise UserError(f"{where} holds lists; a weight is one number")
-        weights = to_matrix(table, schema, first_row, self.source.name)[:, 0]
+        weights = to_matrix(table, [self.config.weight], first_row, self.source.name)[:, 0]
         tiny = (weights > 0) & (weights < 1 / MAX_MAGNITUDE)
         for wrong, what in ((np.isnan(weights), "missing"), (weights < 0, "negative"), (tiny, "too small for float64")):
             if wrong.any():
@@ -140,13 +154,8 @@ class _LabelLoader:
     label: str
 
     def __call__(self, bounds: Sequence[int]) -> list[_LabelSet]:
-        require_column(self.source, self.label)
         column = self.source.read(bounds[0], bounds[-1], [self.label]).column(self.label)
         found = {label for label in _normalised(column.unique()) if label is not None}
-        if len(found) > MAX_LABELS:
-            raise UserError(
-                f"{self.source.name}: column '{self.label}' holds over {MAX_LABELS:,} different labels; is it a label?"
-            )
         # One set for the whole run; the other leaves of the run add nothing to it.
         return [_LabelSet(frozenset(found))]
 

@@ -94,7 +94,7 @@ def _expand(paths: Sequence[str]) -> list[str]:
         if "://" in path:
             files.append(path)
         elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob("*") if file.suffix.lower() in SUFFIXES)
+            inside = sorted(str(file) for file in Path(path).rglob("*") if _is_data(file.relative_to(path)))
             if not inside:
                 raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
             files += inside
@@ -108,6 +108,11 @@ def _expand(paths: Sequence[str]) -> list[str]:
         else:
             raise UserError(f"{path}: no such file")
     return [path if "://" in path else os.path.abspath(path) for path in files]
+
+
+def _is_data(file: Path) -> bool:
+    """Whether a file inside a folder is meant: what begins with a dot or an underline is some writer's own."""
+    return file.suffix.lower() in SUFFIXES and not any(part.startswith((".", "_")) for part in file.parts)
 
 
 def _kind_of(path: str) -> str:

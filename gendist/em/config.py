@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field
 
+STARTS = ("kmeans++", "random")
+
 
 class EMConfig(BaseModel):
     """

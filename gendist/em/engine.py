@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from gendist.blocks import Blocks, reduce
-from gendist.blocks.local import one_thread
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision, decide, fell
+from gendist.one_thread import one_thread
 from gendist.protocols import Block, StatisticsModel, UserError
 
 M = TypeVar("M", bound=StatisticsModel)
@@ -85,11 +85,11 @@ class _LogLikelihood:
         return _LogLikelihood(self.total + other.total, self.weight + other.weight)
 
 
-def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block]) -> float:
-    """The weighted mean log-likelihood of a row."""
+def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block]) -> float | None:
+    """The weighted mean log-likelihood of a row; None where it is not finite: some row is impossible under the model."""
     value = reduce(_log_likelihood, blocks, model)
-    return value.total / value.weight
+    return value.total / value.weight if math.isfinite(value.total) else None
 
 
 def _log_likelihood(model: StatisticsModel, block: Block) -> _LogLikelihood:
-    return _LogLikelihood(model.e_step(block).log_likelihood, float(block.weights_or_ones().sum()))
+    return _LogLikelihood(model.log_likelihood(block), float(block.weights_or_ones().sum()))

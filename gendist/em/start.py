@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gendist.blocks import Blocks, reduce
-from gendist.blocks.local import one_thread
 from gendist.noise import Noise
+from gendist.one_thread import one_thread
 from gendist.protocols import Block, DataSummary, StatisticsModel, Update
 
 MAX_LLOYD_STEPS = 50
@@ -225,6 +225,7 @@ def _squared(x_ND: Tensor, centers_LD: Tensor) -> Tensor:
 
 def _squared_distances(block: Block, centers_LD: Tensor) -> Tensor:
     """(N, L), infinite where the evidence excludes the latent."""
+    assert block.missing is None, "a distance needs every entry of a row"
     squared_NL = _squared(block.x, centers_LD)
     return squared_NL if block.evidence is None else squared_NL.masked_fill(block.evidence == -torch.inf, torch.inf)
 

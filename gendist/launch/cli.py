@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -41,7 +42,7 @@ def main() -> None:
         sys.argv.append("--help")
     try:
         if app(standalone_mode=False) == INTERRUPTED:
-            _fail("interrupted; what was reached is kept: the same command goes on from there", INTERRUPTED)
+            _fail("interrupted", INTERRUPTED)
     except ValueError as error:
         from gendist.protocols import UserError
 
@@ -138,7 +139,7 @@ def score(
     loaded = load_artifact(artifact)
     spec = load_data_spec(data, overrides or ())
     source = open_source(spec.data)
-    if str(out.absolute()) in source.paths:
+    if os.path.realpath(out) in map(os.path.realpath, source.paths):
         raise UserError(f"--out {out}: the data themselves; choose another file")
     # The columns that were fitted; an array has no names and is taken by position.
     columns = spec.data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
@@ -154,7 +155,7 @@ def score(
 
         def parts() -> Iterator[dict[str, Any]]:
             nonlocal total
-            for rows, log_prob in score_blocks(loaded.model, dataset.blocks()):
+            for rows, log_prob in score_blocks(loaded.model, dataset.blocks(keep=False)):
                 total += float(log_prob.sum())
                 yield ({} if is_array(out) else {"row": rows.numpy()}) | {"log_prob": log_prob.numpy()}
 
@@ -192,8 +193,11 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
 
     console = Console(stderr=True)
     log_to(console)
-    with fit_progress(console, spec.fit.max_iterations) as watch:
-        run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
+    try:
+        with fit_progress(console, spec.fit.max_iterations) as watch:
+            run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
+    except KeyboardInterrupt:
+        _fail("interrupted; what was reached is kept: the same command goes on from there", INTERRUPTED)
     results = run.results
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
@@ -209,6 +213,6 @@ def _command() -> str:
     return "gendist" if Path(sys.argv[0]).name == "gendist" else "python launch.py"
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)

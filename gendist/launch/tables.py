@@ -1,4 +1,7 @@
-"""Writing columns to a file whose suffix says how: .npy, .npz, .parquet or .csv; part by part, whole or not at all."""
+"""Writing columns to a file whose suffix says how: .npy, .npz, .parquet or .csv; whole or not at all.
+
+Parquet and CSV are written part by part; arrays are collected in memory first.
+"""
 
 from __future__ import annotations
 

@@ -269,19 +269,26 @@ class GaussianMixture:
 
         Evidence multiplies p(x, component): with all but one component excluded, the row is counted, not guessed.
         """
-        log_joint_NK = self._log_joint(block.x)
-        if block.evidence is not None:
-            log_joint_NK = log_joint_NK + block.evidence
-        log_prob_N = torch.logsumexp(log_joint_NK, dim=1)
+        log_joint_NK, log_prob_N = self._log_joint_with_evidence(block)
         responsibilities_NK = torch.exp(log_joint_NK - log_prob_N[:, None])
         if block.weights is not None:
             # A row of weight 0 is absent, even where its density underflows.
-            log_prob_N = torch.where(block.weights > 0, log_prob_N * block.weights, 0.0)
             responsibilities_NK = torch.where(block.weights[:, None] > 0, responsibilities_NK * block.weights[:, None], 0.0)
         return GaussianMixtureStatistics(
-            log_likelihood=float(log_prob_N.sum()),
+            log_likelihood=_weighted_sum(log_prob_N, block),
             gaussian=self.gaussian.statistics(block.x, responsibilities_NK),
         )
+
+    def log_likelihood(self, block: Block) -> float:
+        """Weighted sum of log p(x, evidence) over a block's rows."""
+        return _weighted_sum(self._log_joint_with_evidence(block)[1], block)
+
+    def _log_joint_with_evidence(self, block: Block) -> tuple[Tensor, Tensor]:
+        """(N, K) log p(x, component, evidence), and (N,) its sum over the components."""
+        log_joint_NK = self._log_joint(block.x)
+        if block.evidence is not None:
+            log_joint_NK = log_joint_NK + block.evidence
+        return log_joint_NK, torch.logsumexp(log_joint_NK, dim=1)
 
     def m_step(self, statistics: GaussianMixtureStatistics) -> Update[GaussianMixture]:
         """New weights (PRML 9.26), means and covariances."""
@@ -337,6 +344,12 @@ class GaussianMixture:
         estimator.precisions_ = squared.numpy()
         estimator.converged_, estimator.n_features_in_ = True, self.num_features
         return estimator
+
+
+def _weighted_sum(log_prob_N: Tensor, block: Block) -> float:
+    if block.weights is not None:
+        log_prob_N = torch.where(block.weights > 0, log_prob_N * block.weights, 0.0)
+    return float(log_prob_N.sum())
 
 
 Model = GaussianMixture

@@ -15,8 +15,8 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(1000, 3)) * [1.0, 10.0, 0.1] + [0.0, 1e6, -5.0]
 
 
-def one_run_a_leaf(load, leaves, most):
-    return LocalBlocks(load, leaves, 1)
+def one_run_a_leaf(load, leaves, most, keep):
+    return LocalBlocks(load, leaves, 1, keep)
 
 
 def dataset_of(data, make_blocks=LocalBlocks, **config) -> Dataset:

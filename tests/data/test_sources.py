@@ -16,7 +16,7 @@ from PIL import Image
 
 from gendist.data import DataConfig, Schema, open_source, source_of
 from gendist.data import files as files_module
-from gendist.data.schema import to_matrix
+from gendist.data.matrix import to_matrix
 from gendist.protocols import UserError
 
 RNG = np.random.default_rng(0)
@@ -27,7 +27,7 @@ PIECES = [(0, 1), (0, 500), (499, 500), (120, 121), (7, 300), (250, 500), (128, 
 def matrix(source, start=0, stop=None, columns=None):
     schema = Schema.of(source, DataConfig(columns=columns))
     stop = source.num_rows if stop is None else stop
-    return to_matrix(source.read(start, stop, schema.columns), schema, start, source.name)
+    return to_matrix(source.read(start, stop, schema.columns), schema.columns, start, source.name)
 
 
 def check_pieces(source, expected: np.ndarray) -> None:
@@ -247,7 +247,7 @@ def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
     def read() -> None:
         source = open_source(DataConfig(path=str(tmp_path / name)))
         schema = Schema.of(source, DataConfig(**config))
-        to_matrix(source.read(0, source.num_rows, source.schema.names), schema, 0, source.name)
+        to_matrix(source.read(0, source.num_rows, source.schema.names), schema.columns, 0, source.name)
 
     with pytest.raises(UserError, match=expected) as caught:
         read()

@@ -38,6 +38,9 @@ class TwoCoins:
         probability = fair + (1 - self.share) * heads
         return Counts(float(probability.log().sum()), float((fair / probability).sum()), float(len(heads)))
 
+    def log_likelihood(self, block: Block) -> float:
+        return self.e_step(block).log_likelihood
+
     def m_step(self, statistics: Counts) -> Update[TwoCoins]:
         exact = statistics.first / statistics.total
         return Update(TwoCoins(self.share + self.step * (exact - self.share), self.step))

@@ -157,6 +157,7 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["score", "run", "digits", "--out", "a.npy"], "digits: no column 'a'"),
         (["score", "run", "wide.npy", "--out", "a.npy"], "3 features, but the model has 2"),
         (["score", "run", "data.csv", "--out", "data.csv"], "the data themselves"),
+        (["score", "run", "data.csv", "--out", "run/../data.csv"], "the data themselves"),
         (["score", "run", "data.csv", "seed=3", "--out", "a.npy"], "only data.KEY and cluster.KEY"),
         (["fit", "spec.yaml", "--address", "127.0.0.1:1"], "cluster.num_workers is 0"),
         (["sample", "run", "--out", "a.npy"], "Missing option '-n'"),
@@ -196,7 +197,9 @@ def test_told_to_end_a_fit_says_how_to_go_on(folder, tmp_path, how):
         process.kill()
     assert process.returncode == 130
     assert err.splitlines()[-1].startswith("error: interrupted; what was reached is kept")
-    assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    # No iteration is lost: the newest checkpoint is that of the last line of metrics.jsonl.
+    num_iterations = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == f"{num_iterations:08d}"
 
 
 def test_the_demo_draws_digits(monkeypatch, capsys, tmp_path):

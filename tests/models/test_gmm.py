@@ -160,10 +160,6 @@ def test_samples_have_the_moments_and_the_density_of_the_model(kind):
             return weights @ stats.norm.cdf((values[None, :] - means[:, j, None]) / scales[:, None])
 
         assert stats.kstest(x[:, j], marginal).pvalue > 1e-3
-    # And the density of the sample is that of the model: E[-log p] by sampling, twice.
-    half = model.log_prob(x[: n // 2]), model.log_prob(x[n // 2 :])
-    spread = float(half[0].std()) * np.sqrt(4 / n)
-    assert abs(float(half[0].mean() - half[1].mean())) < 5 * spread
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,10 +235,7 @@ def test_all_components_known_is_counting(kind, init, blobs):
         "spherical": [np.diag(s).mean() + ridge for s in scatter],
     }[kind]
     np.testing.assert_allclose(model.covariances, expected, rtol=1e-9, atol=1e-12)
-    assert torch.equal(model.sample(10, seed=0, given="right"), model.sample(10, seed=0, given="right"))
-    assert (
-        model.sample(200, seed=0, given="right")[:, 0] > model.sample(200, seed=0, given="above")[:, 0]
-    ).float().mean() > 0.9
+    np.testing.assert_allclose(model.sample(5000, given="right").mean(0), members[2].mean(0), atol=0.2)
 
 
 def test_partly_known_components_keep_their_meaning(blobs):

@@ -19,6 +19,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from gendist.one_thread import one_thread
+from gendist.protocols import UserError
+
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 
 ENTRIES_AT_ONCE = 1 << 18  # of the (k, N, D) differences that a kernel holds at a time: 2 MiB, cache-sized
@@ -112,7 +115,8 @@ class Gaussian:
         ValueError where a covariance is not positive definite.
         """
         if self._has_matrices:
-            factor, info = torch.linalg.cholesky_ex(self.covariances)
+            with one_thread():
+                factor, info = torch.linalg.cholesky_ex(self.covariances)
             if bool(info.any()) or not bool(factor.isfinite().all()):
                 raise ValueError("a covariance matrix is not positive definite; raise covariance_regularization")
             return factor.expand(self.num_latents, -1, -1)
@@ -127,7 +131,8 @@ class Gaussian:
         if not self._has_matrices:
             return self.scale.reciprocal()
         identity = torch.eye(self.num_features, dtype=self.means.dtype).expand_as(self.scale)
-        return torch.linalg.solve_triangular(self.scale, identity, upper=False)
+        with one_thread():
+            return torch.linalg.solve_triangular(self.scale, identity, upper=False)
 
     @property
     def _has_matrices(self) -> bool:
@@ -240,6 +245,8 @@ def _symmetric(matrices: Tensor) -> Tensor:
 
 def _positive_definite(covariances: Tensor, has_matrices: bool) -> tuple[Tensor, list[int]]:
     """Covariances that can be factorized, and the indices of those that had to be raised."""
+    if not bool(covariances.isfinite().all()):
+        raise UserError("a covariance is not finite: the columns are too large or too far apart for float64; rescale them")
     if not has_matrices:
         smallest = torch.finfo(torch.float64).tiny
         singular = ~(covariances > smallest)

@@ -1,0 +1,125 @@
+"""Columns of a table as a matrix of float64: numbers, lists of numbers, and images, which are decoded to 0..1."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from gendist.protocols import UserError
+
+MAX_MAGNITUDE = 1e75  # of a number; products of squares of larger ones and weights overflow
+
+Matrix = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def to_matrix(table: pa.Table, columns: Sequence[str], first_row: int, source_name: str) -> Matrix:
+    """(N, D) what these columns hold, side by side, NaN where an entry is missing; images decoded to 0..1.
+
+    first_row is the row number of the table's first row, for the messages.
+    """
+    parts = []
+    for name in columns:
+        where = f"{source_name}: column '{name}'"
+        column = table.column(name)
+        if is_image(column.type):
+            parts.append(_decode_images(column, where, first_row))
+        else:
+            parts.append(_numbers(column, where, first_row))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, ...]:
+    """() of a number, (length,) of a list, (height, width[, channels]) of an image."""
+    column, where = first_row.column(name), f"{source_name}: column '{name}'"
+    if is_image(column.type):
+        return _decode_image(column[0], where, 0).shape
+    width = _numbers(column, where, 0).shape[1]
+    return (width,) if _is_list(column.type) else ()
+
+
+def is_image(type_: pa.DataType) -> bool:
+    """The layout of the Hugging Face hub, a struct with the encoded bytes, or the bytes alone."""
+    if pa.types.is_struct(type_):
+        index = type_.get_field_index("bytes")
+        return index >= 0 and is_image(type_.field(index).type)
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    if isinstance(type_, pa.ExtensionType):  # such as Array2D of `datasets`
+        type_ = type_.storage_type
+    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
+
+
+def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
+    """(N, width) of a column of numbers or of lists of equally many numbers."""
+    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+    num_rows = len(array)
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    while _is_list(array.type):
+        if array.null_count:
+            raise UserError(f"{where} is missing in row {first_row + _first(array.is_null())}; a list is needed in each")
+        if not pa.types.is_fixed_size_list(array.type):
+            lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+            if num_rows and (lengths != lengths[0]).any():
+                raise UserError(f"{where} holds lists of different lengths ({lengths.min()} to {lengths.max()})")
+        array = array.flatten()
+    type_ = array.type
+    if not (
+        pa.types.is_integer(type_)
+        or pa.types.is_floating(type_)
+        or pa.types.is_boolean(type_)
+        or pa.types.is_decimal(type_)
+        or pa.types.is_null(type_)
+    ):
+        raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
+    if pa.types.is_boolean(type_):
+        array = array.cast(pa.int8())
+    values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    too_large = np.abs(values) > MAX_MAGNITUDE
+    if too_large.any():
+        first = _first(too_large)
+        what = "infinite" if np.isinf(values[first]) else f"{values[first]:g}, beyond {MAX_MAGNITUDE:g},"
+        row = first_row + first // (len(values) // num_rows)
+        raise UserError(f"{where} is {what} in row {row}; remove, replace or rescale such values")
+    return values.reshape(num_rows, -1) if num_rows else values.reshape(0, 1)
+
+
+def _decode_images(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
+    """(N, H W [C]) pixels of 0..1."""
+    images = [_decode_image(entry, where, first_row + i) for i, entry in enumerate(column)]
+    for i, image in enumerate(images):
+        if image.shape != images[0].shape:
+            raise UserError(
+                f"{where}: images of mixed sizes: {image.shape} in row {first_row + i}, {images[0].shape} in row {first_row}"
+            )
+    return np.stack(images).reshape(len(images), -1)
+
+
+def _decode_image(entry: pa.Scalar, where: str, row: int) -> Matrix:
+    from PIL import Image, UnidentifiedImageError
+
+    content = entry.as_py()
+    content = content.get("bytes") if isinstance(content, dict) else content
+    if content is None:
+        raise UserError(f"{where} has no image in row {row}")
+    try:
+        image: Image.Image = Image.open(io.BytesIO(content))
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            return np.asarray(image, dtype=np.float64) / 65535.0
+        if image.mode not in ("L", "RGB"):
+            image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+        return np.asarray(image, dtype=np.float64) / 255.0
+    except UnidentifiedImageError:
+        raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{where} in row {row} is a damaged image ({error})") from error
+
+
+def _first(flags: Any) -> int:
+    return int(np.argmax(np.asarray(flags)))
