@@ -1,0 +1,55 @@
+"""README.md is true: its Python runs, its file tree is that of the project, its commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import gendist
+from gendist.config import load_spec
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_its_python_runs(blobs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = {"name": "events", "family": "gmm", "model": {"num_components": 3}}
+    gendist.fit(spec, data=blobs, run_dir="runs/events")
+    names = {"x": blobs, "frame": pd.DataFrame(blobs, columns=["x_0", "x_1", "x_2"]), "spec": spec}
+    (program,) = blocks("python")
+    exec(program, names)
+    np.testing.assert_array_equal(names["run"].model.sample(60, seed=1, offset=40), names["run"].model.sample(100, seed=1)[40:])
+
+
+def test_its_spec_is_a_spec(tmp_path):
+    (content,) = blocks("yaml")
+    path = tmp_path / "spec.yaml"
+    path.write_text(content)
+    spec = load_spec(path)
+    for name, block in (("data", spec.data), ("fit", spec.fit), ("model", spec.model), ("cluster", spec.cluster)):
+        unsaid = set(type(block).model_fields) - block.model_fields_set - {"source"}
+        assert not unsaid, f"README does not say what {name}.{unsaid} is"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "gendist").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_its_file_tree_names_every_file(path):
+    tree = README.split("## The house")[1]
+    if path.name != "__init__.py":
+        assert re.search(rf"\b{re.escape(path.name)}\b", tree), f"{path.name} is not in the file tree"
+    for folder in path.relative_to(ROOT).parts[:-1]:
+        assert f"{folder}/" in tree
+
+
+def test_its_file_tree_names_no_file_that_is_gone():
+    tree = README.split("## The house")[1].split("```")[1]
+    there = {path.name for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    assert set(re.findall(r"\w+\.py", tree)) <= there
