@@ -128,6 +128,8 @@ class _Fitting:
                 self.watch(state.history[-1])
         except KeyboardInterrupt:
             self._save(state)
+            if directory:
+                directory.write_metrics(state.history)  # the last line may be half-written
             raise
         results = self._results(state, blocks, validation, summary)
         if directory:

@@ -190,7 +190,7 @@ class RunDirectory:
                 logger.warning("a checkpoint cannot be read and is put aside: %s", error)
                 folder.rename(folder.with_name(f".{folder.name}.unreadable"))
                 continue
-            self._write_metrics(history)
+            self.write_metrics(history)
             return state
         self.metrics_file.unlink(missing_ok=True)
         return None
@@ -198,11 +198,11 @@ class RunDirectory:
     def finish(self, state: Checkpoint[Any], schema: Schema, manifest: dict[str, Any]) -> None:
         """Write the artifact, last of all: with it the run is finished."""
         self.write_manifest(manifest)
-        self._write_metrics(state.history)
+        self.write_metrics(state.history)
         with new_folder(self.path / "artifact") as inside:
             save(Artifact(self.spec.family, state.model, schema), inside)
 
-    def _write_metrics(self, history: Iterable[dict[str, Any]]) -> None:
+    def write_metrics(self, history: Iterable[dict[str, Any]]) -> None:
         write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
 
     def _checkpoints(self) -> list[Path]:
