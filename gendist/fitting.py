@@ -77,12 +77,15 @@ def fit(
         # The spec says nothing of what Python hands over, so that a finished run must look at it, too.
         if directory and directory.is_finished and data is None and init is None:
             return _finished(directory)
-        start = _model_to_start_from(spec, family, init)
+        start, start_features = _model_to_start_from(spec, family, init)
         if address is not None and spec.cluster.num_workers == 0:
             raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         source = source_of(data) if data is not None else open_source(spec.data)
         with execution(spec.cluster, address) as make_blocks:
             dataset = Dataset.open(source, spec.data, make_blocks)
+            if start_features not in (None, dataset.schema.feature_names):
+                there, here = ", ".join(start_features[:8]), ", ".join(dataset.schema.feature_names[:8])
+                raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
             return _Fitting(spec, family, dataset, start, directory, watch or (lambda record: None)).run()
 
 
@@ -222,14 +225,19 @@ class _Fitting:
         return results
 
 
-def _model_to_start_from(spec: Spec, family: type[StatisticsModel], init: Any) -> StatisticsModel | None:
-    """The given model or the artifact that `fit.init` names; None where the data are to say. UserError on a misfit."""
+def _model_to_start_from(
+    spec: Spec, family: type[StatisticsModel], init: Any
+) -> tuple[StatisticsModel | None, tuple[str, ...] | None]:
+    """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
+    features where they are known. UserError on a misfit."""
+    features = None
     if init is None:
         if spec.fit.init in STARTS:
-            return None
+            return None, None
         if not Path(spec.fit.init).exists():
             raise UserError(f"fit.init '{spec.fit.init}': neither {' nor '.join(STARTS)}, nor an artifact that exists")
-        init = load_artifact(spec.fit.init).model
+        artifact = load_artifact(spec.fit.init)
+        init, features = artifact.model, artifact.schema.feature_names
     elif not isinstance(init, family) and hasattr(family, "from_sklearn"):
         if not hasattr(init, "get_params"):
             raise UserError(f"init: a {type(init).__name__}; give a {family.__name__} or a scikit-learn estimator")
@@ -244,7 +252,7 @@ def _model_to_start_from(spec: Spec, family: type[StatisticsModel], init: Any) -
         given, wanted = init.config.model_dump(), spec.model.model_dump()
         different = ", ".join(f"{key} {given[key]} instead of {wanted[key]}" for key in given if given[key] != wanted[key])
         raise UserError(f"the model to start from does not fit the spec's model block: {different}")
-    return init
+    return init, features
 
 
 def _finished(directory: RunDirectory) -> Run:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from gendist.machine import machine_type
 from gendist.protocols import UserError
 
 CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 20.0
 logger = logging.getLogger("gendist")
 
 
@@ -72,7 +75,7 @@ def _connect(num_workers: int, address: str | None) -> None:
 
 
 def check_reachable(address: str) -> None:
-    """Ray itself can try for minutes, and ends the process where nothing listens: so knock first."""
+    """UserError unless a Ray head answers. `ray.init` itself can try for ever, or end the process: so knock first."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
@@ -84,6 +87,13 @@ def check_reachable(address: str) -> None:
         raise UserError(
             f"--address {address}: nothing answers there ({error}); is `ray start --head` running, and the port open?"
         ) from error
+    if address.startswith("ray://"):
+        return
+    status = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        subprocess.run(status, timeout=ANSWER_TIMEOUT_S, check=True, capture_output=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise UserError(f"--address {address}: something listens there, but it is no Ray head of this version") from error
 
 
 def _warn_of_mixed_machines() -> None:
@@ -93,7 +103,11 @@ def _warn_of_mixed_machines() -> None:
     ask = ray.remote(num_cpus=0.1)(machine_type)
     answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote() for node in nodes]
     done, _ = ray.wait(answers, num_returns=len(answers), timeout=60)
-    kinds = {tuple(sorted(kind.items())) for kind in ray.get(done)}
+    warn_if_mixed([machine_type(), *ray.get(done)])
+
+
+def warn_if_mixed(machines: Sequence[dict[str, str]]) -> None:
+    """The promise of equal bytes holds for one type of machine; a task may run on any."""
+    kinds = {", ".join(f"{key} {value}" for key, value in machine.items()) for machine in machines}
     if len(kinds) > 1:
-        listing = "; ".join(", ".join(f"{key} {value}" for key, value in kind) for kind in sorted(kinds))
-        logger.warning("the cluster mixes machines (%s): results may differ in their last bits from run to run", listing)
+        logger.warning("the cluster mixes machines (%s): results may differ in their last bits", "; ".join(sorted(kinds)))

@@ -425,6 +425,16 @@ def test_what_cannot_be_fitted_is_told(change, data, init, expected):
     assert "\n" not in str(caught.value)
 
 
+def test_an_artifact_of_other_columns_is_no_start(blobs, tmp_path):
+    frame = pd.DataFrame(blobs, columns=["a", "b", "c"])
+    spec = {**SPEC, "data": {}, "model": {"num_components": 2}}
+    gendist.fit(spec, data=frame, run_dir=tmp_path / "run")
+    again = {**spec, "fit": {"init": str(tmp_path / "run")}}
+    gendist.fit(again, data=frame)
+    with pytest.raises(UserError, match="was fitted to"):
+        gendist.fit(again, data=frame[["b", "a", "c"]])
+
+
 def test_labels_and_a_model_to_start_from(blobs):
     """The labels of the data are the model's; a model that has others is refused."""
     labels = np.where(blobs[:, 0] > 3, "b", "a")

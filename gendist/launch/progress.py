@@ -19,7 +19,6 @@ def log_to(console: Console) -> None:
     logger = logging.getLogger("gendist")
     logger.handlers = [RichHandler(console=console, show_path=False, show_time=False, show_level=False, markup=False)]
     logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 @contextmanager

@@ -172,10 +172,26 @@ def test_one_process_is_on_one_cluster(cluster):
 
     with ray_cluster(1, cluster.address):
         pass
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        address = f"127.0.0.1:{other.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"is connected to Ray at {cluster.address}"), ray_cluster(1, address):
-            pass
+    loopback = "127.0.0.1:" + cluster.address.rpartition(":")[2]  # answers, and is called otherwise
+    with pytest.raises(UserError, match=f"is connected to Ray at {cluster.address}"), ray_cluster(1, loopback):
+        pass
+
+
+def test_a_port_that_listens_and_never_answers_is_refused(monkeypatch):
+    from gendist import ray_cluster
+
+    monkeypatch.setattr(ray_cluster, "ANSWER_TIMEOUT_S", 3.0)
+    with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(UserError, match="no Ray head"):
+        ray_cluster.check_reachable(f"127.0.0.1:{deaf.getsockname()[1]}")
+
+
+def test_a_cluster_of_mixed_machines_is_warned_about(caplog):
+    from gendist.ray_cluster import warn_if_mixed
+
+    warn_if_mixed([{"cpu": "A", "torch": "2"}, {"cpu": "A", "torch": "2"}])
+    assert not caplog.records
+    warn_if_mixed([{"cpu": "A", "torch": "2"}, {"cpu": "B", "torch": "2"}])
+    assert "cpu A, torch 2; cpu B, torch 2" in caplog.text
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "127.0.0.1:99999", "host.invalid:6379"])
