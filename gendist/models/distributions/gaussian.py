@@ -24,7 +24,7 @@ from gendist.protocols import UserError
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 
-ENTRIES_AT_ONCE = 1 << 18  # of the (k, N, D) differences that a kernel holds at a time: 2 MiB, cache-sized
+ENTRIES_AT_ONCE = 1 << 16  # of the (k, N, D) differences that a kernel holds at a time: half a MiB, cache-sized
 EMPTY = 10 * torch.finfo(torch.float64).eps  # a latent with less than this share of all weight has none
 SMALLEST_JITTER = 1e-12  # of the mean variance, added to a covariance that has no Cholesky factor, and then tenfold
 
