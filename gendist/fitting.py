@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
 from gendist.config import Spec, family_class, load_spec
-from gendist.data import Dataset, open_source, source_of
+from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.survey import Summary, survey
 from gendist.em.config import STARTS
 from gendist.em.convergence import Decision, decide
@@ -44,8 +44,8 @@ class Run:
     results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
     """
 
-    model: Any
-    history: list[dict[str, Any]]
+    model: Any = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
     path: Path | None
     results: dict[str, Any]
 
@@ -81,11 +81,12 @@ def fit(
         if address is not None and spec.cluster.num_workers == 0:
             raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         source = source_of(data) if data is not None else open_source(spec.data)
+        schema = Schema.of(source, spec.data)
+        if start_features not in (None, schema.feature_names):
+            there, here = ", ".join(start_features[:8]), ", ".join(schema.feature_names[:8])
+            raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
         with execution(spec.cluster, address) as make_blocks:
-            dataset = Dataset.open(source, spec.data, make_blocks)
-            if start_features not in (None, dataset.schema.feature_names):
-                there, here = ", ".join(start_features[:8]), ", ".join(dataset.schema.feature_names[:8])
-                raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
+            dataset = Dataset.open(source, spec.data, schema, make_blocks)
             return _Fitting(spec, family, dataset, start, directory, watch or (lambda record: None)).run()
 
 

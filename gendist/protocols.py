@@ -23,10 +23,12 @@ class UserError(ValueError):
 
 
 def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
-    """A tensor of what a caller handed over: a tensor, an array or data frame of any layout, or lists.
+    """A tensor of what a caller handed over: a tensor, an array of any layout, or lists.
 
-    UserError where it does not hold real numbers.
+    UserError where it does not hold real numbers, or is a data frame, whose columns nobody here could tell apart.
     """
+    if hasattr(values, "columns"):
+        raise UserError("a data frame: pass frame[[...]].to_numpy(), the columns in the order in which they were fitted")
     if not isinstance(values, Tensor):
         try:
             array = np.asarray(values)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +38,8 @@ def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     ours = not ray.is_initialized()
     if ours:
-        _connect(num_workers, address)
+        with _uninterrupted():
+            _connect(num_workers, address)
     elif address is not None:
         check_reachable(address)
         connected = ray.get_runtime_context().gcs_address
@@ -51,7 +54,27 @@ def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with _uninterrupted():
+                ray.shutdown()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold back Ctrl-C and SIGTERM: an interrupt in the middle of Ray's start or end can crash the process. And undo what
+    Ray does to the handlers of both."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held_back: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: held_back.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if held_back:
+        raise KeyboardInterrupt
 
 
 def _connect(num_workers: int, address: str | None) -> None:

@@ -109,7 +109,7 @@ class RunDirectory:
         if different:
             raise UserError(
                 f"{self.path}: holds a run of another spec (different: {', '.join(different)}); "
-                "choose another folder with --run-dir, or remove this one"
+                "choose another folder with --run-dir (fit.init=OLD_FOLDER starts from what was fitted here)"
             )
 
     @property
@@ -127,8 +127,8 @@ class RunDirectory:
             for key, what in (("data", "the data has changed"), ("init", "the model to start from has changed")):
                 if earlier.get(key) != manifest.get(key):
                     raise UserError(
-                        f"{self.path}: {what} since this run began ({earlier.get(key)} then, {manifest.get(key)} now); "
-                        "restore it, or choose another folder with --run-dir"
+                        f"{self.path}: {what} since this run began ({_brief(earlier.get(key))} then, "
+                        f"{_brief(manifest.get(key))} now); restore it, or choose another folder with --run-dir"
                     )
 
     def begin(self, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -218,6 +218,13 @@ def _parse(file: Path, text: bytes) -> dict[str, Any]:
         return content
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); restore it, or remove the run directory and fit again") from error
+
+
+def _brief(value: Any) -> str:
+    """A value of the manifest, with fingerprints cut short."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_brief(inside)}" for key, inside in value.items())
+    return f"{value:.12}..." if isinstance(value, str) and len(value) == 64 else str(value)
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:

@@ -398,7 +398,7 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
     ("change", "data", "init", "expected"),
     [
         ({}, np.zeros((5, 2)), None, "num_components is 10, but there are only 5 rows"),
-        ({}, np.full((50, 2), np.nan), None, "entries are missing"),
+        ({}, np.full((50, 2), np.nan), None, "100 entries of the rows to fit are missing"),
         ({}, np.array([[1.0, 2.0], [np.inf, 1.0]]), None, "infinite in row 1"),
         ({}, {"x": np.zeros((50, 2)), "w": np.zeros(50)}, None, "all 50 rows to fit have weight 0"),
         ({}, {"x": np.zeros((50, 2)), "y": range(50)}, None, "50 different labels, but model.num_components is 10"),
@@ -407,7 +407,12 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
         ({}, np.zeros((50, 2)), "model", "has 1 features"),
         ({"data": {"validation_fraction": 1e-9}}, np.zeros((50, 2)), None, "leaves none to validate on"),
         ({}, np.full((50, 2), 1e200), None, "column 'x' is 1e[+]200, beyond 1e[+]75, in row 0"),
-        ({}, np.ma.masked_array(np.zeros((50, 2)), mask=np.eye(50, 2)), None, "2 entries are missing, 1 of them in 'x_0'"),
+        (
+            {},
+            np.ma.masked_array(np.zeros((50, 2)), mask=np.eye(50, 2)),
+            None,
+            "2 entries of the rows to fit are missing, 1 of them in 'x_0'",
+        ),
         ({}, np.zeros((50, 2), dtype=complex), None, "holds complex128; numbers are needed"),
         ({}, {0: np.zeros((50, 2)), 1: [[1], [2, 3]]}, None, "rows of different lengths"),
         ({}, np.zeros((50, 2)), object, "init: a type"),

@@ -42,9 +42,8 @@ class Dataset:
     labels: tuple[Any, ...] = ()
 
     @classmethod
-    def open(cls, source: Source, config: DataConfig, make_blocks: MakeBlocks) -> Dataset:
-        """Look at the columns, and at all labels where there are any. UserError where columns and rows do not fit."""
-        schema = Schema.of(source, config)
+    def open(cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks) -> Dataset:
+        """Look at all labels, where there are any. UserError where they are none."""
         leaves = Leaves.of_shape(source.num_rows, schema.num_features)
         dataset = cls(source, config, schema, leaves, make_blocks)
         if config.label is None:

@@ -55,6 +55,14 @@ def _is_list(type_: pa.DataType) -> bool:
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
 
 
+def is_numeric(type_: pa.DataType) -> bool:
+    """Numbers, or lists of them, however deep; a column that is missing throughout may have been either."""
+    while _is_list(type_):
+        type_ = (type_.storage_type if isinstance(type_, pa.ExtensionType) else type_).value_type
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
+    return any(is_kind(type_) for is_kind in kinds)
+
+
 def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     """(N, width) of a column of numbers or of lists of equally many numbers."""
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
@@ -70,13 +78,7 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
                 raise UserError(f"{where} holds lists of different lengths ({lengths.min()} to {lengths.max()})")
         array = array.flatten()
     type_ = array.type
-    if not (
-        pa.types.is_integer(type_)
-        or pa.types.is_floating(type_)
-        or pa.types.is_boolean(type_)
-        or pa.types.is_decimal(type_)
-        or pa.types.is_null(type_)
-    ):
+    if not is_numeric(type_):
         raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
     if pa.types.is_boolean(type_):
         array = array.cast(pa.int8())

@@ -10,7 +10,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from gendist.data.matrix import entry_shape, is_image
+from gendist.data.matrix import entry_shape, is_image, is_numeric
 from gendist.data.sources import DataConfig, Source
 from gendist.protocols import UserError
 
@@ -87,6 +87,12 @@ def _default_columns(source: Source, config: DataConfig) -> tuple[str, ...]:
         return (images[0],)
     if not names:
         raise UserError(f"{source.name}: no column is left to fit")
+    numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
+    for name in names:
+        if name not in numeric:
+            kind = source.schema.field(name).type
+            hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
+            raise UserError(f"{source.name}: column '{name}' is not numeric ({kind}); choose columns that are, {hint}")
     return tuple(names)
 
 

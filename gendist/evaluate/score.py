@@ -24,5 +24,6 @@ def _score_run(model: Any, leaves: Sequence[Block]) -> tuple[Tensor, Tensor]:
         try:
             log_probs.append(model.log_prob(x_ND))
         except UserError as error:
-            raise UserError(f"rows {int(block.rows[0])} to {int(block.rows[-1])}: {error}") from None
+            rows = block.rows if block.missing is None else block.rows[block.missing.any(1)]
+            raise UserError(f"row {int(rows[0])}: {error}") from None
     return torch.cat([block.rows for block in leaves]), torch.cat(log_probs)

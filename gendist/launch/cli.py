@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 1_000_000  # of a sample that is written part by part
 
 app = typer.Typer(
     name="gendist",
-    help="Fit, evaluate and serve generative models on a Ray cluster, from one YAML spec.",
+    help="Fit, sample and score generative models on one machine or a Ray cluster, from one YAML spec.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -129,7 +129,7 @@ def score(
     """Write the log density of every row of DATA, in nats, in the order of the rows."""
     from gendist.artifact import load_artifact
     from gendist.config import load_data_spec
-    from gendist.data import Dataset, open_source
+    from gendist.data import Dataset, Schema, open_source
     from gendist.evaluate.score import score as score_blocks
     from gendist.execution import execution
     from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
@@ -145,13 +145,14 @@ def score(
     columns = spec.data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
     config = spec.data.model_copy(update={"columns": columns, "label": None, "weight": None})
     began, total = time.monotonic(), 0.0
+    schema = Schema.of(source, config)
+    if schema.num_features != loaded.model.num_features:
+        raise UserError(
+            f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
+            f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
+        )
     with execution(spec.cluster, address) as make_blocks:
-        dataset = Dataset.open(source, config, make_blocks)
-        if dataset.schema.num_features != loaded.model.num_features:
-            raise UserError(
-                f"{source.name}: {dataset.schema.num_features} features, but the model has {loaded.model.num_features} "
-                f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
-            )
+        dataset = Dataset.open(source, config, schema, make_blocks)
 
         def parts() -> Iterator[dict[str, Any]]:
             nonlocal total
@@ -197,10 +198,12 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
         with fit_progress(console, spec.fit.max_iterations) as watch:
             run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     except KeyboardInterrupt:
-        _fail("interrupted; what was reached is kept: the same command goes on from there", INTERRUPTED)
+        kept = "; what was reached is kept: the same command goes on from there" if (run_dir / "spec.yaml").exists() else ""
+        _fail(f"interrupted{kept}", INTERRUPTED)
     results = run.results
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
+    print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
     if results["repairs"]:
         print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
     if results["iterations_that_fell"]:

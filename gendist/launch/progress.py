@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gendist.fitting import Watch
+
+SECONDS_A_LINE = 10.0
 
 
 def log_to(console: Console) -> None:
@@ -34,8 +37,12 @@ def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
     progress = Progress(*columns, console=console)
     task = progress.add_task("EM", total=max_iterations, state="")
 
+    said = time.monotonic()
+
     def watch(record: dict[str, Any]) -> None:
-        progress.start()  # with the first record: a mistake found before leaves no empty bar
+        nonlocal said
+        if console.is_terminal:
+            progress.start()  # with the first record: a mistake found before leaves no empty bar
         for repair in record["repairs"]:
             progress.console.print(f"iteration {record['iteration']}: {repair}", highlight=False)
         if record.get("fell"):
@@ -43,6 +50,9 @@ def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
         gain = "" if record["gain"] is None else f"  gain {record['gain']:.2e}"
         state = f"log-likelihood {record['log_likelihood']:.6f}{gain}  {record['seconds']:.2f} s"
         progress.update(task, completed=record["iteration"], state=state)
+        if not console.is_terminal and time.monotonic() - said > SECONDS_A_LINE:  # into a file: a line now and then
+            said = time.monotonic()
+            console.print(f"iteration {record['iteration']}/{max_iterations}  {state}", highlight=False)
 
     try:
         yield watch

@@ -254,9 +254,9 @@ class GaussianMixture:
         if bool(summary.num_missing.any()):
             worst = int(torch.argmax(summary.num_missing))
             raise UserError(
-                f"{int(summary.num_missing.sum()):,} entries are missing, {int(summary.num_missing[worst]):,} of them in "
-                f"'{feature_names[worst]}'; a Gaussian mixture takes complete rows only: drop or fill them, or choose other "
-                "columns with data.columns"
+                f"{int(summary.num_missing.sum()):,} entries of the rows to fit are missing, "
+                f"{int(summary.num_missing[worst]):,} of them in '{feature_names[worst]}'; a Gaussian mixture takes complete "
+                "rows only: drop or fill them, or choose other columns with data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(

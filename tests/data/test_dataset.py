@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gendist.blocks import LocalBlocks
-from gendist.data import DataConfig, Dataset, source_of
+from gendist.data import DataConfig, Dataset, Schema, source_of
 from gendist.data.survey import survey
 from gendist.protocols import Block, UserError
 
@@ -20,7 +20,8 @@ def one_run_a_leaf(load, leaves, most, keep):
 
 
 def dataset_of(data, make_blocks=LocalBlocks, **config) -> Dataset:
-    return Dataset.open(source_of(data), DataConfig(**config), make_blocks)
+    source, data_config = source_of(data), DataConfig(**config)
+    return Dataset.open(source, data_config, Schema.of(source, data_config), make_blocks)
 
 
 def joined(blocks) -> list[Block]:

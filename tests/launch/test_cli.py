@@ -164,7 +164,7 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["sample", "run", "-n", "0", "--out", "a.npy"], "greater than or equal to 1"),
         (["fit"], "Missing argument 'SPEC.yaml'"),
         (["nonsense"], "No such command 'nonsense'"),
-        (["score", "run", "missing.csv", "--out", "a.npy"], "missing or infinite entries"),
+        (["score", "run", "missing.csv", "--out", "a.npy"], "row 1: x has missing or infinite entries"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments, expected):
@@ -182,9 +182,19 @@ def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_a_fit_says_how_to_go_on(folder, tmp_path, how):
+    check_told_to_end(folder, tmp_path, how)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_a_fit_on_a_cluster_says_how_to_go_on(cluster, folder, tmp_path, how):
+    check_told_to_end(folder, tmp_path, how, "cluster.num_workers=1", "--address", cluster.address)
+
+
+def check_told_to_end(folder: Path, tmp_path: Path, how: signal.Signals, *arguments: str) -> None:
     """SIGTERM, as schedulers send it, and Ctrl-C: code 130, one line, a run that the same command finishes."""
     command = [sys.executable, ROOT / "launch.py", "fit", "spec.yaml", "--run-dir", str(tmp_path / "run")]
-    command += ["fit.tolerance=0", "fit.max_iterations=20000", "fit.time_budget_s=100"]
+    command += ["fit.tolerance=0", "fit.max_iterations=20000", "fit.time_budget_s=100", *arguments]
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60

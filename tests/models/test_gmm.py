@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -311,6 +312,8 @@ def test_x_that_does_not_fit_is_refused():
     model = random_mixture("full")
     with pytest.raises(UserError, match=r"\(N, 4\) is needed"):
         model.log_prob(np.zeros((3, 5)))
+    with pytest.raises(UserError, match="columns in the order in which they were fitted"):
+        model.log_prob(pd.DataFrame(np.zeros((3, 4))))
     with pytest.raises(UserError, match="missing or infinite"):
         model.log_prob([[0.0, np.nan, 0.0, 0.0]])
     with pytest.raises(UserError, match="the components are 0 to 2"):
