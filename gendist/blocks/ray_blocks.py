@@ -58,20 +58,18 @@ class RayBlocks:
         at_work: dict[ray.ObjectRef, int] = {}
         done: dict[int, ray.ObjectRef] = {}
         submitted = 0
-        try:
-            for index in range(len(self._bounds)):
-                while index not in done:
-                    last = min(len(self._bounds), index + RUNS_AHEAD * self._num_workers)
-                    while submitted < last and len(at_work) < self._num_workers:
-                        run = self._run(submitted)
-                        at_work[_run_task.remote(function_ref, broadcast_ref, run)] = submitted
-                        submitted += 1
-                    for ref in _wait_for_some(list(at_work)):
-                        done[at_work.pop(ref)] = ref
-                yield _get(done.pop(index))
-        finally:
-            for ref in at_work:
-                ray.cancel(ref)
+        for index in range(len(self._bounds)):
+            while index not in done:
+                last = min(len(self._bounds), index + RUNS_AHEAD * self._num_workers)
+                while submitted < last and len(at_work) < self._num_workers:
+                    run = self._run(submitted)
+                    at_work[_run_task.remote(function_ref, broadcast_ref, run)] = submitted
+                    submitted += 1
+                for ref in _wait_for_some(list(at_work)):
+                    done[at_work.pop(ref)] = ref
+            yield _get(done.pop(index))
+        # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
+        # (a check in Ray 2.60's task_manager.cc).
 
     def _run(self, index: int) -> ray.ObjectRef:
         run = self._loaded.get(index) or _load_task.remote(self._load, self._bounds[index])

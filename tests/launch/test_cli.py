@@ -205,7 +205,7 @@ def check_told_to_end(folder: Path, tmp_path: Path, how: signal.Signals, *argume
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err.splitlines()[-1].startswith("error: interrupted; what was reached is kept")
     # No iteration is lost: the newest checkpoint is that of the last line of metrics.jsonl.
     num_iterations = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
