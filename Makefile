@@ -18,7 +18,7 @@ demo: setup            ## fit every family on embedded real data; pictures at th
 test: setup            ## every test
 	$(BIN)/python -m pytest
 
-test-fast: setup       ## the tests that need no Ray, under a minute
+test-fast: setup       ## the tests that need no Ray
 	$(BIN)/python -m pytest -m 'not ray'
 
 lint: setup            ## formatting, lint and types

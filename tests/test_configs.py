@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
 from gendist.config import families, json_schema, load_spec
 
@@ -33,7 +35,4 @@ def test_the_schema_for_editors_is_up_to_date():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_schema_accepts_every_config(path):
-    jsonschema = pytest.importorskip("jsonschema", reason="installed with ray")
-    import yaml
-
     jsonschema.validate(yaml.safe_load(path.read_text()), json_schema())
