@@ -32,11 +32,15 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class ClusterConfig(BaseModel):
-    """num_workers is the number of Ray tasks at work at a time; 0 computes in this process, without Ray."""
+    """
+    num_workers  Ray tasks at work at a time; 0 computes in this process, without Ray
+    use_gpu      whether each computes on a GPU of its own
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_workers: int = Field(default=0, ge=0)
+    use_gpu: bool = False
 
 
 class Spec(BaseModel):

@@ -25,7 +25,7 @@ from gendist.execution import execution
 from gendist.machine import machine_type, versions
 from gendist.one_thread import one_thread
 from gendist.pictures import save_picture
-from gendist.protocols import Block, GenerativeModel, StatisticsModel, Update, UserError
+from gendist.protocols import Block, Compute, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.run_directory import Checkpoint, RunDirectory
 
 NUM_PICTURED = 100
@@ -101,6 +101,10 @@ class _Fitting:
     directory: RunDirectory | None
     watch: Watch
 
+    @property
+    def compute(self) -> Compute:
+        return Compute(self.spec.fit.precision, "cuda" if self.spec.cluster.use_gpu else "cpu")
+
     def run(self) -> Run:
         began = time.monotonic()
         spec, directory = self.spec, self.directory
@@ -121,7 +125,7 @@ class _Fitting:
         state = self._begin(blocks, summary)
         try:
             for iteration in expectation_maximization(
-                state.model, blocks, summary.total_weight, spec.fit, validation, state.history
+                state.model, blocks, summary.total_weight, spec.fit, validation, state.history, self.compute
             ):
                 # One assignment, so that an interrupt finds model and history of the same iteration.
                 state = Checkpoint(iteration.model, iteration.history, state.repairs_of_start)
@@ -164,6 +168,10 @@ class _Fitting:
                 raise UserError(f"the model to start from has {self.start.num_features} features, the data {features}")
             if labels and self.start.labels not in ((), labels):
                 raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
+            self._adopted(self.start, summary)
+
+    def _adopted(self, model: StatisticsModel, summary: Summary) -> StatisticsModel:
+        return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
 
     def _begin(self, blocks: Blocks[Block], summary: Summary) -> Checkpoint[StatisticsModel]:
         """The model and records to go on from."""
@@ -172,8 +180,7 @@ class _Fitting:
             logger.info("resuming after iteration %d", len(resumed.history))
             return resumed
         if self.start is not None:
-            labels = self.dataset.labels or self.start.labels
-            update = Update(self.family.from_tensors(self.start.config, self.start.tensors(), labels))
+            update = Update(self._adopted(self.start, summary))
         else:
             logger.info("choosing where to start (%s)", self.spec.fit.init)
             update = start_from_data(
@@ -212,7 +219,7 @@ class _Fitting:
     ) -> dict[str, Any]:
         """One pass more, with the final parameters: the records hold those that each iteration began with."""
         model, history = state.model, state.history
-        log_likelihood = mean_log_likelihood(model, blocks)
+        log_likelihood = mean_log_likelihood(model, blocks, self.compute)
         results: dict[str, Any] = {
             "stopped": decide(history, self.spec.fit).value,
             "num_iterations": len(history),
@@ -222,7 +229,7 @@ class _Fitting:
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:
-            results["validation_log_likelihood"] = mean_log_likelihood(model, validation)
+            results["validation_log_likelihood"] = mean_log_likelihood(model, validation, self.compute)
         return results
 
 
@@ -249,10 +256,6 @@ def _model_to_start_from(
             raise UserError(f"init: {error}") from error
     if not isinstance(init, family):
         raise UserError(f"init: a {type(init).__name__}, but the spec is of family {spec.family}")
-    if init.config != spec.model:
-        given, wanted = init.config.model_dump(), spec.model.model_dump()
-        different = ", ".join(f"{key} {given[key]} instead of {wanted[key]}" for key in given if given[key] != wanted[key])
-        raise UserError(f"the model to start from does not fit the spec's model block: {different}")
     return init, features
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -100,6 +100,29 @@ def _block_from_arrays(*arrays: np.ndarray[Any, Any] | None) -> Block:
     return Block(x, rows, *rest)
 
 
+@dataclass(frozen=True)
+class Compute:
+    """How and where a kernel computes. Parameters and statistics are float64 on the CPU whatever this says.
+
+    precision   of the products over the rows; sums of blocks are float64 in any case
+    device      as torch names it: "cpu", "cuda"
+    """
+
+    precision: Literal["float64", "float32"] = "float64"
+    device: str = "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+
+EXACT = Compute()
+
+
 class DataSummary(Protocol):
     """What a family may know of the whole data set before it starts (`gendist.data.survey.Summary`)."""
 
@@ -163,11 +186,14 @@ class Update(Generic[M]):
     repairs     one line for every parameter that could not be estimated and what was done instead
     least_gain  what the total log-likelihood must gain at least by this step, up to rounding. 0 for an exact M-step;
                 another number where the step maximises the likelihood plus a penalty, as regularization does
+    redo        None, or the model that the step began with, prepared for another pass that keeps the digits which this
+                step's statistics had too few of
     """
 
     model: M
     repairs: tuple[str, ...] = ()
     least_gain: float = 0.0
+    redo: M | None = None
 
 
 class Statistics(Mergeable, Protocol):
@@ -201,9 +227,14 @@ class StatisticsModel(GenerativeModel, Protocol):
         """Parameters alike for every latent but for the centers, for the first M-step to set out from."""
         ...
 
-    def e_step(self, block: Block) -> Statistics: ...
+    @classmethod
+    def adopt(cls, config: Any, summary: DataSummary, model: Self, labels: tuple[Any, ...]) -> Self:
+        """A model that was fitted elsewhere, to go on from under this configuration; UserError where it cannot."""
+        ...
 
-    def log_likelihood(self, block: Block) -> float:
+    def e_step(self, block: Block, compute: Compute = EXACT) -> Statistics: ...
+
+    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
         """The weighted sum of log p over a block's rows, given what is known of their latents: the E-step's."""
         ...
 

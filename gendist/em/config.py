@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 STARTS = ("kmeans++", "random")
@@ -14,6 +16,7 @@ class EMConfig(BaseModel):
     time_budget_s     stop after the iteration in which this many seconds are used up; a resumed run counts on
     init              "kmeans++" (k-means++ seeding and Lloyd's algorithm), "random" (rows drawn at random), or an artifact
                       or run directory to start from
+    precision         of the products over the rows, "float64" or "float32"; sums over blocks are float64
     checkpoint_every  iterations between checkpoints
     """
 
@@ -23,4 +26,5 @@ class EMConfig(BaseModel):
     tolerance: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)
     time_budget_s: float | None = Field(default=None, gt=0.0)
     init: str = Field(default="kmeans++", min_length=1)
+    precision: Literal["float64", "float32"] = "float64"
     checkpoint_every: int = Field(default=10, ge=1)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from gendist.blocks import Blocks, reduce
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision, decide, fell
 from gendist.one_thread import one_thread
-from gendist.protocols import Block, StatisticsModel, UserError
+from gendist.protocols import EXACT, Block, Compute, StatisticsModel, Update, UserError
 
 M = TypeVar("M", bound=StatisticsModel)
 
@@ -33,6 +34,7 @@ def expectation_maximization(
     config: EMConfig,
     validation: Blocks[Block] | None = None,
     history: Sequence[dict[str, Any]] = (),
+    compute: Compute = EXACT,
 ) -> Iterator[Iteration[M]]:
     """Iterate from `model` until a decision to stop.
 
@@ -49,15 +51,13 @@ def expectation_maximization(
     while decision is Decision.CONTINUE:
         began = time.monotonic()
         previous = records[-1] if records else None
-        statistics = reduce(type(model).e_step, blocks, model)
+        statistics, update = em_step(partial(_e_step, compute), blocks, model)
         log_likelihood = statistics.log_likelihood / total_weight
         if not math.isfinite(log_likelihood):
             raise UserError(
                 f"the log-likelihood is {log_likelihood} in iteration {len(records) + 1}: the rows are too far from the model "
                 "for float64; rescale the columns, or start from the data with fit.init"
             )
-        with one_thread():
-            update = model.m_step(statistics)
         record: dict[str, Any] = {
             "iteration": len(records) + 1,
             "log_likelihood": log_likelihood,
@@ -68,12 +68,28 @@ def expectation_maximization(
         if fell(log_likelihood, previous):
             record["fell"] = True
         if validation is not None:
-            record["validation_log_likelihood"] = mean_log_likelihood(model, validation)
+            record["validation_log_likelihood"] = mean_log_likelihood(model, validation, compute)
         record["seconds"] = time.monotonic() - began
         records.append(record)
         model = update.model
         decision = decide(records, config)
         yield Iteration(model, tuple(records), decision)
+
+
+def em_step(function: Callable[[M, Block], Any], blocks: Blocks[Block], model: M) -> tuple[Any, Update[M]]:
+    """One pass and what follows from its statistics; a second pass where the first had too few digits for the outcome."""
+    statistics = reduce(function, blocks, model)
+    with one_thread():
+        update: Update[M] = model.m_step(statistics)
+    if update.redo is None:
+        return statistics, update
+    statistics = reduce(function, blocks, update.redo)
+    with one_thread():
+        return statistics, update.redo.m_step(statistics)
+
+
+def _e_step(compute: Compute, model: StatisticsModel, block: Block) -> Any:
+    return model.e_step(block, compute)
 
 
 @dataclass(frozen=True)
@@ -85,11 +101,11 @@ class _LogLikelihood:
         return _LogLikelihood(self.total + other.total, self.weight + other.weight)
 
 
-def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block]) -> float | None:
+def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block], compute: Compute = EXACT) -> float | None:
     """The weighted mean log-likelihood of a row; None where it is not finite: some row is impossible under the model."""
-    value = reduce(_log_likelihood, blocks, model)
+    value = reduce(partial(_log_likelihood, compute), blocks, model)
     return value.total / value.weight if math.isfinite(value.total) else None
 
 
-def _log_likelihood(model: StatisticsModel, block: Block) -> _LogLikelihood:
-    return _LogLikelihood(model.log_likelihood(block), float(block.weights_or_ones().sum()))
+def _log_likelihood(compute: Compute, model: StatisticsModel, block: Block) -> _LogLikelihood:
+    return _LogLikelihood(model.log_likelihood(block, compute), float(block.weights_or_ones().sum()))

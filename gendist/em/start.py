@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from gendist.blocks import Blocks, reduce
+from gendist.em.engine import em_step
 from gendist.noise import Noise
-from gendist.one_thread import one_thread
 from gendist.protocols import Block, DataSummary, StatisticsModel, Update
 
 MAX_LLOYD_STEPS = 50
@@ -46,13 +46,10 @@ def start_from_data(
     num_latents = family.count_latents(config, labels)
     centers_LD = _centers(blocks, summary, num_latents, method, seed, has_labels=bool(labels))
     blank = family.start(config, summary, centers_LD, labels)
-    statistics = reduce(_count_nearest, blocks, (blank, centers_LD))
-    with one_thread():
-        return blank.m_step(statistics)
+    return em_step(partial(_count_nearest, centers_LD), blocks, blank)[1]
 
 
-def _count_nearest(broadcast: tuple[StatisticsModel, Tensor], block: Block) -> Any:
-    model, centers_LD = broadcast
+def _count_nearest(centers_LD: Tensor, model: StatisticsModel, block: Block) -> Any:
     nearest_N = _squared_distances(block, centers_LD).argmin(1)
     evidence_NL = torch.full((block.num_rows, len(centers_LD)), -torch.inf, dtype=torch.float64)
     evidence_NL[torch.arange(block.num_rows), nearest_N] = 0.0

@@ -7,32 +7,60 @@ Legend: N samples, D features, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from gendist.models.distributions.gaussian import CovarianceType, Gaussian, GaussianStatistics
+from gendist.models.distributions.gaussian import CovarianceType, Gaussian
+from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
+from gendist.models.distributions.gaussian_kernel import GaussianKernel, GaussianStatistics, Reference
+from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
-from gendist.protocols import Block, DataSummary, Update, UserError, as_tensor
+from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
 
-ROWS_AT_ONCE = 4096  # of a sample or of a density, to bound memory
+ROWS_AT_ONCE = 4096  # of a sample, to bound memory
+NUM_WORST = 8
 
 
-class GaussianMixtureConfig(BaseModel):
+class GaussianMixtureConfig(GaussianConfig):
     """The `model:` block of a spec of family `gmm`.
 
-    covariance_regularization is added to the diagonal of each covariance, as scikit-learn's reg_covar.
+    weight_concentration  of a symmetric Dirichlet prior of the weights; 1 is none
+    frozen                parameters that keep the values they start with
+    frozen_components     components whose mean and covariance do
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     num_components: int = Field(ge=1)
-    covariance_type: CovarianceType = "full"
-    covariance_regularization: float = Field(default=1e-6, ge=0.0, allow_inf_nan=False)
+    weight_concentration: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
+    frozen: tuple[Literal["weights", "means", "covariances"], ...] = ()
+    frozen_components: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @model_validator(mode="after")
+    def _frozen_components_exist(self) -> Self:
+        if self.frozen_components and max(self.frozen_components) >= self.num_components:
+            raise ValueError(f"frozen_components: {max(self.frozen_components)}; allowed are 0 to {self.num_components - 1}")
+        if self.covariance_type == "tied" and self.frozen_components:
+            raise ValueError("frozen_components: components with a tied covariance share it; use frozen")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class WorstRows:
+    """The rows of the least log density, the least first, one of a block at most: where empty components may begin anew."""
+
+    log_prob: Tensor  # (n,) n <= NUM_WORST
+    rows: Tensor  # (n,)
+    x: Tensor  # (n, D)
+
+    def merge(self, other: WorstRows) -> WorstRows:
+        log_prob = torch.cat([self.log_prob, other.log_prob])
+        first = torch.argsort(log_prob, stable=True)[:NUM_WORST]
+        rows, x = torch.cat([self.rows, other.rows])[first], torch.cat([self.x, other.x])[first]
+        return WorstRows(log_prob[first], rows, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +69,29 @@ class GaussianMixtureStatistics:
 
     log_likelihood: float
     gaussian: GaussianStatistics
+    worst: WorstRows
 
     def merge(self, other: GaussianMixtureStatistics) -> GaussianMixtureStatistics:
-        return GaussianMixtureStatistics(self.log_likelihood + other.log_likelihood, self.gaussian.merge(other.gaussian))
+        return GaussianMixtureStatistics(
+            self.log_likelihood + other.log_likelihood, self.gaussian.merge(other.gaussian), self.worst.merge(other.worst)
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class GaussianMixture:
     """weights (K,), which sum to 1, and the K Gaussians.
 
-    labels   what the first components stand for, where the fit saw labels: labels[k] belongs to component k
+    labels     what the first components stand for, where the fit saw labels: labels[k] belongs to component k
+    prior      what `config.prior` came to with the data
+    reference  about what the next pass takes its moments, where not what the parameters suggest
     """
 
+    config: GaussianMixtureConfig
     weights: Tensor
     gaussian: Gaussian
     labels: tuple[Any, ...] = ()
+    prior: NormalInverseWishart | None = None
+    reference: Reference | None = None
 
     Config: ClassVar[type[BaseModel]] = GaussianMixtureConfig
     not_offered: ClassVar[Mapping[str, str]] = {
@@ -89,7 +125,13 @@ class GaussianMixture:
         ValueError where shapes do not fit or a covariance is not positive definite.
         """
         weights, means, covariances = (as_tensor(v) for v in (weights, means, covariances))
-        return cls(weights, Gaussian(means, covariances, covariance_type, covariance_regularization).check(), labels)
+        gaussian = Gaussian(means, covariances, covariance_type).check()
+        config = GaussianMixtureConfig(
+            num_components=gaussian.num_latents,
+            covariance_type=covariance_type,
+            covariance_regularization=covariance_regularization,
+        )
+        return cls(config, weights, gaussian, labels)
 
     # Parameters
 
@@ -115,37 +157,35 @@ class GaussianMixture:
     def covariance_type(self) -> CovarianceType:
         return self.gaussian.covariance_type
 
-    @property
-    def config(self) -> GaussianMixtureConfig:
-        return GaussianMixtureConfig(
-            num_components=self.num_components,
-            covariance_type=self.covariance_type,
-            covariance_regularization=self.gaussian.covariance_regularization,
-        )
-
     def tensors(self) -> dict[str, Tensor]:
-        return {"weights": self.weights, "means": self.means, "covariances": self.covariances}
+        parameters = {"weights": self.weights, "means": self.means, "covariances": self.covariances}
+        return parameters | (self.prior.tensors() if self.prior is not None else {})
 
     @classmethod
     def from_tensors(cls, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> GaussianMixture:
-        if set(tensors) != {"weights", "means", "covariances"}:
-            raise ValueError(f"tensors {sorted(tensors)}; weights, means and covariances are needed")
-        return cls.from_parameters(
-            **tensors,
-            covariance_type=config.covariance_type,
-            covariance_regularization=config.covariance_regularization,
-            labels=labels,
-        )
+        parameters = {"weights", "means", "covariances"}
+        prior = {name for name in tensors if name.startswith("prior_")}
+        if set(tensors) - prior != parameters or bool(prior) != (config.prior is not None):
+            raise ValueError(f"tensors {sorted(tensors)}; weights, means and covariances are needed, and prior_ as configured")
+        gaussian = Gaussian(tensors["means"], tensors["covariances"], config.covariance_type).check()
+        if gaussian.num_latents != config.num_components:
+            raise ValueError(f"{gaussian.num_latents} means for {config.num_components} components")
+        return cls(config, tensors["weights"], gaussian, labels, NormalInverseWishart.from_tensors(tensors) if prior else None)
 
     # Density
 
     def log_prob(self, x_ND: Any) -> Tensor:
         """(N,) log p(x) in nats (PRML 9.7)."""
-        return self._by_rows(x_ND, lambda rows: torch.logsumexp(self._log_joint(rows), dim=1))
+        return self._by_rows(x_ND, lambda log_joint_KN: responsibilities_(log_joint_KN))
 
     def encode(self, x_ND: Any) -> Tensor:
         """(N, K) responsibilities p(component | x) (PRML 9.13)."""
-        return self._by_rows(x_ND, lambda rows: torch.softmax(self._log_joint(rows), dim=1))
+
+        def responsibilities(log_joint_KN: Tensor) -> Tensor:
+            responsibilities_(log_joint_KN)
+            return log_joint_KN.T.clone(memory_format=torch.contiguous_format)
+
+        return self._by_rows(x_ND, responsibilities)
 
     def decode(self, z: Any) -> Tensor:
         """(N, D) the mean of x given components (N,), integers, or given responsibilities (N, K)."""
@@ -177,17 +217,16 @@ class GaussianMixture:
     def num_parameters(self) -> int:
         return self.num_components - 1 + self.gaussian.num_parameters
 
-    def _log_joint(self, x_ND: Tensor) -> Tensor:
-        """(N, K) log p(x, component)."""
-        return self.gaussian.log_prob(x_ND) + self.weights.log()
-
-    def _by_rows(self, x_ND: Any, function: Any) -> Tensor:
+    def _by_rows(self, x_ND: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """function of the (K, n) log p(x, component) of some rows after the other."""
         x_ND = as_tensor(x_ND)
         if x_ND.ndim != 2 or x_ND.shape[1] != self.num_features:
             raise UserError(f"x has shape {tuple(x_ND.shape)}; (N, {self.num_features}) is needed")
         if not bool(x_ND.isfinite().all()):
             raise UserError("x has missing or infinite entries; a Gaussian mixture takes complete rows only")
-        return torch.cat([function(rows) for rows in x_ND.split(ROWS_AT_ONCE)])
+        kernel, log_weights_K = GaussianKernel(self.gaussian, EXACT), self.weights.log()
+        parts = [function(kernel.log_prob(x_ND[rows], log_weights_K)) for rows in kernel.slices(max(len(x_ND), 1))]
+        return torch.cat(parts)
 
     # Sampling
 
@@ -236,6 +275,8 @@ class GaussianMixture:
         cls, config: GaussianMixtureConfig, summary: DataSummary, centers_KD: Tensor, labels: tuple[Any, ...]
     ) -> GaussianMixture:
         """Equal weights and the columns' variances, about the centers."""
+        if config.frozen_components or {"means", "covariances"} & set(config.frozen):
+            raise UserError("frozen means and covariances need values to keep: give the model to start from with fit.init")
         num_components = config.num_components
         variances_D = summary.variance + config.covariance_regularization
         variances_D = torch.where(variances_D > 0, variances_D, 1.0)  # a constant column, no regularization
@@ -246,8 +287,25 @@ class GaussianMixture:
             "spherical": variances_D.mean().expand(num_components).clone(),
         }[config.covariance_type]
         weights_K = torch.full((num_components,), 1.0 / num_components, dtype=torch.float64)
-        gaussian = Gaussian(centers_KD, covariances, config.covariance_type, config.covariance_regularization)
-        return cls(weights_K, gaussian, labels)
+        gaussian = Gaussian(centers_KD, covariances, config.covariance_type)
+        return cls(config, weights_K, gaussian, labels, cls._prior(config, summary))
+
+    @classmethod
+    def adopt(
+        cls, config: GaussianMixtureConfig, summary: DataSummary, model: GaussianMixture, labels: tuple[Any, ...]
+    ) -> GaussianMixture:
+        """The parameters of a model, estimated from here on as the configuration says."""
+        for name in ("num_components", "covariance_type"):
+            given, wanted = getattr(model.config, name), getattr(config, name)
+            if given != wanted:
+                raise UserError(f"the model to start from has {name} {given}, the spec model.{name} {wanted}")
+        return cls(config, model.weights, model.gaussian, labels or model.labels, cls._prior(config, summary))
+
+    @staticmethod
+    def _prior(config: GaussianMixtureConfig, summary: DataSummary) -> NormalInverseWishart | None:
+        if config.prior is None:
+            return None
+        return NormalInverseWishart.of(config.prior, config.covariance_type, summary, config.num_components)
 
     @classmethod
     def check(cls, config: GaussianMixtureConfig, summary: DataSummary, feature_names: Sequence[str]) -> None:
@@ -264,39 +322,106 @@ class GaussianMixture:
                 "positive weight to fit; ask for fewer components"
             )
 
-    def e_step(self, block: Block) -> GaussianMixtureStatistics:
+    def e_step(self, block: Block, compute: Compute = EXACT) -> GaussianMixtureStatistics:
         """Responsibilities (PRML 9.23) of a block's rows, and the moments that they weigh.
 
         Evidence multiplies p(x, component): with all but one component excluded, the row is counted, not guessed.
         """
-        log_joint_NK, log_prob_N = self._log_joint_with_evidence(block)
-        responsibilities_NK = torch.exp(log_joint_NK - log_prob_N[:, None])
-        if block.weights is not None:
-            # A row of weight 0 is absent, even where its density underflows.
-            responsibilities_NK = torch.where(block.weights[:, None] > 0, responsibilities_NK * block.weights[:, None], 0.0)
+        kernel = GaussianKernel(self.gaussian, compute, self.reference)
+        log_prob_N = self._pass(block, kernel, lambda responsibilities_KN: kernel.add(responsibilities_KN))
         return GaussianMixtureStatistics(
-            log_likelihood=_weighted_sum(log_prob_N, block),
-            gaussian=self.gaussian.statistics(block.x, responsibilities_NK),
+            log_likelihood=_weighted_sum(log_prob_N, block), gaussian=kernel.statistics(), worst=_worst(log_prob_N, block)
         )
 
-    def log_likelihood(self, block: Block) -> float:
+    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
         """Weighted sum of log p(x, evidence) over a block's rows."""
-        return _weighted_sum(self._log_joint_with_evidence(block)[1], block)
+        return _weighted_sum(self._pass(block, GaussianKernel(self.gaussian, compute, self.reference)), block)
 
-    def _log_joint_with_evidence(self, block: Block) -> tuple[Tensor, Tensor]:
-        """(N, K) log p(x, component, evidence), and (N,) its sum over the components."""
-        log_joint_NK = self._log_joint(block.x)
-        if block.evidence is not None:
-            log_joint_NK = log_joint_NK + block.evidence
-        return log_joint_NK, torch.logsumexp(log_joint_NK, dim=1)
+    def _pass(self, block: Block, kernel: GaussianKernel, use: Callable[[Tensor], None] | None = None) -> Tensor:
+        """(N,) log p(x, evidence); `use` is called with the (K, n) weighted responsibilities of some rows after the other."""
+        log_prob_N = torch.empty(block.num_rows, dtype=torch.float64)
+        log_weights_K = self.weights.log()
+        for rows in kernel.slices(block.num_rows):
+            joint_KN = kernel.log_prob(block.x[rows], log_weights_K)
+            if block.evidence is not None:
+                joint_KN += block.evidence[rows].T.to(joint_KN.device)
+            log_prob_N[rows] = responsibilities_(joint_KN)
+            if use is not None:
+                if block.weights is not None:
+                    joint_KN *= block.weights[rows].to(joint_KN.device)
+                use(joint_KN)
+        return log_prob_N
 
     def m_step(self, statistics: GaussianMixtureStatistics) -> Update[GaussianMixture]:
-        """New weights (PRML 9.26), means and covariances."""
+        """New weights (PRML 9.26), means and covariances.
+
+        An empty component begins anew at one of the worst rows, where that raises the likelihood.
+        """
         counts_K = statistics.gaussian.counts
-        gaussian, repairs = self.gaussian.m_step(statistics.gaussian)
-        model = replace(self, weights=counts_K / counts_K.sum(), gaussian=gaussian)
-        least_gain = gaussian.regularization_penalty(counts_K) - self.gaussian.regularization_penalty(counts_K)
-        return Update(model, repairs, least_gain)
+        estimator = self._estimator()
+        estimate = estimator.estimate(self.gaussian, statistics.gaussian)
+        weights_K = self.weights
+        if "weights" not in self.config.frozen:  # the mode of a Dirichlet posterior
+            weights_K = counts_K + (self.config.weight_concentration - 1.0)
+            weights_K = weights_K / weights_K.sum()
+        model = replace(self, weights=weights_K, gaussian=estimate.gaussian, reference=None)
+        alive_K = estimator.alive(counts_K)
+        model, revivals = model._revived(alive_K, counts_K, statistics.worst)
+        least_gain = model._penalty(estimator, counts_K) - self._penalty(estimator, counts_K)
+        redo = None if estimate.redo is None else replace(self, reference=estimate.redo)
+        return Update(model, (*estimate.repairs, *revivals), least_gain, redo)
+
+    def _estimator(self) -> GaussianEstimator:
+        config, all_or_none = self.config, torch.ones(self.num_components, dtype=torch.bool)
+        chosen_K = torch.zeros_like(all_or_none)
+        chosen_K[list(config.frozen_components)] = True
+        keep_means_K = chosen_K | ("means" in config.frozen)
+        return GaussianEstimator(config, self.prior, keep_means_K, chosen_K | ("covariances" in config.frozen))
+
+    def _penalty(self, estimator: GaussianEstimator, counts_K: Tensor) -> float:
+        """What the M-step takes off the expected log-likelihood that it maximises."""
+        extra = self.config.weight_concentration - 1.0
+        of_weights = extra * float(self.weights.log().sum()) if extra > 0.0 else 0.0
+        return estimator.penalty(self.gaussian, counts_K) - of_weights
+
+    def _revived(self, alive_K: Tensor, counts_K: Tensor, worst: WorstRows) -> tuple[GaussianMixture, list[str]]:
+        """With empty components moved to the worst rows, each with the weight of one row and the mean covariance.
+
+        N rows lose log(1 - 1/N) each, 1 together; so the row must gain more, log(1 + p_new / (N p_old)) > 1.
+        """
+        free_K = ~alive_K
+        free_K[: len(self.labels)] = False  # a label's component stands for its rows alone
+        free_K[list(self.config.frozen_components)] = False
+        said = [f"component {k} is empty and stays where it was" for k in torch.nonzero(~alive_K)[:, 0].tolist()]
+        empty = torch.nonzero(free_K)[:, 0].tolist()
+        if not empty or {"weights", "means", "covariances"} & set(self.config.frozen) or not bool(alive_K.any()):
+            return self, said
+        means, covariances = self.means.clone(), self.covariances.clone()
+        living_K = torch.where(alive_K, counts_K, 0.0)
+        share = min(1.0 / float(counts_K.sum()), 0.5 / self.num_components)
+        pooled = (
+            covariances
+            if self.covariance_type == "tied"
+            else torch.einsum("k,k...->...", living_K / living_K.sum(), covariances)
+        )
+        alone = Gaussian(
+            torch.zeros(1, self.num_features, dtype=means.dtype),
+            pooled if pooled.ndim == 2 and self.covariance_type == "tied" else pooled[None],
+            self.covariance_type,
+        )
+        log_peak = math.log(share) + float(alone.log_det_whitening[0]) - 0.5 * self.num_features * math.log(2.0 * math.pi)
+        weights_K = torch.where(alive_K, self.weights, 0.0)
+        for k, log_prob, row, x_D in zip(empty, worst.log_prob.tolist(), worst.rows.tolist(), worst.x, strict=False):
+            if log_peak - log_prob <= math.log(math.e - 1.0):
+                break
+            means[k] = x_D
+            if self.covariance_type != "tied":
+                covariances[k] = pooled
+            weights_K[k] = share
+            said.remove(f"component {k} is empty and stays where it was")
+            said.append(f"component {k} was empty and begins anew at row {row}, the worst fitted")
+        gaussian = Gaussian(means, covariances, self.covariance_type)
+        return replace(self, weights=weights_K / weights_K.sum(), gaussian=gaussian), said
 
     # scikit-learn
 
@@ -326,7 +451,7 @@ class GaussianMixture:
         from sklearn.mixture import GaussianMixture as Estimator
 
         estimator = Estimator(
-            self.num_components, covariance_type=self.covariance_type, reg_covar=self.gaussian.covariance_regularization
+            self.num_components, covariance_type=self.covariance_type, reg_covar=self.config.covariance_regularization
         )
         whitening = self.gaussian.whitening
         estimator.weights_ = self.weights.numpy()
@@ -350,6 +475,15 @@ def _weighted_sum(log_prob_N: Tensor, block: Block) -> float:
     if block.weights is not None:
         log_prob_N = torch.where(block.weights > 0, log_prob_N * block.weights, 0.0)
     return float(log_prob_N.sum())
+
+
+def _worst(log_prob_N: Tensor, block: Block) -> WorstRows:
+    if block.weights is not None:
+        log_prob_N = torch.where(block.weights > 0, log_prob_N, torch.inf)
+    # The first of the least, if any row counts.
+    least = log_prob_N.argmin()[None] if block.num_rows else torch.empty(0, dtype=torch.int64)
+    least = least[log_prob_N[least] < torch.inf]
+    return WorstRows(log_prob_N[least], block.rows[least], block.x[least])
 
 
 Model = GaussianMixture

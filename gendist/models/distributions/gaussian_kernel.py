@@ -1,0 +1,341 @@
+"""What an E-step does with Gaussians: log densities of samples, then the moments that responsibilities weigh.
+
+A Gaussian is of the exponential family (PRML 2.4): log N(x) = c + W . t(z) with the sufficient statistics t(z), which are z
+and its products, in coordinates z that all latents share. So the densities of all latents are one matrix product, and the
+moments are the product of t(z) and the responsibilities: about 20 times as fast as differences from each mean. Products
+about a shared point lose digits where a latent is narrow, as (spread of the data / its narrowest width)^2 says. Such latents
+are found from the parameters before a pass and take differences from points of their own instead. Either way the result is
+good to 1e-8.
+
+covariance_type  t(z)                           F
+full             z, z_i z_j for i <= j          D + D (D + 1) / 2
+diag             z, z_i^2                       2 D
+tied, spherical  z, |z|^2                       D + 1
+
+Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gendist.models.distributions.gaussian import Gaussian
+from gendist.models.ops.buffers import buffer
+from gendist.one_thread import one_thread
+from gendist.protocols import Compute
+
+ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small products, more leave the cache
+ROWS_AT_ONCE = (256, 4096)
+MAX_PACKED_FEATURES = 180  # of full covariances: with more, products of all pairs cost more than differences
+DIFFERENCES_AT_ONCE = 1 << 16  # entries of (k, N, D): half a MiB
+
+# Loss of digits, as (spread / width)^2, up to which the shared coordinates are good enough. A covariance's relative error is
+# the loss times the precision's epsilon: 2e-10 in float64, 6e-3 at the very worst in float32, where it was asked for.
+MAX_LOSS = {"float64": 1e6, "float32": 1e5}
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """About what a pass takes its moments; a function of the parameters, so the same for every block.
+
+    x = center + scale z: the coordinates that all latents share, in which they spread about 1 together
+    points                (K, D) the moments of a narrow latent are about its own point
+    narrow                (K,) bool
+    """
+
+    center: Tensor  # (D,)
+    scale: Tensor  # (D, D) lower triangular, or (D,)
+    points: Tensor
+    narrow: Tensor
+    max_loss: float
+
+    def equals(self, other: Reference) -> bool:
+        pairs = (
+            (self.center, other.center),
+            (self.scale, other.scale),
+            (self.points, other.points),
+            (self.narrow, other.narrow),
+        )
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    def loss_of(self, gaussian: Gaussian) -> Tensor:
+        """(K,) by how much moments about this reference are larger than the narrowest variance of each latent."""
+        whitening = gaussian.whitening
+        if gaussian.has_matrices:
+            scaled = whitening @ self.scale
+            position = torch.linalg.solve_triangular(self.scale, (gaussian.means - self.center).T, upper=False).T
+            shift = (whitening @ (gaussian.means - self.points)[:, :, None])[:, :, 0]
+        else:
+            scaled = whitening * self.scale
+            position = (gaussian.means - self.center) / self.scale
+            shift = whitening * (gaussian.means - self.points)
+        if gaussian.covariance_type == "diag":  # no column meets another
+            in_shared = (scaled.square() * (1.0 + position.square())).amax(-1)
+        else:
+            in_shared = scaled.flatten(1).square().sum(-1) * (1.0 + position.square().sum(-1))
+        return torch.where(self.narrow, shift.square().sum(-1), in_shared)
+
+
+def reference_of(gaussian: Gaussian, compute: Compute, points: Tensor | None = None, narrow: Tensor | None = None) -> Reference:
+    """The reference that suits the parameters: the mean of the means, and the covariance of an even mixture of all latents.
+
+    points, narrow   (K, D), (K,) to take the moments of some latents about other points than the current means
+    """
+    center = gaussian.means.mean(0)
+    between_KD = gaussian.means - center
+    num_latents = gaussian.num_latents
+    if gaussian.covariance_type == "full":
+        with one_thread():
+            total = gaussian.covariances.mean(0) + between_KD.T @ between_KD / num_latents
+            scale, failed = torch.linalg.cholesky_ex(total)
+        if int(failed):
+            scale = torch.diag(total.diagonal().sqrt())
+    elif gaussian.covariance_type == "tied":
+        scale = gaussian.scale[0]
+    elif gaussian.covariance_type == "diag":
+        scale = (gaussian.covariances.mean(0) + between_KD.square().mean(0)).sqrt()
+    else:
+        scale = (gaussian.covariances.mean() + between_KD.square().mean()).sqrt().expand(gaussian.num_features)
+    max_loss = MAX_LOSS[compute.precision]
+    none = torch.zeros(num_latents, dtype=torch.bool)
+    reference = Reference(center, scale, gaussian.means if points is None else points, none, max_loss)
+    with one_thread():
+        found = reference.loss_of(gaussian) > max_loss
+    if gaussian.covariance_type == "full" and gaussian.num_features > MAX_PACKED_FEATURES:
+        found = torch.ones_like(none)
+    if narrow is not None:
+        found = found | narrow
+    if gaussian.covariance_type == "tied":  # one covariance for all of them
+        found = found.any().expand(num_latents).clone()
+    return Reference(center, scale, reference.points, found, max_loss)
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianStatistics:
+    """Expected moments of some samples, weighed by responsibilities r times the weights; float64 on the CPU.
+
+    counts  (K,) sum of r
+    shared  (K, F) sum of r t(z); of no meaning for narrow latents
+    first   (n, D) sum of r d for the n narrow latents, d = x - point
+    second  sum of r d d^T of these: (n, D, D) full, its diagonal (n, D) diag and spherical;
+            tied: (D, D) of all latents, d = z where they are not narrow
+    """
+
+    reference: Reference
+    counts: Tensor
+    shared: Tensor
+    first: Tensor
+    second: Tensor
+
+    def merge(self, other: GaussianStatistics) -> GaussianStatistics:
+        if not self.reference.equals(other.reference):
+            raise ValueError("statistics about different reference points cannot be merged")
+        return GaussianStatistics(
+            self.reference,
+            self.counts + other.counts,
+            self.shared + other.shared,
+            self.first + other.first,
+            self.second + other.second,
+        )
+
+    def moments(self, covariance_type: str) -> tuple[Tensor, Tensor]:
+        """The weighted means (K, D) of the samples of each latent, and their covariances about these, in the layout of the
+        covariance type; what a latent without weight has is not to be used."""
+        reference, num_features = self.reference, len(self.reference.center)
+        counts_K1 = torch.where(self.counts > 0, self.counts, 1.0)[:, None]
+        z_KD = self.shared[:, :num_features] / counts_K1
+        products_KF = self.shared[:, num_features:] / counts_K1
+        own_counts_n1 = counts_K1[reference.narrow]
+        shift_nD = self.first / own_counts_n1
+        scale = reference.scale
+        if scale.ndim == 2:
+            means = reference.center + z_KD @ scale.T
+        else:
+            means = reference.center + z_KD * scale
+        means[reference.narrow] = reference.points[reference.narrow] + shift_nD
+
+        if covariance_type == "tied":
+            total = torch.where(self.counts.sum() > 0, self.counts.sum(), 1.0)
+            shift_KD = shift_nD if bool(reference.narrow.any()) else z_KD
+            within = (self.second - (self.counts[:, None] * shift_KD).T @ shift_KD) / total
+            return means, _symmetric(within if bool(reference.narrow.any()) else scale @ within @ scale.T)
+        if covariance_type == "full":
+            first, second = torch.triu_indices(num_features, num_features)
+            matrices = torch.zeros(len(z_KD), num_features, num_features, dtype=z_KD.dtype)
+            if products_KF.shape[1]:
+                matrices[:, first, second] = products_KF
+                matrices[:, second, first] = products_KF
+                matrices -= z_KD[:, :, None] * z_KD[:, None, :]
+                matrices = scale @ matrices @ scale.T
+            matrices[reference.narrow] = self.second / own_counts_n1[:, :, None] - shift_nD[:, :, None] * shift_nD[:, None, :]
+            return means, _symmetric(matrices)
+        if covariance_type == "diag":
+            variances = (products_KF - z_KD.square()) * scale.square()
+            variances[reference.narrow] = self.second / own_counts_n1 - shift_nD.square()
+            return means, variances.clamp_min_(0.0)
+        variances = (products_KF[:, 0] - z_KD.square().sum(1)) * scale[0].square() / num_features
+        variances[reference.narrow] = (self.second / own_counts_n1 - shift_nD.square()).mean(-1)
+        return means, variances.clamp_min_(0.0)
+
+
+@lru_cache(maxsize=64)
+def _tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tables:
+    """What log densities need of the parameters, made once for all blocks of a pass."""
+    center, num_features = reference.center, gaussian.num_features
+    with one_thread():
+        constant_K = gaussian.log_det_whitening - 0.5 * num_features * math.log(2.0 * math.pi)
+        if gaussian.covariance_type == "full":
+            to_z = torch.linalg.solve_triangular(reference.scale, torch.eye(num_features, dtype=center.dtype), upper=False)
+            m_KD = (gaussian.means - center) @ to_z.T
+            factor_KDD = gaussian.whitening @ reference.scale
+            precision_KDD = factor_KDD.mT @ factor_KDD
+            linear_KD = (precision_KDD @ m_KD[:, :, None])[:, :, 0]
+            first, second = torch.triu_indices(num_features, num_features)
+            if num_features > MAX_PACKED_FEATURES:
+                first = second = first[:0]
+            quadratic_KF = torch.where(first == second, -0.5, -1.0) * precision_KDD[:, first, second]
+        elif gaussian.covariance_type == "tied":
+            to_z = gaussian.whitening[0]
+            linear_KD = m_KD = (gaussian.means - center) @ to_z.T
+            quadratic_KF = torch.full((gaussian.num_latents, 1), -0.5, dtype=center.dtype)
+        else:
+            to_z = reference.scale.reciprocal()
+            m_KD = (gaussian.means - center) * to_z
+            precision_KD = (gaussian.whitening * reference.scale).square()
+            linear_KD = precision_KD * m_KD
+            quadratic_KF = -0.5 * (precision_KD if gaussian.covariance_type == "diag" else precision_KD[:, :1])
+        offset_K = constant_K - 0.5 * (linear_KD * m_KD).sum(1)
+    weights_KF = torch.cat([linear_KD, quadratic_KF], dim=1)
+    own = torch.nonzero(reference.narrow)[:, 0].tolist()
+    there = {"device": compute.torch_device}
+    return _Tables(
+        center.to(**there), to_z.to(**there), weights_KF.to(compute.dtype).to(**there), offset_K.to(**there), own,
+        gaussian.means[own].to(**there), gaussian.whitening[own].to(compute.dtype).to(**there), constant_K[own].to(**there),
+        reference.points[own].to(**there),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    center: Tensor  # (D,) float64
+    to_z: Tensor  # (D, D) or (D,) float64: z = to_z (x - center)
+    weights: Tensor  # (K, F) W
+    offset: Tensor  # (K,) c, float64
+    own: list[int]  # the n narrow latents
+    own_means: Tensor  # (n, D) float64
+    own_whitening: Tensor  # (n, D, D) or (n, D)
+    own_constant: Tensor  # (n,) float64
+    own_points: Tensor  # (n, D) float64
+
+
+class GaussianKernel:
+    """One pass over the samples of a block, some rows at a time: `log_prob` of the rows, then `add` what they weigh.
+
+    Its tensors are buffers: they hold until the next rows.
+    """
+
+    def __init__(self, gaussian: Gaussian, compute: Compute, reference: Reference | None = None):
+        self._gaussian, self._compute = gaussian, compute
+        self._reference = reference or _reference(gaussian, compute)
+        self._tables = _tables(gaussian, compute, self._reference)
+        kind, num_features = gaussian.covariance_type, gaussian.num_features
+        self._all_own = len(self._tables.own) == gaussian.num_latents
+        self._x = self._features = torch.empty(0)
+        self._counts = torch.zeros(gaussian.num_latents, dtype=torch.float64, device=compute.torch_device)
+        self._shared = torch.zeros(self._tables.weights.T.shape, dtype=torch.float64, device=compute.torch_device)
+        self._first = torch.zeros_like(self._tables.own_points)
+        shape = {"full": (num_features, num_features), "tied": (), "diag": (num_features,), "spherical": (num_features,)}[kind]
+        second = (num_features, num_features) if kind == "tied" else (len(self._tables.own), *shape)
+        self._second = torch.zeros(second, dtype=torch.float64, device=compute.torch_device)
+
+    def slices(self, num_rows: int) -> Iterator[slice]:
+        """The rows to be taken at once, which depend on shapes alone."""
+        least, most = ROWS_AT_ONCE
+        entries = max(self._tables.weights.shape)
+        size = min(max(1 << (ENTRIES_AT_ONCE // entries).bit_length() - 1, least), most)
+        return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+    def log_prob(self, x_ND: Tensor, offset_K: Tensor) -> Tensor:
+        """(K, N) log N(x | mean_k, covariance_k) + offset_k."""
+        tables, dtype, device = self._tables, self._compute.dtype, self._compute.torch_device
+        self._x = x_ND.to(device)
+        offset_K = offset_K.to(device)
+        log_prob_KN = buffer("log_prob", (len(tables.offset), len(x_ND)), dtype, device)
+        if not self._all_own:
+            self._features = self._sufficient_statistics(self._x)
+            offset_K1 = (tables.offset + offset_K).to(dtype)[:, None]
+            torch.addmm(offset_K1, tables.weights, self._features, out=log_prob_KN)
+        for own in self._own_slices():
+            latents = tables.own[own]
+            d_kND = (self._x - tables.own_means[own, None, :]).to(dtype)
+            whitening = tables.own_whitening[own]
+            z_kND = d_kND @ whitening.mT if self._gaussian.has_matrices else d_kND.mul_(whitening[:, None, :])
+            constant_k1 = (tables.own_constant[own] + offset_K[latents])[:, None]
+            log_prob_KN[latents] = (constant_k1 - 0.5 * z_kND.square().sum(-1)).to(dtype)
+        return log_prob_KN
+
+    def add(self, responsibilities_KN: Tensor) -> None:
+        """Add the moments of the rows that `log_prob` was asked for last, whose responsibilities include their weights."""
+        tables, kind = self._tables, self._gaussian.covariance_type
+        self._counts += responsibilities_KN.sum(1, dtype=torch.float64)
+        if not self._all_own:
+            sums_FK = buffer("sums", tuple(tables.weights.T.shape), self._compute.dtype, self._compute.torch_device)
+            self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK)
+            if kind == "tied":
+                z_DN = self._features[:-1]
+                self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
+        for i, k in enumerate(tables.own):
+            r_N = responsibilities_KN[k]
+            rows = torch.nonzero(r_N)[:, 0]  # a narrow latent is near to few of them
+            d_nD = (self._x[rows] - tables.own_points[i]).to(self._compute.dtype)
+            rd_nD = r_N[rows, None] * d_nD
+            self._first[i] += rd_nD.sum(0, dtype=torch.float64)
+            second = self._second if kind == "tied" else self._second[i]
+            second += rd_nD.T @ d_nD if self._gaussian.has_matrices else (rd_nD.mul_(d_nD)).sum(0, dtype=torch.float64)
+
+    def statistics(self) -> GaussianStatistics:
+        """What was added."""
+        values = (self._counts, self._shared.T, self._first, self._second)
+        return GaussianStatistics(self._reference, *(value.contiguous().cpu() for value in values))
+
+    def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
+        """(F, N) t(z)."""
+        tables, kind, device = self._tables, self._gaussian.covariance_type, self._compute.torch_device
+        num_rows, num_features = x_ND.shape
+        t_FN = buffer("t", (tables.weights.shape[1], num_rows), self._compute.dtype, device)
+        centred_ND = torch.sub(x_ND, tables.center, out=buffer("centred", (num_rows, num_features), torch.float64, device))
+        z_DN = t_FN[:num_features]
+        if self._gaussian.has_matrices:
+            z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
+        else:
+            z_DN.copy_(centred_ND.mul_(tables.to_z).T)
+        if kind == "full":
+            start = num_features
+            for i in range(num_features):
+                torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
+                start += num_features - i
+        elif kind == "diag":
+            torch.mul(z_DN, z_DN, out=t_FN[num_features:])
+        else:
+            t_FN[num_features] = z_DN.square().sum(0)
+        return t_FN
+
+    def _own_slices(self) -> Iterator[slice]:
+        """Narrow latents to treat together, so that their differences stay in cache."""
+        step = max(1, DIFFERENCES_AT_ONCE // max(1, self._x.numel()))
+        return (slice(i, i + step) for i in range(0, len(self._tables.own), step))
+
+
+@lru_cache(maxsize=64)
+def _reference(gaussian: Gaussian, compute: Compute) -> Reference:
+    return reference_of(gaussian, compute)
+
+
+def _symmetric(matrices: Tensor) -> Tensor:
+    return 0.5 * (matrices + matrices.mT)
