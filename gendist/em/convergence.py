@@ -8,7 +8,9 @@ from typing import Any
 
 from gendist.em.config import EMConfig
 
-ROUNDING = 1e-9  # relative; a sum of a million log-densities in float64 is good to about 1e-13
+# Relative, of a log-likelihood. A sum of a million log-densities in float64 is good to about 1e-13; in float32 all of them may
+# be off the same way.
+ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 
 
 class Decision(Enum):
@@ -37,9 +39,9 @@ def decide(history: Sequence[dict[str, Any]], config: EMConfig) -> Decision:
     return Decision.CONTINUE
 
 
-def fell(log_likelihood: float, previous: dict[str, Any] | None) -> bool:
+def fell(log_likelihood: float, previous: dict[str, Any] | None, precision: str = "float64") -> bool:
     """Whether the log-likelihood is below what the previous M-step guaranteed; never after a repair."""
     if previous is None or previous["repairs"]:
         return False
     guaranteed: float = previous["log_likelihood"] + previous["least_gain"]
-    return log_likelihood < guaranteed - ROUNDING * (1.0 + abs(guaranteed) + abs(previous["least_gain"]))
+    return log_likelihood < guaranteed - ROUNDING[precision] * (1.0 + abs(guaranteed) + abs(previous["least_gain"]))

@@ -65,7 +65,7 @@ def expectation_maximization(
             "least_gain": update.least_gain / total_weight,
             "repairs": list(update.repairs),
         }
-        if fell(log_likelihood, previous):
+        if fell(log_likelihood, previous, compute.precision):
             record["fell"] = True
         if validation is not None:
             record["validation_log_likelihood"] = mean_log_likelihood(model, validation, compute)

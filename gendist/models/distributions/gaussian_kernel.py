@@ -32,12 +32,11 @@ from gendist.protocols import Compute
 
 ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small products, more leave the cache
 ROWS_AT_ONCE = (256, 4096)
-MAX_PACKED_FEATURES = 180  # of full covariances: with more, products of all pairs cost more than differences
-DIFFERENCES_AT_ONCE = 1 << 16  # entries of (k, N, D): half a MiB
+MAX_PACKED_FEATURES = 128  # of full covariances: with more, products of all pairs cost more than differences
 
-# Loss of digits, as (spread / width)^2, up to which the shared coordinates are good enough. A covariance's relative error is
-# the loss times the precision's epsilon: 2e-10 in float64, 6e-3 at the very worst in float32, where it was asked for.
-MAX_LOSS = {"float64": 1e6, "float32": 1e5}
+# How much larger than the narrowest variance of a latent the squares of its rows may be in the shared coordinates. Measured,
+# the relative error of a covariance is at most about 1e-16 times this in float64 and 5e-8 times this in float32.
+MAX_LOSS = {"float64": 1e7, "float32": 1e6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,19 +65,18 @@ class Reference:
 
     def loss_of(self, gaussian: Gaussian) -> Tensor:
         """(K,) by how much moments about this reference are larger than the narrowest variance of each latent."""
-        whitening = gaussian.whitening
+        whitening, away = gaussian.whitening, gaussian.means - self.points
         if gaussian.has_matrices:
-            scaled = whitening @ self.scale
+            precision = _precision(whitening[:1] if gaussian.covariance_type == "tied" else whitening, self.scale)
             position = torch.linalg.solve_triangular(self.scale, (gaussian.means - self.center).T, upper=False).T
-            shift = (whitening @ (gaussian.means - self.points)[:, :, None])[:, :, 0]
-        else:
-            scaled = whitening * self.scale
+            shift = (whitening @ away[:, :, None])[:, :, 0]
+            # The Frobenius norm: at least the largest eigenvalue, at most sqrt(D) times it.
+            in_shared = torch.linalg.matrix_norm(precision) * (1.0 + position.square().amax(-1))
+        else:  # no column meets another
+            precision = (whitening * self.scale).square()
             position = (gaussian.means - self.center) / self.scale
-            shift = whitening * (gaussian.means - self.points)
-        if gaussian.covariance_type == "diag":  # no column meets another
-            in_shared = (scaled.square() * (1.0 + position.square())).amax(-1)
-        else:
-            in_shared = scaled.flatten(1).square().sum(-1) * (1.0 + position.square().sum(-1))
+            shift = whitening * away
+            in_shared = (precision * (1.0 + position.square())).amax(-1)
         return torch.where(self.narrow, shift.square().sum(-1), in_shared)
 
 
@@ -193,8 +191,7 @@ def _tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tabl
         if gaussian.covariance_type == "full":
             to_z = torch.linalg.solve_triangular(reference.scale, torch.eye(num_features, dtype=center.dtype), upper=False)
             m_KD = (gaussian.means - center) @ to_z.T
-            factor_KDD = gaussian.whitening @ reference.scale
-            precision_KDD = factor_KDD.mT @ factor_KDD
+            precision_KDD = _precision(gaussian.whitening, reference.scale)
             linear_KD = (precision_KDD @ m_KD[:, :, None])[:, :, 0]
             first, second = torch.triu_indices(num_features, num_features)
             if num_features > MAX_PACKED_FEATURES:
@@ -271,13 +268,15 @@ class GaussianKernel:
             self._features = self._sufficient_statistics(self._x)
             offset_K1 = (tables.offset + offset_K).to(dtype)[:, None]
             torch.addmm(offset_K1, tables.weights, self._features, out=log_prob_KN)
-        for own in self._own_slices():
-            latents = tables.own[own]
-            d_kND = (self._x - tables.own_means[own, None, :]).to(dtype)
-            whitening = tables.own_whitening[own]
-            z_kND = d_kND @ whitening.mT if self._gaussian.has_matrices else d_kND.mul_(whitening[:, None, :])
-            constant_k1 = (tables.own_constant[own] + offset_K[latents])[:, None]
-            log_prob_KN[latents] = (constant_k1 - 0.5 * z_kND.square().sum(-1)).to(dtype)
+        for i, k in enumerate(tables.own):
+            z_DN = buffer("z own", (len(x_ND.T), len(x_ND)), dtype, device)
+            d_DN = self._difference(self._x, tables.own_means[i])
+            if self._gaussian.has_matrices:
+                torch.mm(tables.own_whitening[i], d_DN, out=z_DN)
+            else:
+                torch.mul(tables.own_whitening[i][:, None], d_DN, out=z_DN)
+            constant = float(tables.own_constant[i] + offset_K[k])
+            torch.sum(z_DN.mul_(z_DN), 0, out=log_prob_KN[k]).mul_(-0.5).add_(constant)
         return log_prob_KN
 
     def add(self, responsibilities_KN: Tensor) -> None:
@@ -291,13 +290,23 @@ class GaussianKernel:
                 z_DN = self._features[:-1]
                 self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
         for i, k in enumerate(tables.own):
-            r_N = responsibilities_KN[k]
-            rows = torch.nonzero(r_N)[:, 0]  # a narrow latent is near to few of them
-            d_nD = (self._x[rows] - tables.own_points[i]).to(self._compute.dtype)
-            rd_nD = r_N[rows, None] * d_nD
-            self._first[i] += rd_nD.sum(0, dtype=torch.float64)
+            r_N, x_ND = responsibilities_KN[k], self._x
+            near = torch.nonzero(r_N)[:, 0]
+            if len(near) < len(r_N) // 2:  # a narrow latent is near to few rows
+                r_N, x_ND = r_N[near], x_ND[near]
+            d_DN = self._difference(x_ND, tables.own_points[i])
+            rd_DN = torch.mul(r_N, d_DN, out=buffer("z own", tuple(d_DN.shape), self._compute.dtype, d_DN.device))
+            self._first[i] += rd_DN.sum(1, dtype=torch.float64)
             second = self._second if kind == "tied" else self._second[i]
-            second += rd_nD.T @ d_nD if self._gaussian.has_matrices else (rd_nD.mul_(d_nD)).sum(0, dtype=torch.float64)
+            second += rd_DN @ d_DN.T if self._gaussian.has_matrices else rd_DN.mul_(d_DN).sum(1, dtype=torch.float64)
+
+    def _difference(self, x_ND: Tensor, point_D: Tensor) -> Tensor:
+        """(D, N) x - point, in float64 before it is rounded to the precision of the products."""
+        shape = (x_ND.shape[1], x_ND.shape[0])
+        d_DN = torch.sub(x_ND.T, point_D[:, None], out=buffer("difference", shape, torch.float64, x_ND.device))
+        if self._compute.dtype == torch.float64:
+            return d_DN
+        return buffer("rounded difference", shape, self._compute.dtype, x_ND.device).copy_(d_DN)
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
@@ -326,15 +335,16 @@ class GaussianKernel:
             t_FN[num_features] = z_DN.square().sum(0)
         return t_FN
 
-    def _own_slices(self) -> Iterator[slice]:
-        """Narrow latents to treat together, so that their differences stay in cache."""
-        step = max(1, DIFFERENCES_AT_ONCE // max(1, self._x.numel()))
-        return (slice(i, i + step) for i in range(0, len(self._tables.own), step))
-
 
 @lru_cache(maxsize=64)
 def _reference(gaussian: Gaussian, compute: Compute) -> Reference:
     return reference_of(gaussian, compute)
+
+
+def _precision(whitening: Tensor, scale: Tensor) -> Tensor:
+    """(K, D, D) inverse covariances in the shared coordinates."""
+    factor = whitening @ scale
+    return factor.mT @ factor
 
 
 def _symmetric(matrices: Tensor) -> Tensor:
