@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from gendist.blocks import LocalBlocks
 from gendist.config import ClusterConfig
 from gendist.data.dataset import MakeBlocks
+from gendist.protocols import UserError
 
 
 @contextmanager
@@ -17,11 +18,23 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     address   of a Ray cluster; None is this machine (see `ray_cluster`)
     """
     if cluster.num_workers == 0:
+        if cluster.use_gpu:
+            _check_gpu_here()
         yield LocalBlocks
         return
     # Only now: neither import needs to be paid for without Ray.
     from gendist.blocks.ray_blocks import RayBlocks
     from gendist.ray_cluster import ray_cluster
 
-    with ray_cluster(cluster.num_workers, address):
-        yield lambda load, leaves, most, keep: RayBlocks(load, leaves, cluster.num_workers, most, keep)
+    num_gpus = 1 if cluster.use_gpu else 0
+    with ray_cluster(cluster.num_workers, address, num_gpus):
+        yield lambda load, leaves, most, keep: RayBlocks(load, leaves, cluster.num_workers, most, keep, num_gpus)
+
+
+def _check_gpu_here() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "cluster.use_gpu: torch finds no GPU on this machine; leave it out, or install a torch that supports yours"
+        )

@@ -21,19 +21,27 @@ import ray
 from gendist.machine import machine_type
 from gendist.protocols import UserError
 
+# glibc hands step-sized memory back to the system and pays for its pages at every step; it reads these when a worker starts.
+WORKER_ENVIRONMENT = {
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_MMAP_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
 logger = logging.getLogger("gendist")
 
 
 @contextmanager
-def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
+def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Iterator[None]:
     """Connect to Ray for the length of a `with` block.
 
     address   "HOST:PORT" of a head, or None: the cluster this process is connected to, the one RAY_ADDRESS names, or a
               Ray of our own on this machine, which is stopped at the end
 
-    UserError where the address does not answer, or the cluster has fewer CPUs than workers are asked for.
+    num_gpus  that each worker needs
+
+    UserError where the address does not answer, or the cluster has fewer CPUs or GPUs than the workers need.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     ours = not ray.is_initialized()
@@ -46,11 +54,13 @@ def ray_cluster(num_workers: int, address: str | None) -> Iterator[None]:
         if address not in (connected, "auto", "local"):
             raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")
     try:
-        num_cpus = int(ray.cluster_resources().get("CPU", 0))
-        if num_workers > num_cpus:
-            raise UserError(
-                f"cluster.num_workers is {num_workers}, but the cluster has {num_cpus} CPUs; ask for at most {num_cpus}"
-            )
+        for kind, each in (("CPU", 1), ("GPU", num_gpus)):
+            there = int(ray.cluster_resources().get(kind, 0))
+            if num_workers * each > there:
+                raise UserError(
+                    f"cluster.num_workers is {num_workers}, but the cluster has {there} {kind}s; ask for at most {there}"
+                    + (", or leave cluster.use_gpu out" if kind == "GPU" else "")
+                )
         yield
     finally:
         if ours:
@@ -83,6 +93,7 @@ def _connect(num_workers: int, address: str | None) -> None:
         logger.info("starting Ray on this machine")
         # More workers than cores are granted on one's own machine: it is slower, and gives the same result.
         num_cpus = max(num_workers, os.cpu_count() or 1)
+        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         return
     check_reachable(address)
@@ -90,7 +101,7 @@ def _connect(num_workers: int, address: str | None) -> None:
     try:
         # The cluster's workers run this very code; its dependencies must be installed there.
         package = Path(__file__).parent
-        ray.init(address=address, runtime_env={"py_modules": [str(package)]}, **quiet)
+        ray.init(address=address, runtime_env={"py_modules": [str(package)], "env_vars": WORKER_ENVIRONMENT}, **quiet)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot connect to Ray at {address}: {reason}") from error

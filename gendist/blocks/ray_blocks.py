@@ -34,6 +34,7 @@ class RayBlocks:
     """load(bounds) returns the leaves between these row numbers; it runs in tasks, and its output stays with the cluster.
 
     keep   whether the cluster holds on to what was loaded, for the next pass
+    num_gpus   that each task of a pass has to itself
 
     A run of leaves is a task's return value, so Ray rebuilds it where a node is lost. `num_workers` bounds the tasks at
     work at one time.
@@ -46,8 +47,10 @@ class RayBlocks:
         num_workers: int,
         max_leaves_per_run: int = 1 << 30,
         keep: bool = True,
+        num_gpus: int = 0,
     ):
         self._keep = keep
+        self._task = _run_task.options(num_gpus=num_gpus)
         self._num_workers = num_workers
         self._load = ray.put(load)
         self._bounds = leaves.runs(leaves_per_run(leaves.num_leaves, num_workers, max_leaves_per_run))
@@ -63,7 +66,7 @@ class RayBlocks:
                 last = min(len(self._bounds), index + RUNS_AHEAD * self._num_workers)
                 while submitted < last and len(at_work) < self._num_workers:
                     run = self._run(submitted)
-                    at_work[_run_task.remote(function_ref, broadcast_ref, run)] = submitted
+                    at_work[self._task.remote(function_ref, broadcast_ref, run)] = submitted
                     submitted += 1
                 for ref in _wait_for_some(list(at_work)):
                     done[at_work.pop(ref)] = ref

@@ -64,8 +64,9 @@ class Dataset:
         """The rows of one part as blocks. The parts are told apart by seed and row number alone.
 
         num_latents   the width of the evidence that labels become
-        keep          whether to hold on to the blocks, for more than one pass
+        keep          whether to hold on to the blocks for more than one pass, if `data.cache` allows it
         """
+        keep = keep and self.config.cache == "memory"
         load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed)
         width = self.schema.num_features + (num_latents if self.labels else 0)
         leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])

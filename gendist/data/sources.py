@@ -31,6 +31,8 @@ class DataConfig(BaseModel):
     label                a column that says which component (class) a row belongs to; may have missing entries
     weight               a column of weights; weight 2 counts a row twice
     validation_fraction  the share of rows held out, chosen by row number
+    cache                "memory" holds on to what was read (a cluster spills what does not fit to its disks), "none" reads
+                         again in every pass
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +43,7 @@ class DataConfig(BaseModel):
     label: str | None = None
     weight: str | None = None
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    cache: Literal["memory", "none"] = "memory"
 
 
 class Source(Protocol):

@@ -389,39 +389,24 @@ class GaussianMixture:
 
         N rows lose log(1 - 1/N) each, 1 together; so the row must gain more, log(1 + p_new / (N p_old)) > 1.
         """
-        free_K = ~alive_K
-        free_K[: len(self.labels)] = False  # a label's component stands for its rows alone
-        free_K[list(self.config.frozen_components)] = False
-        said = [f"component {k} is empty and stays where it was" for k in torch.nonzero(~alive_K)[:, 0].tolist()]
-        empty = torch.nonzero(free_K)[:, 0].tolist()
-        if not empty or {"weights", "means", "covariances"} & set(self.config.frozen) or not bool(alive_K.any()):
-            return self, said
-        means, covariances = self.means.clone(), self.covariances.clone()
-        living_K = torch.where(alive_K, counts_K, 0.0)
+        said = {k: f"component {k} is empty and stays where it was" for k in torch.nonzero(~alive_K)[:, 0].tolist()}
+        # A label's component stands for its rows alone.
+        empty = [k for k in said if k >= len(self.labels) and k not in self.config.frozen_components]
+        if not empty or self.config.frozen or not bool(alive_K.any()):
+            return self, list(said.values())
+        weights_K, means, covariances = torch.where(alive_K, self.weights, 0.0), self.means.clone(), self.covariances.clone()
+        pooled = self.gaussian.pooled(torch.where(alive_K, counts_K, 0.0))
         share = min(1.0 / float(counts_K.sum()), 0.5 / self.num_components)
-        pooled = (
-            covariances
-            if self.covariance_type == "tied"
-            else torch.einsum("k,k...->...", living_K / living_K.sum(), covariances)
-        )
-        alone = Gaussian(
-            torch.zeros(1, self.num_features, dtype=means.dtype),
-            pooled if pooled.ndim == 2 and self.covariance_type == "tied" else pooled[None],
-            self.covariance_type,
-        )
-        log_peak = math.log(share) + float(alone.log_det_whitening[0]) - 0.5 * self.num_features * math.log(2.0 * math.pi)
-        weights_K = torch.where(alive_K, self.weights, 0.0)
+        log_peak = math.log(share) + float(pooled.log_peak[0])
         for k, log_prob, row, x_D in zip(empty, worst.log_prob.tolist(), worst.rows.tolist(), worst.x, strict=False):
             if log_peak - log_prob <= math.log(math.e - 1.0):
                 break
-            means[k] = x_D
+            weights_K[k], means[k] = share, x_D
             if self.covariance_type != "tied":
-                covariances[k] = pooled
-            weights_K[k] = share
-            said.remove(f"component {k} is empty and stays where it was")
-            said.append(f"component {k} was empty and begins anew at row {row}, the worst fitted")
+                covariances[k] = pooled.covariances[0]
+            said[k] = f"component {k} was empty and begins anew at row {row}, one of the worst fitted"
         gaussian = Gaussian(means, covariances, self.covariance_type)
-        return replace(self, weights=weights_K / weights_K.sum(), gaussian=gaussian), said
+        return replace(self, weights=weights_K / weights_K.sum(), gaussian=gaussian), list(said.values())
 
     # scikit-learn
 

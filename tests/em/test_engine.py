@@ -12,7 +12,7 @@ from gendist.blocks import Leaves, LocalBlocks
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
-from gendist.protocols import Block, Update
+from gendist.protocols import EXACT, Block, Compute, Update
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class TwoCoins:
     share: float
     step: float = 1.0
 
-    def e_step(self, block: Block) -> Counts:
+    def e_step(self, block: Block, compute: Compute = EXACT) -> Counts:
         heads = block.x[:, 0]
         fair = torch.full_like(heads, 0.5 * self.share)
         probability = fair + (1 - self.share) * heads
         return Counts(float(probability.log().sum()), float((fair / probability).sum()), float(len(heads)))
 
-    def log_likelihood(self, block: Block) -> float:
+    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
         return self.e_step(block).log_likelihood
 
     def m_step(self, statistics: Counts) -> Update[TwoCoins]:

@@ -12,6 +12,7 @@ spherical        (K,)       each a single variance
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -110,6 +111,20 @@ class Gaussian:
         """(K,) log |B|, which is -1/2 log |covariance|."""
         diagonal = self.whitening.diagonal(dim1=-2, dim2=-1) if self.has_matrices else self.whitening
         return diagonal.log().sum(-1)
+
+    @property
+    def log_peak(self) -> Tensor:
+        """(K,) the log density at the mean."""
+        return self.log_det_whitening - 0.5 * self.num_features * math.log(2.0 * math.pi)
+
+    def pooled(self, counts_K: Tensor) -> Gaussian:
+        """The one latent that has the mean of the means and of the covariances, weighted."""
+        share_K = counts_K / counts_K.sum()
+        if self.covariance_type == "tied":
+            covariances = self.covariances
+        else:
+            covariances = torch.einsum("k,k...->...", share_K, self.covariances)[None]
+        return Gaussian(share_K[None] @ self.means, covariances, self.covariance_type)
 
     def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
         """(N, D) mean + A noise of each sample's latent, for standard normal noise.

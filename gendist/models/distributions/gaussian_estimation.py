@@ -6,7 +6,7 @@ Legend: N samples, D features, K latents.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -238,7 +238,7 @@ class GaussianEstimator:
         if not bool(lost_K.any()):
             return None
         narrow = reference.narrow | lost_K if gaussian.covariance_type != "tied" else torch.ones_like(lost_K)
-        return Reference(reference.center, reference.scale, gaussian.means, narrow, reference.max_loss)
+        return replace(reference, points=gaussian.means, narrow=narrow)
 
 
 def _positive_definite(covariances: Tensor, has_matrices: bool) -> tuple[Tensor, list[int]]:

@@ -17,10 +17,9 @@ Legend: N samples, D features, K latents, F sufficient statistics. Inside, sampl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -80,11 +79,9 @@ class Reference:
         return torch.where(self.narrow, shift.square().sum(-1), in_shared)
 
 
-def reference_of(gaussian: Gaussian, compute: Compute, points: Tensor | None = None, narrow: Tensor | None = None) -> Reference:
-    """The reference that suits the parameters: the mean of the means, and the covariance of an even mixture of all latents.
-
-    points, narrow   (K, D), (K,) to take the moments of some latents about other points than the current means
-    """
+def reference_of(gaussian: Gaussian, compute: Compute) -> Reference:
+    """The reference that suits the parameters: the mean of the means, and the covariance of an even mixture of all latents;
+    narrow latents are about their means."""
     center = gaussian.means.mean(0)
     between_KD = gaussian.means - center
     num_latents = gaussian.num_latents
@@ -102,16 +99,14 @@ def reference_of(gaussian: Gaussian, compute: Compute, points: Tensor | None = N
         scale = (gaussian.covariances.mean() + between_KD.square().mean()).sqrt().expand(gaussian.num_features)
     max_loss = MAX_LOSS[compute.precision]
     none = torch.zeros(num_latents, dtype=torch.bool)
-    reference = Reference(center, scale, gaussian.means if points is None else points, none, max_loss)
+    reference = Reference(center, scale, gaussian.means, none, max_loss)
     with one_thread():
         found = reference.loss_of(gaussian) > max_loss
     if gaussian.covariance_type == "full" and gaussian.num_features > MAX_PACKED_FEATURES:
         found = torch.ones_like(none)
-    if narrow is not None:
-        found = found | narrow
     if gaussian.covariance_type == "tied":  # one covariance for all of them
         found = found.any().expand(num_latents).clone()
-    return Reference(center, scale, reference.points, found, max_loss)
+    return replace(reference, narrow=found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,12 +177,10 @@ class GaussianStatistics:
         return means, variances.clamp_min_(0.0)
 
 
-@lru_cache(maxsize=64)
-def _tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tables:
-    """What log densities need of the parameters, made once for all blocks of a pass."""
+def _make_tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tables:
     center, num_features = reference.center, gaussian.num_features
     with one_thread():
-        constant_K = gaussian.log_det_whitening - 0.5 * num_features * math.log(2.0 * math.pi)
+        constant_K = gaussian.log_peak
         if gaussian.covariance_type == "full":
             to_z = torch.linalg.solve_triangular(reference.scale, torch.eye(num_features, dtype=center.dtype), upper=False)
             m_KD = (gaussian.means - center) @ to_z.T
@@ -210,16 +203,26 @@ def _tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tabl
         offset_K = constant_K - 0.5 * (linear_KD * m_KD).sum(1)
     weights_KF = torch.cat([linear_KD, quadratic_KF], dim=1)
     own = torch.nonzero(reference.narrow)[:, 0].tolist()
-    there = {"device": compute.torch_device}
+    device, dtype = compute.torch_device, compute.dtype
     return _Tables(
-        center.to(**there), to_z.to(**there), weights_KF.to(compute.dtype).to(**there), offset_K.to(**there), own,
-        gaussian.means[own].to(**there), gaussian.whitening[own].to(compute.dtype).to(**there), constant_K[own].to(**there),
-        reference.points[own].to(**there),
-    )  # fmt: skip
+        reference,
+        center.to(device),
+        to_z.to(device),
+        weights_KF.to(device, dtype),
+        offset_K.to(device),
+        own,
+        gaussian.means[own].to(device),
+        gaussian.whitening[own].to(device, dtype),
+        constant_K[own].to(device),
+        reference.points[own].to(device),
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Tables:
+    """What a pass needs of the parameters."""
+
+    reference: Reference
     center: Tensor  # (D,) float64
     to_z: Tensor  # (D, D) or (D,) float64: z = to_z (x - center)
     weights: Tensor  # (K, F) W
@@ -231,6 +234,18 @@ class _Tables:
     own_points: Tensor  # (n, D) float64
 
 
+# Made once for all blocks of a pass, and gone with the parameters.
+_made: WeakKeyDictionary[Gaussian, dict[tuple[Compute, Reference | None], _Tables]] = WeakKeyDictionary()
+
+
+def _tables(gaussian: Gaussian, compute: Compute, reference: Reference | None) -> _Tables:
+    made = _made.setdefault(gaussian, {})
+    key = (compute, reference)
+    if key not in made:
+        made[key] = _make_tables(gaussian, compute, reference or reference_of(gaussian, compute))
+    return made[key]
+
+
 class GaussianKernel:
     """One pass over the samples of a block, some rows at a time: `log_prob` of the rows, then `add` what they weigh.
 
@@ -239,8 +254,7 @@ class GaussianKernel:
 
     def __init__(self, gaussian: Gaussian, compute: Compute, reference: Reference | None = None):
         self._gaussian, self._compute = gaussian, compute
-        self._reference = reference or _reference(gaussian, compute)
-        self._tables = _tables(gaussian, compute, self._reference)
+        self._tables = _tables(gaussian, compute, reference)
         kind, num_features = gaussian.covariance_type, gaussian.num_features
         self._all_own = len(self._tables.own) == gaussian.num_latents
         self._x = self._features = torch.empty(0)
@@ -311,7 +325,7 @@ class GaussianKernel:
     def statistics(self) -> GaussianStatistics:
         """What was added."""
         values = (self._counts, self._shared.T, self._first, self._second)
-        return GaussianStatistics(self._reference, *(value.contiguous().cpu() for value in values))
+        return GaussianStatistics(self._tables.reference, *(value.contiguous().cpu() for value in values))
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
         """(F, N) t(z)."""
@@ -334,11 +348,6 @@ class GaussianKernel:
         else:
             t_FN[num_features] = z_DN.square().sum(0)
         return t_FN
-
-
-@lru_cache(maxsize=64)
-def _reference(gaussian: Gaussian, compute: Compute) -> Reference:
-    return reference_of(gaussian, compute)
 
 
 def _precision(whitening: Tensor, scale: Tensor) -> Tensor:

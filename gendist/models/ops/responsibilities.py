@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 SMALLEST_LOG = (
     -60.0
@@ -22,7 +21,7 @@ def responsibilities_(log_joint_KN: Tensor) -> Tensor:
         return log_joint_KN.new_empty(0)
     largest_1N = torch.amax(log_joint_KN, 0, keepdim=True)
     log_joint_KN.sub_(largest_1N).clamp_min_(SMALLEST_LOG).exp_()
-    threshold_(log_joint_KN, SMALLEST, 0.0)
+    torch.threshold_(log_joint_KN, SMALLEST, 0.0)
     total_1N = log_joint_KN.sum(0, keepdim=True)
     log_joint_KN.div_(total_1N)
     return total_1N.log_().add_(largest_1N)[0]
