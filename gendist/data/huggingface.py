@@ -16,6 +16,7 @@ from gendist.data.memory import HuggingFaceSource
 from gendist.protocols import UserError
 
 HUB_TIMEOUT_S = 10.0
+NOT_OF_THE_FILES = ("name", "version", "data_dir", "data_files", "description", "features")  # fields of a configuration
 
 
 def open_huggingface(path: str, split: str | None, subset: str | None, streaming: bool) -> HuggingFaceSource | Files[Any]:
@@ -23,8 +24,8 @@ def open_huggingface(path: str, split: str | None, subset: str | None, streaming
 
     split      its name; "train" where None. Without streaming also a part of it, such as "train[:1000]"
     subset     the name of a configuration; may be None where there is one
-    streaming  open the data files where they lie, on the hub or in the folder. They are read by row number all the same.
-               Without it, they are copied to the cache of `datasets`, or mapped into memory where `save_to_disk` wrote them
+    streaming  read the data files where they lie, by row number all the same, instead of a copy in the cache of `datasets`;
+               what lies in a folder is not copied in either case
 
     UserError where there is no such data set, the hub does not answer, or files to stream are of a kind without row numbers.
     """
@@ -42,13 +43,15 @@ def open_huggingface(path: str, split: str | None, subset: str | None, streaming
             hint = "; a part of a split is not streamed: leave data.streaming out" if "[" in wanted else ""
             raise UserError(f"{path}: no split '{wanted}'; there are {', '.join(map(str, files))}{hint}")
         kind = type(builder).__module__.rpartition(".")[2]
-        if streaming:
-            return open_files(_streamable(path, builder, kind, files.get(wanted, ())), kind)
-        if kind == "json" and wanted in files:
-            # The reader of `datasets` rounds the numbers of a JSON array, and takes the types of the first rows for all.
-            return open_files(datasets.DownloadManager(dataset_name=path).download(list(files[wanted])), kind)
-        exact = {"float_precision": "round_trip"} if kind == "csv" else {}
-        return HuggingFaceSource(datasets.load_dataset(path, subset, split=wanted, **exact), name)
+        obstacle = _obstacle(builder, kind, files.get(wanted, ()))
+        if streaming and obstacle:
+            raise UserError(f"{path}: {obstacle} cannot be streamed; leave data.streaming out")
+        if not obstacle:
+            # Not through the readers of `datasets`, which round some numbers (of a JSON array, for one), refuse files without
+            # rows, and take the types of the first rows for those of all.
+            where = list(files[wanted])
+            return open_files(where if streaming else datasets.DownloadManager(dataset_name=path).download(where), kind)
+        return HuggingFaceSource(datasets.load_dataset(path, subset, split=wanted), name)
 
 
 @contextmanager
@@ -58,9 +61,10 @@ def _told(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # anything may come from there
+    except Exception as failure:  # anything may come from there
+        error = failure.__cause__ if type(failure).__name__ == "DatasetGenerationError" else failure
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be opened as a data set of the hub ({reason[:300]})") from error
+        raise UserError(f"{path}: cannot be opened as a data set of the hub ({reason[:300]})") from failure
 
 
 def _check_hub(name: str) -> None:
@@ -98,18 +102,14 @@ def _part(path: str, wanted: str, said: str | None, saved: Any) -> Any:
     return splits[wanted]
 
 
-def _streamable(path: str, builder: Any, kind: str, files: Sequence[str]) -> list[str]:
-    """The files, where our own readers find every row in them as `datasets` would."""
-    suffixes = {Path(file).suffix.lower() for file in files}
-    odd = sorted(suffix for suffix in suffixes if SUFFIXES.get(suffix) != kind)
+def _obstacle(builder: Any, kind: str, files: Sequence[str]) -> str:
+    """What keeps our own readers from finding every row of the files as `datasets` would; empty where nothing does."""
+    odd = sorted({suffix for file in files if SUFFIXES.get(suffix := Path(file).suffix.lower()) != kind})
     if kind not in FORMATS or odd or not files:
-        what = f"{kind} files ({', '.join(odd)})" if odd else f"{kind} data"
-        raise UserError(
-            f"{path}: {what} cannot be streamed, since their rows have no place of their own; leave data.streaming out"
-        )
-    usual, told = type(builder.config)(), ("name", "version", "data_dir", "data_files", "description", "features")
+        return f"data of the kind '{kind}'" + (f" in files of {', '.join(odd)}" if odd else "")
+    usual = type(builder.config)()
     for field in fields(usual):
         given = getattr(builder.config, field.name)
-        if field.name not in told and given != getattr(usual, field.name):
-            raise UserError(f"{path}: files with {field.name}={given!r} cannot be streamed; leave data.streaming out")
-    return list(files)
+        if field.name not in NOT_OF_THE_FILES and given != getattr(usual, field.name):
+            return f"files with {field.name}={given!r}"
+    return ""
