@@ -15,8 +15,11 @@ class CsvFiles(LineFiles):
     format = "CSV"
     has_header = True
 
-    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema | None) -> pa.Table:
-        types = {field.name: field.type for field in schema} if schema else {}
+    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
+        return self._parse(lines, head, pa.schema([])).schema  # which asks for no column, and so gets all of them
+
+    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
+        types = {field.name: field.type for field in schema}
         convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
         try:
             return pa.csv.read_csv(io.BytesIO(lines.header + body), convert_options=convert)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import numpy as np
@@ -26,23 +27,37 @@ class JsonFiles(LineFiles):
         file.seek(0)
         return split_array if beginning.startswith(b"[") else split_lines
 
-    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema | None) -> pa.Table:
+    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
+        text = head.decode("utf-8-sig").rstrip(", \t\r\n")
+        objects = [text] if lines.split is split_array else [line for line in text.split("\n") if line.strip()]
+        rows = json.loads(f"[{','.join(objects)}]", parse_int=float)
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("rows that are no objects")
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.schema([(name, _type_of([row.get(name) for row in rows])) for name in names])
+
+    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
         if lines.split is split_array:
             codes = np.frombuffer(body, dtype=np.uint8).copy()
             codes[(codes == ord(",")) & (_nesting(codes)[1] == 0)] = ord("\n")
             body = codes.tobytes()
-        if not body.strip():
-            return (schema or pa.schema([])).empty_table()
-        # One block: objects of an array may hold line breaks, and types are told from all rows at hand.
         return pa.json.read_json(
             io.BytesIO(body),
+            # In one piece, since the objects of an array may hold line breaks.
             read_options=pa.json.ReadOptions(block_size=len(body) + 1),
             parse_options=pa.json.ParseOptions(
                 explicit_schema=schema,
                 newlines_in_values=lines.split is split_array,
-                unexpected_field_behavior="infer" if schema is None else "ignore",
+                unexpected_field_behavior="ignore",
             ),
         )
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    try:
+        return pa.infer_type(values)
+    except pa.ArrowException:
+        return pa.string()  # things of several kinds; they are no numbers, and nobody may ask for them
 
 
 def split_array(content: bytes, is_end: bool) -> tuple[Offsets, bytes]:

@@ -56,7 +56,7 @@ class LineFiles(Files[Lines]):
             num_rows += len(starts)
             end = offset + len(rows)
         lines = Lines(header, num_rows, np.array([*marks, end], dtype=np.int64), split)
-        schema = self._parse(lines, head, None).schema if header or head else pa.schema([])
+        schema = self._guess(lines, head) if header or head else pa.schema([])
         return Contents(num_rows, pa.schema([(field.name, _text_type(field.type)) for field in schema]), lines)
 
     def _rows(self, file: pa.NativeFile, index: Lines, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
@@ -64,8 +64,11 @@ class LineFiles(Files[Lines]):
         file.seek(index.marks[first])
         body = file.read(index.marks[last] - index.marks[first])
         table = self._parse(index, body, pa.schema([self.schema.field(name) for name in columns]))
-        if table.num_rows != min(last * LINES_PER_MARK, index.num_rows) - first * LINES_PER_MARK:
-            raise ValueError("a row spans several lines, as with quoted line breaks, which is not supported; use Parquet")
+        num_lines = min(last * LINES_PER_MARK, index.num_rows) - first * LINES_PER_MARK
+        if table.num_rows != num_lines:
+            raise ValueError(
+                f"{table.num_rows} rows in {num_lines} lines; each row needs a line of its own, without quoted line breaks"
+            )
         return table.slice(start - first * LINES_PER_MARK, stop - start)
 
     def _split_of(self, file: pa.NativeFile) -> Split:
@@ -73,8 +76,12 @@ class LineFiles(Files[Lines]):
         return split_lines
 
     @abstractmethod
-    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema | None) -> pa.Table:
-        """Whole rows as a table: all columns with the types they look like, or those of the schema."""
+    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
+        """The columns of a file and the types they seem to have by its first rows."""
+
+    @abstractmethod
+    def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
+        """The columns of the schema, of whole rows."""
 
 
 def _text_type(type_: pa.DataType) -> pa.DataType:
