@@ -54,6 +54,8 @@ class ArrowFiles(Files[_Batches]):
             stream = b"".join([index.head, batches])
             options = _only(pa.ipc.open_stream(stream).schema, columns)
             table = pa.ipc.open_stream(stream, options=options).read_all()
+        # A damaged file may hold offsets that point anywhere, and nothing has looked at them so far.
+        table.validate(full=True)
         return table.slice(start - index.bounds[first], stop - start)
 
 

@@ -6,6 +6,7 @@ A file is looked into once, when it is opened; a task then finds any run of rows
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -69,7 +70,7 @@ class Files(ABC, Generic[Index]):
         for name in columns:
             if name in self._problems:
                 raise UserError(self._problems[name])
-        tables = [pa.schema([self.schema.field(name) for name in columns]).empty_table()]
+        tables = []
         for index in range(bisect_right(self.starts, start) - 1, len(self.paths)):
             first, end = self.starts[index : index + 2]
             if first >= stop:
@@ -80,7 +81,7 @@ class Files(ABC, Generic[Index]):
                     rows = (max(start, first) - first, min(stop, end) - first)
                     table = self._rows(file, self._indexes[index], *rows, columns)
                     tables.append(self._in_common_types(table, columns))
-        return pa.concat_tables(tables)
+        return pa.concat_tables(tables) if tables else pa.schema([self.schema.field(name) for name in columns]).empty_table()
 
     def _look_into(self, path: str) -> tuple[int, Contents[Index]]:
         """The length of a file in bytes, and what it contains."""
@@ -124,6 +125,8 @@ class Files(ABC, Generic[Index]):
 @contextmanager
 def _open(path: str, mapped: bool) -> Iterator[pa.NativeFile]:
     if "://" not in path:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # what is none, such as a device, may have no end
+            raise OSError("neither a file nor a folder")
         with pa.memory_map(path) if mapped else pa.OSFile(path) as file:
             yield file
     else:

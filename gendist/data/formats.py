@@ -56,13 +56,10 @@ def _expand(path: str, format_: str | None) -> list[str]:
             raise UserError(f"{path}: no {', '.join(suffixes)} file in this folder")
         return [os.path.abspath(file) for file in inside]
     if glob.has_magic(path) and not os.path.lexists(path):
-        found = sorted(glob.glob(path, recursive=True))
+        found = [file for file in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(file)]
         if not found:
             raise UserError(f"{path}: no file matches")
-        return [os.path.abspath(file) for file in found if not os.path.isdir(file)]
-    # What is neither, such as a device, may have no end.
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"{path}: neither a file nor a folder")
+        return [os.path.abspath(file) for file in found]
     return [os.path.abspath(path)]
 
 

@@ -30,7 +30,7 @@ class JsonFiles(LineFiles):
     def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
         text = head.decode("utf-8-sig").rstrip(", \t\r\n")
         objects = [text] if lines.split is split_array else [line for line in text.split("\n") if line.strip()]
-        rows = json.loads(f"[{','.join(objects)}]", parse_int=float)
+        rows = json.loads("[" + ",\n".join(objects) + "]", parse_int=float)
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("rows that are no objects")
         names = dict.fromkeys(name for row in rows for name in row)
@@ -88,7 +88,7 @@ def _nesting(codes: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[np.ndarray[Any
     backslashes = codes == ord("\\")
     if backslashes.any():
         # A quote behind an odd number of backslashes is part of the text.
-        index = np.arange(len(codes))
+        index = np.arange(len(codes), dtype=np.int32)
         run = index - np.maximum.accumulate(np.where(backslashes, -1, index))
         quotes[1:] &= run[:-1] % 2 == 0
     in_text = np.cumsum(quotes, dtype=np.int32) % 2 == 1

@@ -14,7 +14,7 @@ from gendist.data.files import Contents, Files
 from gendist.data.matrix import is_list, is_numeric
 
 LINES_PER_MARK = 8192
-BYTES_PER_READ = 1 << 24
+BYTES_PER_READ = 1 << 22
 BYTES_TO_GUESS_FROM = 1 << 20
 
 Offsets = np.ndarray[Any, np.dtype[np.int64]]

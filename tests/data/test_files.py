@@ -190,7 +190,7 @@ def test_dictionaries_of_an_arrow_stream_are_read_in_parts(tmp_path):
         ' [\n{\n"a":1,\n"z":["]}",{"q":"\\\\\\"{["}],"b":2},\n\n{"a":3,"b":4}\n]\n',
     ],
 )
-@pytest.mark.parametrize("bytes_per_read", [5, 1 << 24])
+@pytest.mark.parametrize("bytes_per_read", [5, 1 << 22])
 @pytest.mark.parametrize("lines_per_mark", [1, 8192])
 def test_json_as_people_write_it(tmp_path, monkeypatch, text, bytes_per_read, lines_per_mark):
     monkeypatch.setattr(lines_module, "BYTES_PER_READ", bytes_per_read)
@@ -263,6 +263,18 @@ def test_files_that_are_cut_short(tmp_path, suffix, share):
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     with pytest.raises(UserError, match=f"a{suffix}: cannot be read as"):
         open_source(DataConfig(path=str(path)))
+
+
+def test_an_arrow_file_whose_offsets_point_outside_of_it(tmp_path):
+    write(tmp_path / "a.arrow", a=np.arange(200.0), y=["p"] * 200)
+    offsets = np.arange(201, dtype=np.int32)
+    content = (tmp_path / "a.arrow").read_bytes()
+    assert offsets.tobytes() in content
+    offsets[100] = 1 << 30
+    (tmp_path / "a.arrow").write_bytes(content.replace(np.arange(201, dtype=np.int32).tobytes(), offsets.tobytes()))
+    source = open_source(DataConfig(path=str(tmp_path)))
+    with pytest.raises(UserError, match=r"a.arrow: cannot be read as Arrow"):
+        source.read(0, 200, ["y"])
 
 
 def test_an_arrow_stream_whose_dictionaries_change(tmp_path):
@@ -344,8 +356,14 @@ def test_links_folders_and_devices(tmp_path):
             open_source(DataConfig(path=str(path)))
     write(tmp_path / "gone.parquet", a=[1.0])
     assert matrix(open_source(DataConfig(path=str(tmp_path / "link.parquet")))).tolist() == [[1.0]]
-    with pytest.raises(UserError, match="/dev/zero: neither a file nor a folder"):
+    with pytest.raises(UserError, match="/dev/zero: cannot be read as CSV .neither a file nor a folder"):
         open_source(DataConfig(source="csv", path="/dev/zero"))
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(UserError, match=r"pipe.csv: cannot be read as CSV .neither a file nor a folder"):
+        open_source(DataConfig(path=str(tmp_path / "*.csv")))
+    (tmp_path / "inside").mkdir()
+    with pytest.raises(UserError, match="no file matches"):
+        open_source(DataConfig(path=str(tmp_path / "in*")))
     with pytest.raises(UserError, match=r"no .json, .jsonl, .ndjson file in this folder"):
         open_source(DataConfig(source="json", path=str(tmp_path)))
 

@@ -58,7 +58,7 @@ def test_parquet_in_several_files_some_of_them_empty(tmp_path):
 
 
 @pytest.mark.parametrize("lines_per_mark", [1, 3, 64, 8192])
-@pytest.mark.parametrize("bytes_per_read", [64, 1 << 24])
+@pytest.mark.parametrize("bytes_per_read", [64, 1 << 22])
 def test_csv_is_found_by_its_marks(tmp_path, monkeypatch, lines_per_mark, bytes_per_read):
     monkeypatch.setattr(lines_module, "LINES_PER_MARK", lines_per_mark)
     monkeypatch.setattr(lines_module, "BYTES_PER_READ", bytes_per_read)
