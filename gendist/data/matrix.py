@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gendist.protocols import UserError
 
@@ -38,7 +39,7 @@ def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, 
     if is_image(column.type):
         return _decode_image(column[0], where, 0).shape
     width = _numbers(column, where, 0).shape[1]
-    return (width,) if _is_list(column.type) else ()
+    return (width,) if is_list(column.type) else ()
 
 
 def is_image(type_: pa.DataType) -> bool:
@@ -49,18 +50,62 @@ def is_image(type_: pa.DataType) -> bool:
     return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
 
 
-def _is_list(type_: pa.DataType) -> bool:
-    if isinstance(type_, pa.ExtensionType):  # such as Array2D of `datasets`
+def is_list(type_: pa.DataType) -> bool:
+    """A list of any kind, an extension such as Array2D of `datasets` included."""
+    if isinstance(type_, pa.ExtensionType):
         type_ = type_.storage_type
     return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
 
 
 def is_numeric(type_: pa.DataType) -> bool:
     """Numbers, or lists of them, however deep; a column that is missing throughout may have been either."""
-    while _is_list(type_):
-        type_ = (type_.storage_type if isinstance(type_, pa.ExtensionType) else type_).value_type
+    while is_list(type_):
+        type_ = _entries(type_)
     kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
     return any(is_kind(type_) for is_kind in kinds)
+
+
+def _entries(list_type: pa.DataType) -> pa.DataType:
+    return (list_type.storage_type if isinstance(list_type, pa.ExtensionType) else list_type).value_type
+
+
+def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """A type that holds the entries of two columns, or None where they are different things, such as numbers and text."""
+    one, other = (type_.value_type if pa.types.is_dictionary(type_) else type_ for type_ in (one, other))
+    if one == other or pa.types.is_null(other):
+        return one
+    if pa.types.is_null(one):
+        return other
+    if is_list(one) and is_list(other):
+        entries = common_type(_entries(one), _entries(other))
+        return entries and pa.large_list(entries)
+    if is_list(one) or is_list(other):
+        return None
+    if is_image(one) and is_image(other):
+        return pa.large_binary()
+    if is_numeric(one) and is_numeric(other):
+        return pa.float64()
+    return pa.large_string() if _is_text(one) and _is_text(other) else None
+
+
+def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
+    """A column in the type that `common_type` found for it and others."""
+    if column.type == type_:
+        return column
+    if pa.types.is_struct(column.type):
+        column = pc.struct_field(column, "bytes")
+    if isinstance(column.type, pa.ExtensionType):
+        column = column.cast(column.type.storage_type)
+    return _exactly(column).cast(type_, safe=False)
+
+
+def _exactly(column: Any) -> Any:
+    """Decimals as text: Arrow's own conversion to float64 is off by a bit here and there."""
+    return column.cast(pa.string()) if pa.types.is_decimal(column.type) else column
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
 
 
 def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
@@ -69,7 +114,7 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     num_rows = len(array)
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    while _is_list(array.type):
+    while is_list(array.type):
         if array.null_count:
             raise UserError(f"{where} is missing in row {first_row + _first(array.is_null())}; a list is needed in each")
         if not pa.types.is_fixed_size_list(array.type):
@@ -80,9 +125,7 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     type_ = array.type
     if not is_numeric(type_):
         raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
-    if pa.types.is_boolean(type_):
-        array = array.cast(pa.int8())
-    values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    values = _exactly(array).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     too_large = np.abs(values) > MAX_MAGNITUDE
     if too_large.any():
         first = _first(too_large)

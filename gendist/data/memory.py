@@ -72,12 +72,13 @@ class HuggingFaceSource:
     """A `datasets.Dataset`, read by index."""
 
     image_shape: tuple[int, ...] | None = None
-    name = "the data set"
-    paths: tuple[str, ...] = ()
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Any, name: str = "the data set"):
         if not hasattr(dataset, "__len__"):
             raise UserError("a streamed data set has no length; give a datasets.Dataset, or the files it streams from")
+        self.name = name
+        self.paths: tuple[str, ...] = tuple(file["filename"] for file in dataset.cache_files)
+        # Where its files are mapped into memory, as what `datasets` loads is, their names are all that travels to a task.
         self.dataset = dataset.with_format("arrow")
         self.num_rows: int = len(dataset)
         self.schema: pa.Schema = dataset.features.arrow_schema

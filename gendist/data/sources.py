@@ -1,32 +1,32 @@
 """Where rows come from. A source knows how many rows it has and returns any run of them as an Arrow table.
 
 Sources are small and travel to the tasks, which do the reading; what is held in memory travels once. What the spec's `data:`
-block can name stands in `files.py`, what Python can hand over in `memory.py`.
+block can name stands in `formats.py` and `huggingface.py`, what Python can hand over in `memory.py`.
 """
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Literal, Protocol
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
-from gendist.data.files import CsvFiles, NpyFile, ParquetFiles
+from gendist.data.formats import open_files
+from gendist.data.huggingface import open_huggingface
 from gendist.data.memory import digits
 from gendist.protocols import UserError
-
-SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".npy": "npy"}
 
 
 class DataConfig(BaseModel):
     """The `data:` block of a spec.
 
     source               what kind of data; told by the suffix of the path where it is left out
-    path                 a file, a folder, a pattern such as "data/*.parquet", or a list of these
+    path                 a file, a folder, a pattern such as "data/*.parquet", or a list of these; of source huggingface the
+                         name of a data set on the hub, or a folder in its layout
+    split                of source huggingface: which part of the data set; "train" where left out
+    subset               of source huggingface: which of its configurations
+    streaming            of source huggingface: read the files where they lie, without a copy on this machine
     columns              the columns that are fitted; all but label and weight where left out, or the image column
     label                a column that says which component (class) a row belongs to; may have missing entries
     weight               a column of weights; weight 2 counts a row twice
@@ -37,8 +37,11 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["digits", "npy", "parquet", "csv"] | None = None
+    source: Literal["digits", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    split: str | None = None
+    subset: str | None = None
+    streaming: bool = False
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     weight: str | None = None
@@ -69,57 +72,18 @@ class Source(Protocol):
 
 def open_source(config: DataConfig) -> Source:
     """The source that a spec's `data:` block names; UserError where there is none."""
+    if config.source != "huggingface":
+        for field in ("split", "subset", "streaming"):
+            if getattr(config, field):
+                raise UserError(f"data.{field}: of source huggingface alone; leave it out, or say data.source=huggingface")
     if config.source == "digits":
         if config.path is not None:
             raise UserError("data.path: the digits are embedded and have no path; leave it out")
         return digits()
     if config.path is None:
         raise UserError("data.path is missing: give a file, a folder or a pattern, or `source: digits` for embedded data")
-    files = _expand([config.path] if isinstance(config.path, str) else config.path)
-    kinds = {config.source} if config.source else {_kind_of(path) for path in files}
-    if len(kinds) > 1:
-        raise UserError(f"data.path: files of several kinds ({', '.join(sorted(map(str, kinds)))}); give data.source")
-    match kinds.pop():
-        case "parquet":
-            return ParquetFiles(files)
-        case "csv":
-            return CsvFiles(files)
-        case _:
-            if len(files) > 1:
-                raise UserError(f"data.path: {len(files)} .npy files; a source of .npy is one file")
-            return NpyFile(files[0])
-
-
-def _expand(paths: Sequence[str]) -> list[str]:
-    """The files behind paths, folders and patterns, in the order of their names."""
-    files: list[str] = []
-    for path in paths:
-        if "://" in path:
-            files.append(path)
-        elif os.path.isdir(path):
-            inside = sorted(str(file) for file in Path(path).rglob("*") if _is_data(file.relative_to(path)))
-            if not inside:
-                raise UserError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
-            files += inside
-        elif os.path.exists(path):
-            files.append(path)
-        elif glob.has_magic(path):
-            found = sorted(glob.glob(path, recursive=True))
-            if not found:
-                raise UserError(f"{path}: no file matches")
-            files += found
-        else:
-            raise UserError(f"{path}: no such file")
-    return [path if "://" in path else os.path.abspath(path) for path in files]
-
-
-def _is_data(file: Path) -> bool:
-    """Whether a file inside a folder is meant: what begins with a dot or an underline is some writer's own."""
-    return file.suffix.lower() in SUFFIXES and not any(part.startswith((".", "_")) for part in file.parts)
-
-
-def _kind_of(path: str) -> str:
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{path}: the suffix does not say what this is; allowed are {', '.join(SUFFIXES)}, or give data.source")
-    return SUFFIXES[suffix]
+    if config.source == "huggingface":
+        if not isinstance(config.path, str):
+            raise UserError(f"data.path: {len(config.path)} paths; of source huggingface it is one name or folder")
+        return open_huggingface(config.path, config.split, config.subset, config.streaming)
+    return open_files([config.path] if isinstance(config.path, str) else config.path, config.source)

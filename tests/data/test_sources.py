@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from gendist.data import DataConfig, Schema, open_source, source_of
-from gendist.data import files as files_module
+from gendist.data import lines as lines_module
 from gendist.data.matrix import to_matrix
 from gendist.protocols import UserError
 
@@ -58,10 +58,10 @@ def test_parquet_in_several_files_some_of_them_empty(tmp_path):
 
 
 @pytest.mark.parametrize("lines_per_mark", [1, 3, 64, 8192])
-@pytest.mark.parametrize("bytes_per_read", [64, 1 << 24])
+@pytest.mark.parametrize("bytes_per_read", [64, 1 << 22])
 def test_csv_is_found_by_its_marks(tmp_path, monkeypatch, lines_per_mark, bytes_per_read):
-    monkeypatch.setattr(files_module, "LINES_PER_MARK", lines_per_mark)
-    monkeypatch.setattr(files_module, "BYTES_PER_READ", bytes_per_read)
+    monkeypatch.setattr(lines_module, "LINES_PER_MARK", lines_per_mark)
+    monkeypatch.setattr(lines_module, "BYTES_PER_READ", bytes_per_read)
     FRAME.to_csv(tmp_path / "a.csv", index=False)
     check_pieces(open_source(DataConfig(path=str(tmp_path / "a.csv"))), FRAME.to_numpy())
 
@@ -193,7 +193,7 @@ def case(name: str, expected: str, **config):
         case("notes.txt", "the suffix does not say"),
         case("cut.parquet", "cannot be read as Parquet"),
         case("text.parquet", "cannot be read as Parquet"),
-        case("empty.csv", "the file is empty"),
+        case("empty.csv", "the data set is empty"),
         case("header.csv", "the data set is empty"),
         case("empty.parquet", "the data set is empty"),
         case("words.csv", "column 'b' is not numeric .string.; choose columns that are, such as data.columns=.a."),
