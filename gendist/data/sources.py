@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from gendist.data.files import CsvFiles, NpyFile, ParquetFiles
 from gendist.data.memory import digits
+from gendist.data.transforms import Steps
 from gendist.protocols import UserError
 
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".npy": "npy"}
@@ -30,6 +31,7 @@ class DataConfig(BaseModel):
     columns              the columns that are fitted; all but label and weight where left out, or the image column
     label                a column that says which component (class) a row belongs to; may have missing entries
     weight               a column of weights; weight 2 counts a row twice
+    transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
     validation_fraction  the share of rows held out, chosen by row number
     """
 
@@ -40,6 +42,7 @@ class DataConfig(BaseModel):
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     weight: str | None = None
+    transforms: Steps = ()
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
 
 

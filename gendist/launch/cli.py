@@ -163,6 +163,8 @@ def score(
         num_rows = write_table(parts(), out)
     seconds = time.monotonic() - began
     print(f"{num_rows:,} rows scored in {seconds:.1f} s, mean log density {total / num_rows:.6f} nats, in {out}")
+    if density := getattr(loaded.model, "density", None):
+        print(f"  ({density})")
 
 
 @app.command()
@@ -204,6 +206,8 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
     print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
+    if density := getattr(run.model, "density", None):
+        print(f"  ({density})")
     if results["repairs"]:
         print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
     if results["iterations_that_fell"]:
