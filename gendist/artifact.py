@@ -101,12 +101,11 @@ def load_artifact(path: str | Path) -> Artifact:
         model = cls.from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
-        written = description["transforms"] if description["format_version"] > 1 else ()
-        declared = tuple(validated(Step, step, "transforms") for step in written)
-        if declared:
+        if description["format_version"] > 1:
+            declared = tuple(validated(Step, step, "transforms") for step in description["transforms"])
             fitted = safetensors.torch.load_file(folder / "transforms.safetensors")
             model = transformed(model, Transforms.from_tensors(schema.feature_names, declared, fitted))
-        elif schema.num_features != model.num_features:
+        if schema.num_features != model.num_features:
             raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
         return Artifact(family, model, schema)
     except _NotThisGendist:

@@ -38,8 +38,11 @@ class RowError(UserError):
     """A row that cannot be transformed: its position among those given, and the reason."""
 
     def __init__(self, row: int, reason: str):
-        super().__init__(f"row {row}: {reason}")
+        super().__init__(row, reason)
         self.row, self.reason = row, reason
+
+    def __str__(self) -> str:
+        return f"row {self.row}: {self.reason}"
 
 
 # Declared
