@@ -167,8 +167,9 @@ class PrincipalAxes(Coordinates):
         # Only products and sums of single numbers, in a fixed order: a matrix product rounds a row differently according
         # to how many rows stand beside it, and a sample must not depend on its neighbours.
         x_ND = self.mean.repeat(len(z_NE), 1)
+        part_ND = torch.empty_like(x_ND)
         for z_N, direction_D in zip(z_NE.T.contiguous(), self.matrices[1], strict=True):
-            x_ND += z_N[:, None] * direction_D
+            x_ND += torch.mul(z_N[:, None], direction_D, out=part_ND)
         return x_ND
 
     def log_abs_det(self, x_ND: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from gendist.data.survey import Summary, summarize
 from gendist.one_thread import one_thread
 from gendist.protocols import Block, UserError, as_tensor
 
-ROWS_AT_ONCE = 4096  # of an inverse, to bound memory
+ENTRIES_AT_ONCE = 1 << 15  # of rows that are transformed back: they stay in cache while direction after direction is added
 EPS = torch.finfo(torch.float64).eps
 
 logger = logging.getLogger("gendist")
@@ -263,7 +263,7 @@ class Transforms:
         z_NE = self._matrix(z_NE, self.feature_names)
         parts = []
         with one_thread():
-            for part in z_NE.split(ROWS_AT_ONCE):
+            for part in z_NE.split(max(1, ENTRIES_AT_ONCE // len(self.source_names))):
                 for step in reversed(self.steps):
                     part = step.inverse(part)
                 parts.append(part)

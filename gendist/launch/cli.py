@@ -134,10 +134,14 @@ def score(
     from gendist.execution import execution
     from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
     from gendist.protocols import UserError
+    from gendist.transformed import taken_apart
 
     check_out(out, SUFFIXES)
     loaded = load_artifact(artifact)
     spec = load_data_spec(data, overrides or ())
+    transforms = taken_apart(loaded.model)[1]
+    if spec.data.transforms not in ((), transforms.declared if transforms else ()):
+        raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     source = open_source(spec.data)
     if os.path.realpath(out) in map(os.path.realpath, source.paths):
         raise UserError(f"--out {out}: the data themselves; choose another file")

@@ -218,6 +218,7 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["score", "run", "wide.npy", "--out", "a.npy"], "3 features, but the model has 2"),
         (["score", "run", "data.csv", "--out", "data.csv"], "the data themselves"),
         (["score", "run", "data.csv", "--out", "run/../data.csv"], "the data themselves"),
+        (["score", "run", "data.csv", "data.transforms=[log1p]", "--out", "a.npy"], "those of run are part of it"),
         (["score", "run", "data.csv", "seed=3", "--out", "a.npy"], "only data.KEY and cluster.KEY"),
         (["fit", "spec.yaml", "--address", "127.0.0.1:1"], "cluster.num_workers is 0"),
         (["sample", "run", "--out", "a.npy"], "Missing option '-n'"),
