@@ -74,7 +74,7 @@ class Transformed:
     @property
     def density(self) -> str:
         """What log_prob is the density of, in words; empty where it is that of x."""
-        kept = next((len(step.scale) for step in reversed(self.transforms.steps) if step.drops), None)
+        kept = self.transforms.num_kept
         return "" if kept is None else f"density of the {kept} principal coordinates that pca keeps: x itself has none"
 
     def tensors(self) -> dict[str, Tensor]:

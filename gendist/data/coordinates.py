@@ -22,7 +22,6 @@ class Coordinates(ABC):
     """A fitted transform; its fields are tensors, and NaN in x is a missing entry.
 
     takes   what to say of an entry that `outside` marks
-    drops   whether E < D: x cannot be told from its projection, and has no density
     """
 
     takes: ClassVar[str] = ""
@@ -33,8 +32,14 @@ class Coordinates(ABC):
         """D."""
 
     @property
+    def num_coordinates(self) -> int:
+        """E."""
+        return self.num_features
+
+    @property
     def drops(self) -> bool:
-        return False
+        """Whether E < D: x cannot be told from its projection, and has no density."""
+        return self.num_coordinates < self.num_features
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
@@ -143,11 +148,11 @@ class PrincipalAxes(Coordinates):
         return len(self.mean)
 
     @property
-    def drops(self) -> bool:
-        return len(self.scale) < len(self.mean)
+    def num_coordinates(self) -> int:
+        return len(self.scale)
 
     def rename(self, names: Names) -> Names:
-        return tuple(f"pc_{i}" for i in range(len(self.scale)))
+        return tuple(f"pc_{i}" for i in range(self.num_coordinates))
 
     @cached_property
     def matrices(self) -> tuple[Tensor, Tensor]:

@@ -226,9 +226,9 @@ class Transforms:
         return self._names[-1]
 
     @property
-    def drops(self) -> bool:
-        """Whether a pca drops directions: rows cannot be told from their projections, and x has no density."""
-        return any(step.drops for step in self.steps)
+    def num_kept(self) -> int | None:
+        """How many coordinates the last pca that drops directions keeps; None where none drops any: x has a density."""
+        return next((step.num_coordinates for step in reversed(self.steps) if step.drops), None)
 
     def forward(self, x_ND: Any) -> Tensor:
         """(N, E) from x (N, D), where NaN is a missing entry. RowError where a row cannot be transformed."""
