@@ -96,8 +96,9 @@ def fit(
 class _Fitting:
     """One fit by expectation-maximization: what to begin with, the iterations, and what is kept of them.
 
-    start   behind the transforms that the spec declares, or None: the data say where to begin
-    models  stand behind the transforms everywhere but in the engine
+    start  behind the transforms that the spec declares, or None: the data say where to begin
+
+    A model stands behind the transforms everywhere but in the engine.
     """
 
     spec: Spec
@@ -282,7 +283,7 @@ def _model_to_start_from(
         artifact = load_artifact(spec.fit.init)
         init, features = artifact.model, artifact.schema.feature_names
     model, transforms = taken_apart(init)
-    if not isinstance(model, family) and hasattr(family, "from_sklearn"):
+    if features is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
         if not hasattr(model, "get_params"):
             raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
         try:
