@@ -1,23 +1,30 @@
-"""A fitted model on disk: `model.json` and `model.safetensors` in a folder. Nothing in it is executed when it is read."""
+"""A fitted model on disk: `model.json`, `model.safetensors` and, behind transforms, `transforms.safetensors` in a folder.
+
+Nothing in it is executed when it is read.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import safetensors.torch
+from torch import Tensor
 
 import gendist
 from gendist import noise
 from gendist.atomic import write
 from gendist.config import families, family_class, validated
 from gendist.data.schema import Schema
+from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, UserError
+from gendist.transformed import taken_apart, transformed
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2 has transforms; a model without them is written as 1, which any gendist reads
 
 
 class _NotThisGendist(UserError):
@@ -26,7 +33,7 @@ class _NotThisGendist(UserError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model, its family's name, and what the columns of its data were called."""
+    """A model, behind transforms or not, its family's name, and what the columns of its data were called."""
 
     family: str
     model: GenerativeModel
@@ -34,10 +41,10 @@ class Artifact:
 
 
 def save(artifact: Artifact, folder: Path) -> None:
-    """Write the folder's two files; the same model gives the same bytes. To be atomic, write into `new_folder`."""
-    model = artifact.model
+    """Write the folder's files; the same model gives the same bytes. To be atomic, write into `new_folder`."""
+    model, transforms = taken_apart(artifact.model)
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if transforms is None else FORMAT_VERSION,
         "gendist_version": gendist.__version__,
         "noise_version": noise.VERSION,
         "family": artifact.family,
@@ -45,14 +52,24 @@ def save(artifact: Artifact, folder: Path) -> None:
         "labels": list(model.labels),
         "schema": artifact.schema.model_dump(mode="json"),
     }
-    tensors = {name: tensor.contiguous().clone() for name, tensor in sorted(model.tensors().items())}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "model.safetensors", safetensors.torch.save(tensors))
+    write(folder / "model.safetensors", _in_bytes(model.tensors()))
+    if transforms is not None:
+        description["transforms"] = [step.model_dump(mode="json") for step in transforms.declared]
+        write(folder / "transforms.safetensors", _in_bytes(transforms.tensors()))
     write(folder / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
+def _in_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    return safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())})
+
+
 def load(path: str | Path) -> Any:
-    """The model in a run directory or an artifact, of whatever family. UserError where there is none that can be read."""
+    """The model in a run directory or an artifact, of whatever family. UserError where there is none that can be read.
+
+    A model that was fitted behind `data.transforms` comes as a `Transformed`, which takes and makes rows as the data have
+    them; `.model` is the one within.
+    """
     return load_artifact(path).model
 
 
@@ -84,6 +101,10 @@ def load_artifact(path: str | Path) -> Artifact:
         model = cls.from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
+        if description["format_version"] > 1:
+            declared = tuple(validated(Step, step, "transforms") for step in description["transforms"])
+            fitted = safetensors.torch.load_file(folder / "transforms.safetensors")
+            model = transformed(model, Transforms.from_tensors(schema.feature_names, declared, fitted))
         if schema.num_features != model.num_features:
             raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
         return Artifact(family, model, schema)

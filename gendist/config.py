@@ -182,7 +182,8 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         *parents, unknown = location
         for part in parents:
-            config = _block_of(config.model_fields[part].annotation)
+            if not part.isdigit():  # a place in a list
+                config = _block_of(config.model_fields[part].annotation)
         return nearest("unknown key", unknown, list(config.model_fields), ".".join(parents))
     if kind == "missing":
         return f"{key} is missing"

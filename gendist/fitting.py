@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from gendist.blocks import Blocks
 from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.survey import Summary, survey
+from gendist.data.transforms import Transforms
 from gendist.em.config import STARTS
 from gendist.em.convergence import Decision, decide
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
@@ -27,6 +28,7 @@ from gendist.one_thread import one_thread
 from gendist.pictures import save_picture
 from gendist.protocols import Block, Compute, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.run_directory import Checkpoint, RunDirectory
+from gendist.transformed import Transformed, taken_apart, transformed
 
 NUM_PICTURED = 100
 
@@ -38,7 +40,7 @@ Watch = Callable[[dict[str, Any]], None]
 class Run:
     """What a fit leaves.
 
-    model    the fitted model
+    model    the fitted model; a `Transformed` behind `data.transforms`, so that it takes and makes rows as the data have them
     history  the records of metrics.jsonl: one dict an iteration
     path     the run directory, or None where none was asked for
     results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
@@ -92,12 +94,17 @@ def fit(
 
 @dataclass(frozen=True)
 class _Fitting:
-    """One fit by expectation-maximization: what to begin with, the iterations, and what is kept of them."""
+    """One fit by expectation-maximization: what to begin with, the iterations, and what is kept of them.
+
+    start  behind the transforms that the spec declares, or None: the data say where to begin
+
+    A model stands behind the transforms everywhere but in the engine.
+    """
 
     spec: Spec
     family: type[StatisticsModel]
     dataset: Dataset
-    start: StatisticsModel | None
+    start: GenerativeModel | None
     directory: RunDirectory | None
     watch: Watch
 
@@ -107,28 +114,42 @@ class _Fitting:
 
     def run(self) -> Run:
         began = time.monotonic()
-        spec, directory = self.spec, self.directory
-        num_latents = self.family.count_latents(spec.model, self.dataset.labels)
-        held_out = spec.data.validation_fraction > 0.0
-        blocks = self.dataset.blocks(num_latents, "training" if held_out else "all", spec.seed)
-        validation = self.dataset.blocks(num_latents, "validation", spec.seed) if held_out else None
-        logger.info("reading %s: %d rows, %d features", self.dataset.source.name, self.dataset.source.num_rows,
-                    self.dataset.schema.num_features)  # fmt: skip
-        summary, held_out_summary = survey(blocks), survey(validation) if validation else None
-        self._check(summary, held_out_summary)
+        spec, directory, dataset = self.spec, self.directory, self.dataset
+        training, validation = self._parts(dataset)
+        logger.info("reading %s: %d rows, %d features", dataset.source.name, dataset.source.num_rows,
+                    dataset.schema.num_features)  # fmt: skip
+        summary, held_out_summary = survey(training), survey(validation) if validation else None
+        self._check_rows(summary, held_out_summary)
         manifest = self._manifest(summary, held_out_summary)
-        if directory and directory.is_finished:
+        if directory:
             directory.check_same_data(manifest)
-            return _finished(directory)
+            if directory.is_finished:
+                return _finished(directory)
+        resumed = directory.resume() if directory else None
+        if resumed:
+            logger.info("resuming after iteration %d", len(resumed.history))
+        transforms = self._transforms(resumed, training, summary)
+        log_abs_det = {"training": 0.0, "validation": 0.0}
+        if transforms.steps:
+            log_abs_det["training"] = transforms.mean_log_abs_det(training)
+            if validation:
+                log_abs_det["validation"] = transforms.mean_log_abs_det(validation)
+            del training, validation  # so that the rows are not held twice: as they are and transformed
+            training, validation = self._parts(replace(dataset, transforms=transforms))
+            summary = survey(training)
+        self.family.check(spec.model, summary, transforms.feature_names)
+        if self.start is not None:
+            self._adopted(summary)  # a model that does not fit is told before anything is written
         if directory:
             manifest = directory.begin(manifest)
-        state = self._begin(blocks, summary)
+        state = resumed or self._begin(training, summary, transforms)
+        model = taken_apart(state.model)[0]
         try:
             for iteration in expectation_maximization(
-                state.model, blocks, summary.total_weight, spec.fit, validation, state.history, self.compute
+                model, training, summary.total_weight, spec.fit, validation, state.history, self.compute
             ):
                 # One assignment, so that an interrupt finds model and history of the same iteration.
-                state = Checkpoint(iteration.model, iteration.history, state.repairs_of_start)
+                state = Checkpoint(transformed(iteration.model, transforms), iteration.history, state.repairs_of_start)
                 if directory:
                     directory.append_metrics(state.history[-1])
                     if len(state.history) % spec.fit.checkpoint_every == 0 or iteration.decision is not Decision.CONTINUE:
@@ -139,12 +160,28 @@ class _Fitting:
             if directory:
                 directory.write_metrics(state.history)  # the last line may be half-written
             raise
-        results = self._results(state, blocks, validation, summary)
+        results = self._results(state, training, validation, summary, log_abs_det)
         if directory:
             self._draw(state.model, directory.path / "samples.png")
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
             directory.finish(state, self.dataset.schema, manifest)
         return Run(state.model, list(state.history), directory.path if directory else None, results)
+
+    def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
+        """The blocks to fit, and those held out, where the spec holds any out."""
+        num_latents, seed = self.family.count_latents(self.spec.model, dataset.labels), self.spec.seed
+        if self.spec.data.validation_fraction == 0.0:
+            return dataset.blocks(num_latents, "all", seed), None
+        return dataset.blocks(num_latents, "training", seed), dataset.blocks(num_latents, "validation", seed)
+
+    def _transforms(self, resumed: Checkpoint[Any] | None, blocks: Blocks[Block], summary: Summary) -> Transforms:
+        """Those that the model to go on from stands behind, since it means nothing behind others; else fitted now."""
+        names = self.dataset.schema.feature_names
+        model = resumed.model if resumed else self.start
+        if model is None:
+            return Transforms.fit(self.spec.data.transforms, names, blocks, summary)
+        transforms = taken_apart(model)[1]
+        return Transforms(names) if transforms is None else replace(transforms, source_names=names)
 
     def _draw(self, model: GenerativeModel, path: Path) -> None:
         try:
@@ -152,7 +189,7 @@ class _Fitting:
         except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
             logger.warning("samples.png could not be drawn (%s)", error)
 
-    def _check(self, summary: Summary, held_out: Summary | None) -> None:
+    def _check_rows(self, summary: Summary, held_out: Summary | None) -> None:
         name, fraction = self.dataset.source.name, self.spec.data.validation_fraction
         for part, purpose in ((summary, "to fit"), (held_out, "to validate on")):
             if part is not None and part.num_rows == 0:
@@ -161,36 +198,32 @@ class _Fitting:
                 )
             if part is not None and part.total_weight <= 0.0:
                 raise UserError(f"{name}: all {part.num_rows} rows {purpose} have weight 0")
-        self.family.check(self.spec.model, summary, self.dataset.schema.feature_names)
         if self.start is not None:
             features, labels = self.dataset.schema.num_features, self.dataset.labels
             if self.start.num_features != features:
                 raise UserError(f"the model to start from has {self.start.num_features} features, the data {features}")
             if labels and self.start.labels not in ((), labels):
                 raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
-            self._adopted(self.start, summary)
 
-    def _adopted(self, model: StatisticsModel, summary: Summary) -> StatisticsModel:
+    def _adopted(self, summary: Summary) -> StatisticsModel:
+        """The given model, estimated from here on as the spec says."""
+        model = taken_apart(self.start)[0]
         return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
 
-    def _begin(self, blocks: Blocks[Block], summary: Summary) -> Checkpoint[StatisticsModel]:
-        """The model and records to go on from."""
-        resumed = self.directory.resume() if self.directory else None
-        if resumed is not None:
-            logger.info("resuming after iteration %d", len(resumed.history))
-            return resumed
+    def _begin(self, blocks: Blocks[Block], summary: Summary, transforms: Transforms) -> Checkpoint[GenerativeModel]:
+        """The model to set out from."""
         if self.start is not None:
-            update = Update(self._adopted(self.start, summary))
+            update = Update(self._adopted(summary))
         else:
             logger.info("choosing where to start (%s)", self.spec.fit.init)
             update = start_from_data(
                 self.family, self.spec.model, blocks, summary, self.dataset.labels, self.spec.fit.init, self.spec.seed
             )
-        state = Checkpoint(update.model, (), update.repairs)
+        state = Checkpoint(transformed(update.model, transforms), (), update.repairs)
         self._save(state)
         return state
 
-    def _save(self, state: Checkpoint[StatisticsModel]) -> None:
+    def _save(self, state: Checkpoint[GenerativeModel]) -> None:
         if self.directory:
             self.directory.save_checkpoint(state, self.dataset.schema)
 
@@ -212,14 +245,19 @@ class _Fitting:
 
     def _results(
         self,
-        state: Checkpoint[StatisticsModel],
-        blocks: Blocks[Block],
+        state: Checkpoint[GenerativeModel],
+        training: Blocks[Block],
         validation: Blocks[Block] | None,
         summary: Summary,
+        log_abs_det: Mapping[str, float],
     ) -> dict[str, Any]:
-        """One pass more, with the final parameters: the records hold those that each iteration began with."""
-        model, history = state.model, state.history
-        log_likelihood = mean_log_likelihood(model, blocks, self.compute)
+        """One pass more, with the final parameters: the records hold those that each iteration began with.
+
+        Log-likelihoods are those of the rows as the data have them: log_abs_det, the transforms' mean a row, is what the
+        records, which are of the transformed rows, lack.
+        """
+        model, history = taken_apart(state.model)[0], state.history
+        log_likelihood = _shifted(mean_log_likelihood(model, training, self.compute), log_abs_det["training"])
         results: dict[str, Any] = {
             "stopped": decide(history, self.spec.fit).value,
             "num_iterations": len(history),
@@ -229,15 +267,22 @@ class _Fitting:
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:
-            results["validation_log_likelihood"] = mean_log_likelihood(model, validation, self.compute)
+            validated = mean_log_likelihood(model, validation, self.compute)
+            results["validation_log_likelihood"] = _shifted(validated, log_abs_det["validation"])
+        if isinstance(state.model, Transformed):
+            results["log_abs_det"] = log_abs_det["training"]
         return results
+
+
+def _shifted(log_likelihood: float | None, log_abs_det: float) -> float | None:
+    return None if log_likelihood is None else log_likelihood + log_abs_det
 
 
 def _model_to_start_from(
     spec: Spec, family: type[StatisticsModel], init: Any
-) -> tuple[StatisticsModel | None, tuple[str, ...] | None]:
+) -> tuple[GenerativeModel | None, tuple[str, ...] | None]:
     """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
-    features where they are known. UserError on a misfit."""
+    features where they are known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
     features = None
     if init is None:
         if spec.fit.init in STARTS:
@@ -246,16 +291,22 @@ def _model_to_start_from(
             raise UserError(f"fit.init '{spec.fit.init}': neither {' nor '.join(STARTS)}, nor an artifact that exists")
         artifact = load_artifact(spec.fit.init)
         init, features = artifact.model, artifact.schema.feature_names
-    elif not isinstance(init, family) and hasattr(family, "from_sklearn"):
-        if not hasattr(init, "get_params"):
-            raise UserError(f"init: a {type(init).__name__}; give a {family.__name__} or a scikit-learn estimator")
+    model, transforms = taken_apart(init)
+    if features is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
+        if not hasattr(model, "get_params"):
+            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
         try:
             with one_thread():
-                init = family.from_sklearn(init)
+                init = model = family.from_sklearn(model)
         except ValueError as error:
             raise UserError(f"init: {error}") from error
-    if not isinstance(init, family):
-        raise UserError(f"init: a {type(init).__name__}, but the spec is of family {spec.family}")
+    if not isinstance(model, family):
+        raise UserError(f"init: a {type(model).__name__}, but the spec is of family {spec.family}")
+    declared = transforms.declared if transforms else ()
+    if declared != spec.data.transforms:
+        there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))
+        raise UserError(f"the model to start from was fitted behind other transforms ({there}) than data.transforms ({here}); "
+                        "declare the same")  # fmt: skip
     return init, features
 
 

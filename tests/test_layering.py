@@ -28,7 +28,8 @@ ALLOWED = {
     "gendist.data": (*BASE, "gendist.blocks"),
     "gendist.models": BASE,
     "gendist.em": (*BASE, "gendist.blocks"),
-    "gendist.evaluate": (*BASE, "gendist.blocks"),
+    "gendist.evaluate": (*BASE, "gendist.blocks", "gendist.data.transforms"),
+    "gendist.transformed": (*BASE, "gendist.data.transforms"),
     "gendist.pictures": ("gendist.data.schema",),
 }
 

@@ -15,6 +15,7 @@ from gendist.blocks import Blocks, Leaves, reduce
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
 from gendist.data.sources import DataConfig, Source
+from gendist.data.transforms import Transforms
 from gendist.noise import Noise
 from gendist.protocols import Block, UserError
 
@@ -32,6 +33,7 @@ class Dataset:
 
     make_blocks  (load, leaves, max_leaves_per_run, keep) -> Blocks: where the reading and computing is done
     labels       the distinct labels in order; empty where `data.label` is not given
+    transforms   fitted ones, which the rows of blocks have behind them; None: rows are as the source has them
     """
 
     source: Source
@@ -40,6 +42,7 @@ class Dataset:
     leaves: Leaves
     make_blocks: MakeBlocks
     labels: tuple[Any, ...] = ()
+    transforms: Transforms | None = None
 
     @classmethod
     def open(cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks) -> Dataset:
@@ -67,7 +70,7 @@ class Dataset:
         keep          whether to hold on to the blocks for more than one pass, if `data.cache` allows it
         """
         keep = keep and self.config.cache == "memory"
-        load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed)
+        load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed, self.transforms)
         width = self.schema.num_features + (num_latents if self.labels else 0)
         leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
         return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes), keep)
@@ -82,6 +85,7 @@ class _BlockLoader:
     num_latents: int
     part: Part
     seed: int
+    transforms: Transforms | None
 
     def __call__(self, bounds: Sequence[int]) -> list[Block]:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
@@ -107,13 +111,14 @@ class _BlockLoader:
         assert x is not None
         missing = x.isnan()
         any_missing = bool(missing.any())
-        return Block(
+        block = Block(
             x=x.masked_fill_(missing, 0.0) if any_missing else x,
             rows=rows,
             weights=weights,
             evidence=evidence,
             missing=missing if any_missing else None,
         )
+        return block if self.transforms is None else self.transforms.apply(block)
 
     def _weights(self, table: pa.Table, first_row: int) -> Array | None:
         if self.config.weight is None:

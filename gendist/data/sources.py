@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gendist.data.formats import open_files
 from gendist.data.huggingface import open_huggingface
 from gendist.data.memory import digits
+from gendist.data.transforms import Steps
 from gendist.protocols import UserError
 
 
@@ -30,6 +31,7 @@ class DataConfig(BaseModel):
     columns              the columns that are fitted; all but label and weight where left out, or the image column
     label                a column that says which component (class) a row belongs to; may have missing entries
     weight               a column of weights; weight 2 counts a row twice
+    transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
     validation_fraction  the share of rows held out, chosen by row number
     cache                "memory" holds on to what was read (a cluster spills what does not fit to its disks), "none" reads
                          again in every pass
@@ -45,6 +47,7 @@ class DataConfig(BaseModel):
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: str | None = None
     weight: str | None = None
+    transforms: Steps = ()
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     cache: Literal["memory", "none"] = "memory"
 

@@ -56,10 +56,11 @@ class Summary:
 
 def survey(blocks: Blocks[Block]) -> Summary:
     """One pass over the blocks."""
-    return reduce(_summarize, blocks, None)
+    return reduce(summarize, blocks, None)
 
 
-def _summarize(_: None, block: Block) -> Summary:
+def summarize(_: None, block: Block) -> Summary:
+    """Of one block."""
     weights_N = block.weights_or_ones()
     present_ND = torch.ones_like(block.x) if block.missing is None else (~block.missing).to(block.x.dtype)
     weights_ND = weights_N[:, None] * present_ND

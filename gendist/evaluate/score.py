@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gendist.blocks import Blocks
+from gendist.data.transforms import RowError
 from gendist.protocols import Block, UserError
 
 
@@ -23,6 +24,8 @@ def _score_run(model: Any, leaves: Sequence[Block]) -> tuple[Tensor, Tensor]:
         x_ND = block.x if block.missing is None else block.x.masked_fill(block.missing, torch.nan)
         try:
             log_probs.append(model.log_prob(x_ND))
+        except RowError as error:
+            raise UserError(f"row {int(block.rows[error.row])}: {error.reason}") from None
         except UserError as error:
             rows = block.rows if block.missing is None else block.rows[block.missing.any(1)]
             raise UserError(f"row {int(rows[0])}: {error}") from None

@@ -134,10 +134,14 @@ def score(
     from gendist.execution import execution
     from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
     from gendist.protocols import UserError
+    from gendist.transformed import taken_apart
 
     check_out(out, SUFFIXES)
     loaded = load_artifact(artifact)
     spec = load_data_spec(data, overrides or ())
+    transforms = taken_apart(loaded.model)[1]
+    if spec.data.transforms not in ((), transforms.declared if transforms else ()):
+        raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     source = open_source(spec.data)
     if os.path.realpath(out) in map(os.path.realpath, source.paths):
         raise UserError(f"--out {out}: the data themselves; choose another file")
@@ -163,6 +167,8 @@ def score(
         num_rows = write_table(parts(), out)
     seconds = time.monotonic() - began
     print(f"{num_rows:,} rows scored in {seconds:.1f} s, mean log density {total / num_rows:.6f} nats, in {out}")
+    if density := getattr(loaded.model, "density", None):
+        print(f"  ({density})")
 
 
 @app.command()
@@ -204,6 +210,8 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
     print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
+    if density := getattr(run.model, "density", None):
+        print(f"  ({density})")
     if results["repairs"]:
         print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
     if results["iterations_that_fell"]:

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.decomposition import PCA
 
 import gendist
 from gendist.launch import cli
@@ -114,6 +116,64 @@ def test_scores_are_the_log_density_of_every_row_in_order(monkeypatch, capsys, f
         assert pq.read_table(folder / out).column_names == ["row", "log_prob"]
 
 
+DIGITS_BEHIND_PCA = """\
+name: digits
+family: gmm
+model: {num_components: 5, covariance_regularization: 1.0e-3}
+data:
+  source: digits
+  transforms: [{pca: {num_components: 12, whiten: true}}, standardize]
+fit: {max_iterations: 3}
+"""
+
+
+def test_digits_behind_a_pca(monkeypatch, capsys, tmp_path):
+    """Fit, sample and score, for rows as the data have them: images of 8 x 8, and the density of their coordinates."""
+    (tmp_path / "spec.yaml").write_text(DIGITS_BEHIND_PCA)
+    code, out, err = call(monkeypatch, capsys, tmp_path, "fit", "spec.yaml", "--run-dir", "run")
+    assert code == 0, err
+    assert "12 principal coordinates" in out
+    for name in ("samples.png", "samples.parquet", "samples.npy"):
+        assert call(monkeypatch, capsys, tmp_path, "sample", "run", "-n", "100", "--out", name)[0] == 0
+    # A hundred images, all of them drawn: the picture that the fit drew of the same samples.
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "run" / "samples.png").read_bytes()
+    frame, x = pd.read_parquet(tmp_path / "samples.parquet"), np.load(tmp_path / "samples.npy")
+    assert list(frame.columns) == [f"image_{i}" for i in range(64)]
+    np.testing.assert_array_equal(frame.to_numpy(), x)
+    digits = load_digits().data / 16.0
+    # Samples lie where the digits' first 12 principal components do, and are spread as they are.
+    pca = PCA(12, svd_solver="full").fit(digits)
+    np.testing.assert_allclose(pca.inverse_transform(pca.transform(x)), x, atol=1e-9)
+    many = gendist.load(tmp_path / "run").sample(50_000, seed=1).numpy()
+    np.testing.assert_allclose(many.mean(0), digits.mean(0), atol=0.02)
+
+    code, out, err = call(monkeypatch, capsys, tmp_path, "score", "run", "spec.yaml", "--out", "scores.npy")
+    assert code == 0, err
+    assert "1,797 rows scored" in out
+    assert "density of the 12 principal coordinates" in out
+    z = pca.transform(digits) * np.sign(pca.components_[range(12), np.abs(pca.components_).argmax(1)])
+    deviations = z.std(0)
+    within = gendist.load(tmp_path / "run").model
+    expected = within.log_prob(z / deviations).numpy() - np.log(deviations).sum()
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, atol=1e-8)
+
+
+def test_a_row_that_cannot_be_transformed_is_named_by_its_number(monkeypatch, capsys, tmp_path):
+    x = np.abs(np.random.default_rng(0).normal(size=(20_000, 2)))
+    np.save(tmp_path / "fine.npy", x)
+    x[17_000, 1] = -3.0
+    np.save(tmp_path / "odd.npy", x)
+    spec = {**SPEC, "data": {"path": "fine.npy", "transforms": ["log1p"]}}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert call(monkeypatch, capsys, tmp_path, "fit", "spec.yaml", "--run-dir", "run")[0] == 0
+    code, _, err = call(monkeypatch, capsys, tmp_path, "score", "run", "odd.npy", "--out", "scores.npy")
+    assert code == 2
+    assert "error: row 17000: column 'x_1' is -3; log1p takes numbers above -1" in err
+    code, _, err = call(monkeypatch, capsys, tmp_path, "fit", "spec.yaml", "data.path=odd.npy", "--run-dir", "other")
+    assert code == 2
+    assert "error: row 17000: column 'x_1' is -3; log1p takes numbers above -1" in err
+
+
 @pytest.mark.ray
 def test_scores_from_ray_are_the_same_bytes(cluster, monkeypatch, capsys, folder):
     assert call(monkeypatch, capsys, folder, "score", "run", "data.csv", "--out", "here.npy")[0] == 0
@@ -158,6 +218,7 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["score", "run", "wide.npy", "--out", "a.npy"], "3 features, but the model has 2"),
         (["score", "run", "data.csv", "--out", "data.csv"], "the data themselves"),
         (["score", "run", "data.csv", "--out", "run/../data.csv"], "the data themselves"),
+        (["score", "run", "data.csv", "data.transforms=[log1p]", "--out", "a.npy"], "those of run are part of it"),
         (["score", "run", "data.csv", "seed=3", "--out", "a.npy"], "only data.KEY and cluster.KEY"),
         (["fit", "spec.yaml", "--address", "127.0.0.1:1"], "cluster.num_workers is 0"),
         (["sample", "run", "--out", "a.npy"], "Missing option '-n'"),

@@ -1,0 +1,154 @@
+"""A model behind the transforms that its rows went through: what a fit with `data.transforms` returns and an artifact loads.
+
+Legend: N rows, D original features, E features after the transforms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from gendist.data.transforms import Transforms
+
+
+class _Offered:
+    """A verb that is there where the model within offers it; elsewhere asking for it tells the model's reason."""
+
+    def __init__(self, verb: Callable[..., Any]):
+        self.verb, self.__doc__ = verb, verb.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Transformed | None, owner: type) -> Any:
+        if instance is None:
+            return self.verb
+        if self.name in instance.not_offered:
+            raise AttributeError(f"{self.name} is not offered: {instance.not_offered[self.name]}")
+        return self.verb.__get__(instance, owner)
+
+
+@dataclass(frozen=True, eq=False)
+class Transformed:
+    """A `GenerativeModel` of rows x as the data hold them: z = transforms.forward(x) is what `model` was fitted to.
+
+    log_prob, elbo and log_prob_bound are densities of x, by the change of variables log p(x) = log p(z) + log |det dz/dx|.
+    Where a pca drops directions x has none, and they are the densities of the principal coordinates that it keeps (see
+    `Transforms.log_abs_det`); a sample then is an x in the space that these directions span.
+    """
+
+    model: Any
+    transforms: Transforms
+
+    def __post_init__(self) -> None:
+        if self.model.num_features != len(self.transforms.feature_names):
+            raise ValueError(
+                f"transforms that make {len(self.transforms.feature_names)} features, a model of {self.model.num_features}"
+            )
+
+    @property
+    def Config(self) -> type[BaseModel]:
+        return type(self.model).Config
+
+    @property
+    def not_offered(self) -> Mapping[str, str]:
+        return type(self.model).not_offered
+
+    @property
+    def config(self) -> BaseModel:
+        return self.model.config
+
+    @property
+    def labels(self) -> tuple[Any, ...]:
+        return self.model.labels
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.transforms.source_names)
+
+    @property
+    def density(self) -> str:
+        """What log_prob is the density of, in words; empty where it is that of x."""
+        kept = self.transforms.num_kept
+        return "" if kept is None else f"density of the {kept} principal coordinates that pca keeps: x itself has none"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's and the transforms'."""
+        parts = {"model": self.model.tensors(), "transforms": self.transforms.tensors()}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def from_tensors(self, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> Transformed:
+        """The inverse of `tensors`, of a model and transforms declared as these are."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "transforms": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(".")
+            if part not in parts:
+                raise ValueError(f"tensor {key}; those of model and transforms are needed")
+            parts[part][name] = tensor
+        model = type(self.model).from_tensors(config, parts["model"], labels)
+        transforms = self.transforms
+        fitted = Transforms.from_tensors(transforms.source_names, transforms.declared, parts["transforms"])
+        return Transformed(model, fitted)
+
+    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Any:
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them."""
+        return self.transforms.inverse(self.model.sample(num_samples, seed=seed, offset=offset, given=given))
+
+    @_Offered
+    def log_prob(self, x_ND: Any) -> Tensor:
+        """(N,) log p(x) in nats, in the units of x; of the principal coordinates where a pca drops directions."""
+        return self._density(self.model.log_prob, x_ND)
+
+    @_Offered
+    def elbo(self, x_ND: Any, **options: Any) -> Tensor:
+        """(N,) a lower bound of log_prob."""
+        return self._density(self.model.elbo, x_ND, **options)
+
+    @_Offered
+    def log_prob_bound(self, x_ND: Any, **options: Any) -> Tensor:
+        """(N,) a tighter bound of log_prob."""
+        return self._density(self.model.log_prob_bound, x_ND, **options)
+
+    @_Offered
+    def encode(self, x_ND: Any) -> Tensor:
+        """The model's representation of the transformed rows."""
+        return self.model.encode(self.transforms.forward(x_ND))
+
+    @_Offered
+    def decode(self, latents: Any) -> Tensor:
+        """(N, D) the image in x of the model's mean of z: the mean of x where the transforms are linear, without log1p."""
+        return self.transforms.inverse(self.model.decode(latents))
+
+    @_Offered
+    def classify(self, x_ND: Any) -> Tensor:
+        """(N, C) log p(label | x), which no change of variables changes."""
+        return self.model.classify(self.transforms.forward(x_ND))
+
+    @_Offered
+    def impute(self, x_ND: Any, **options: Any) -> Any:
+        """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
+        return self.transforms.inverse(self.model.impute(self.transforms.forward(x_ND), **options))
+
+    @_Offered
+    def reconstruct(self, x_ND: Any, **options: Any) -> Any:
+        """(N, D) the image of the model's reconstruction."""
+        return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
+
+    def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
+        z_NE, log_abs_det_N = self.transforms.map(x_ND)
+        return of_z(z_NE, **options) + log_abs_det_N
+
+
+def transformed(model: Any, transforms: Transforms | None) -> Any:
+    """The model behind the transforms; the model itself where there are none."""
+    return Transformed(model, transforms) if transforms is not None and transforms.steps else model
+
+
+def taken_apart(model: Any) -> tuple[Any, Transforms | None]:
+    """The inverse: the family's model, and the transforms that it stands behind, or None."""
+    return (model.model, model.transforms) if isinstance(model, Transformed) else (model, None)
