@@ -92,7 +92,7 @@ def load_artifact(path: str | Path) -> Artifact:
         family = description["family"]
         if family not in families():
             raise _NotThisGendist(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
-        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        tensors = {name: value.clone() for name, value in safetensors.torch.load_file(folder / "model.safetensors").items()}
         cls = family_class(family)
         config = validated(cls.Config, description["config"], "config")
         schema = validated(Schema, description["schema"], "schema")

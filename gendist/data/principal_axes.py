@@ -53,7 +53,8 @@ class Spread:
         deviations_D = torch.zeros(len(directions_DD), dtype=torch.float64)
         deviations_D[: len(singular)] = singular
         largest_D1 = directions_DD.gather(1, directions_DD.abs().argmax(1, keepdim=True))
-        return directions_DD * largest_D1.sign(), deviations_D
+        # In rows, as it is read again: a product with the other layout has other last digits.
+        return (directions_DD * largest_D1.sign()).contiguous(), deviations_D
 
 
 def _triangle(rows_ND: Tensor) -> Tensor:

@@ -34,6 +34,9 @@ class Gaussian:
     covariance_type: CovarianceType
 
     def __post_init__(self) -> None:
+        # Laid out as they are saved: products with another layout have other last digits.
+        object.__setattr__(self, "means", self.means.contiguous())
+        object.__setattr__(self, "covariances", self.covariances.contiguous())
         if self.covariance_type not in get_args(CovarianceType):
             raise ValueError(f"covariance_type {self.covariance_type!r}; allowed are {', '.join(get_args(CovarianceType))}")
         if self.means.ndim != 2:
