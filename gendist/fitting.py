@@ -18,8 +18,9 @@ from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.survey import Summary, survey
 from gendist.em.config import STARTS
-from gendist.em.convergence import Decision, decide
+from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
+from gendist.em.restarts import Candidate, all_records, latest_records, leader, restart_seed
 from gendist.em.start import start_from_data
 from gendist.execution import execution
 from gendist.machine import machine_type, versions
@@ -32,6 +33,7 @@ NUM_PICTURED = 100
 
 logger = logging.getLogger("gendist")
 Watch = Callable[[dict[str, Any]], None]
+Candidates = tuple[Candidate[StatisticsModel], ...]
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Run:
     """What a fit leaves.
 
     model    the fitted model
-    history  the records of metrics.jsonl: one dict an iteration
+    history  the records of metrics.jsonl that led to the model: one dict an iteration
     path     the run directory, or None where none was asked for
-    results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
+    results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, every repair,
+             and how each restart ended
     """
 
     model: Any = field(repr=False)
@@ -118,29 +121,31 @@ class _Fitting:
             return _finished(directory)
         if directory:
             manifest = directory.begin(manifest)
-        state = self._begin(blocks, summary)
+        candidates = self._begin(blocks, summary)
+        iterations = expectation_maximization(candidates, blocks, summary.total_weight, spec.fit, validation)
         try:
-            for iteration in expectation_maximization(
-                state.model, blocks, summary.total_weight, spec.fit, validation, state.history
-            ):
-                # One assignment, so that an interrupt finds model and history of the same iteration.
-                state = Checkpoint(iteration.model, iteration.history, state.repairs_of_start)
+            # Models and records of an iteration come as one value, so that an interrupt finds them together.
+            for candidates in iterations:
+                records = latest_records(candidates)
                 if directory:
-                    directory.append_metrics(state.history[-1])
-                    if len(state.history) % spec.fit.checkpoint_every == 0 or iteration.decision is not Decision.CONTINUE:
-                        self._save(state)
-                self.watch(state.history[-1])
+                    directory.append_metrics(records)
+                    stopped = all(candidate.decision is not Decision.CONTINUE for candidate in candidates)
+                    if stopped or records[-1]["iteration"] % spec.fit.checkpoint_every == 0:
+                        self._save(candidates)
+                for record in records:
+                    self.watch(record)
         except KeyboardInterrupt:
-            self._save(state)
+            self._save(candidates)
             if directory:
-                directory.write_metrics(state.history)  # the last line may be half-written
+                directory.write_metrics(all_records(candidates))  # the last line may be half-written
             raise
-        results = self._results(state, blocks, validation, summary)
+        results = self._results(candidates, blocks, validation, summary)
+        best = candidates[results["restart"]]
         if directory:
-            self._draw(state.model, directory.path / "samples.png")
+            self._draw(best.model, directory.path / "samples.png")
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
-            directory.finish(state, self.dataset.schema, manifest)
-        return Run(state.model, list(state.history), directory.path if directory else None, results)
+            directory.finish(best.model, all_records(candidates), self.dataset.schema, manifest)
+        return Run(best.model, list(best.history), directory.path if directory else None, results)
 
     def _draw(self, model: GenerativeModel, path: Path) -> None:
         try:
@@ -165,27 +170,35 @@ class _Fitting:
             if labels and self.start.labels not in ((), labels):
                 raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
 
-    def _begin(self, blocks: Blocks[Block], summary: Summary) -> Checkpoint[StatisticsModel]:
-        """The model and records to go on from."""
+    def _begin(self, blocks: Blocks[Block], summary: Summary) -> Candidates:
+        """What to go on from, or to begin with."""
         resumed = self.directory.resume() if self.directory else None
         if resumed is not None:
-            logger.info("resuming after iteration %d", len(resumed.history))
-            return resumed
+            logger.info("resuming after iteration %d", resumed.iteration)
+            return tuple(
+                Candidate(model, tuple(record for record in resumed.records if record["restart"] == i), repairs)
+                for i, (model, repairs) in enumerate(zip(resumed.models, resumed.repairs_of_start, strict=True))
+            )
+        updates = [self._first_parameters(i, blocks, summary) for i in range(self.spec.fit.num_restarts)]
+        candidates = tuple(Candidate(update.model, (), update.repairs) for update in updates)
+        self._save(candidates)
+        return candidates
+
+    def _first_parameters(self, restart: int, blocks: Blocks[Block], summary: Summary) -> Update[StatisticsModel]:
         if self.start is not None:
             labels = self.dataset.labels or self.start.labels
-            update = Update(self.family.from_tensors(self.start.config, self.start.tensors(), labels))
-        else:
-            logger.info("choosing where to start (%s)", self.spec.fit.init)
-            update = start_from_data(
-                self.family, self.spec.model, blocks, summary, self.dataset.labels, self.spec.fit.init, self.spec.seed
-            )
-        state = Checkpoint(update.model, (), update.repairs)
-        self._save(state)
-        return state
+            return Update(self.family.from_tensors(self.start.config, self.start.tensors(), labels))
+        fit = self.spec.fit
+        logger.info("choosing where to start (%s, %d of %d)", fit.init, restart + 1, fit.num_restarts)
+        return start_from_data(
+            self.family, self.spec.model, blocks, summary, self.dataset.labels, fit.init, restart_seed(self.spec.seed, restart)
+        )
 
-    def _save(self, state: Checkpoint[StatisticsModel]) -> None:
+    def _save(self, candidates: Candidates) -> None:
         if self.directory:
-            self.directory.save_checkpoint(state, self.dataset.schema)
+            models = tuple(candidate.model for candidate in candidates)
+            repairs = tuple(candidate.repairs_of_start for candidate in candidates)
+            self.directory.save_checkpoint(Checkpoint(models, tuple(all_records(candidates)), repairs), self.dataset.schema)
 
     def _manifest(self, summary: Summary, held_out: Summary | None) -> dict[str, Any]:
         data: dict[str, Any] = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
@@ -204,26 +217,33 @@ class _Fitting:
         }
 
     def _results(
-        self,
-        state: Checkpoint[StatisticsModel],
-        blocks: Blocks[Block],
-        validation: Blocks[Block] | None,
-        summary: Summary,
+        self, candidates: Candidates, blocks: Blocks[Block], validation: Blocks[Block] | None, summary: Summary
     ) -> dict[str, Any]:
-        """One pass more, with the final parameters: the records hold those that each iteration began with."""
-        model, history = state.model, state.history
+        """Of the best restart, by one pass more with its final parameters: the records hold those that each iteration
+        began with; and how all restarts ended."""
+        restart = leader(candidates)
+        model, history = candidates[restart].model, candidates[restart].history
         log_likelihood = mean_log_likelihood(model, blocks)
         results: dict[str, Any] = {
-            "stopped": decide(history, self.spec.fit).value,
+            "stopped": candidates[restart].decision.value,
             "num_iterations": len(history),
             "log_likelihood": log_likelihood,
             **({} if log_likelihood is None else model.criteria(log_likelihood * summary.total_weight, summary.total_weight)),
-            "repairs": [*state.repairs_of_start, *(line for record in history for line in record["repairs"])],
+            "repairs": [*candidates[restart].repairs_of_start, *(line for record in history for line in record["repairs"])],
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:
             results["validation_log_likelihood"] = mean_log_likelihood(model, validation)
-        return results
+        ends = [
+            {
+                "seed": restart_seed(self.spec.seed, i),
+                "log_likelihood": candidate.log_likelihood,
+                "num_iterations": len(candidate.history),
+                "stopped": candidate.decision.value,
+            }
+            for i, candidate in enumerate(candidates)
+        ]
+        return results | {"restart": restart, "restarts": ends}
 
 
 def _model_to_start_from(
@@ -231,12 +251,17 @@ def _model_to_start_from(
 ) -> tuple[StatisticsModel | None, tuple[str, ...] | None]:
     """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
     features where they are known. UserError on a misfit."""
+    if init is None and spec.fit.init in STARTS:
+        return None, None
+    if init is None and not Path(spec.fit.init).exists():
+        raise UserError(f"fit.init '{spec.fit.init}': none of {', '.join(STARTS)}, and no artifact that exists")
+    if spec.fit.num_restarts > 1:
+        raise UserError(
+            f"fit.num_restarts is {spec.fit.num_restarts}, but every restart would begin with the one model that is given; "
+            f"leave it at 1, or start from the data with fit.init: {', '.join(STARTS)}"
+        )
     features = None
     if init is None:
-        if spec.fit.init in STARTS:
-            return None, None
-        if not Path(spec.fit.init).exists():
-            raise UserError(f"fit.init '{spec.fit.init}': neither {' nor '.join(STARTS)}, nor an artifact that exists")
         artifact = load_artifact(spec.fit.init)
         init, features = artifact.model, artifact.schema.feature_names
     elif not isinstance(init, family) and hasattr(family, "from_sklearn"):
@@ -259,7 +284,8 @@ def _model_to_start_from(
 def _finished(directory: RunDirectory) -> Run:
     logger.info("%s is finished; nothing to do", directory.path)
     results = directory.read_manifest().get("results", {})
-    return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
+    history = [record for record in directory.read_metrics() if record.get("restart") == results.get("restart")]
+    return Run(load_artifact(directory.path).model, history, directory.path, results)
 
 
 def _digest(model: GenerativeModel) -> str:
