@@ -20,7 +20,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     inside.mkdir(parents=True)
     try:
         yield inside
-        _sync_folder(inside)
+        for folder in (inside, *(path for path in sorted(inside.rglob("*")) if path.is_dir())):
+            _sync_folder(folder)
         inside.rename(path)
         _sync_folder(path.parent)
     finally:

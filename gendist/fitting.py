@@ -19,8 +19,9 @@ from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.survey import Summary, survey
 from gendist.data.transforms import Transforms
 from gendist.em.config import STARTS
-from gendist.em.convergence import Decision, decide
+from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
+from gendist.em.restarts import Candidate, all_records, latest_records, leader, restart_seed
 from gendist.em.start import start_from_data
 from gendist.execution import execution
 from gendist.machine import machine_type, versions
@@ -28,12 +29,13 @@ from gendist.one_thread import one_thread
 from gendist.pictures import save_picture
 from gendist.protocols import Block, Compute, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.run_directory import Checkpoint, RunDirectory
-from gendist.transformed import Transformed, taken_apart, transformed
+from gendist.transformed import taken_apart, transformed
 
 NUM_PICTURED = 100
 
 logger = logging.getLogger("gendist")
 Watch = Callable[[dict[str, Any]], None]
+Candidates = tuple[Candidate[StatisticsModel], ...]
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,10 @@ class Run:
     """What a fit leaves.
 
     model    the fitted model; a `Transformed` behind `data.transforms`, so that it takes and makes rows as the data have them
-    history  the records of metrics.jsonl: one dict an iteration
+    history  the records of metrics.jsonl that led to the model: one dict an iteration
     path     the run directory, or None where none was asked for
-    results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, and every repair
+    results  the manifest's: why it stopped, the log-likelihood of the fitted model and what follows from it, every repair,
+             and how each restart ended
     """
 
     model: Any = field(repr=False)
@@ -127,7 +130,7 @@ class _Fitting:
                 return _finished(directory)
         resumed = directory.resume() if directory else None
         if resumed:
-            logger.info("resuming after iteration %d", len(resumed.history))
+            logger.info("resuming after iteration %d", resumed.iteration)
         transforms = self._transforms(resumed, training, summary)
         log_abs_det = {"training": 0.0, "validation": 0.0}
         if transforms.steps:
@@ -142,30 +145,34 @@ class _Fitting:
             self._adopted(summary)  # a model that does not fit is told before anything is written
         if directory:
             manifest = directory.begin(manifest)
-        state = resumed or self._begin(training, summary, transforms)
-        model = taken_apart(state.model)[0]
+        candidates = _candidates(resumed) if resumed else self._begin(training, summary, transforms)
+        iterations = expectation_maximization(candidates, training, summary.total_weight, spec.fit, validation, self.compute)
         try:
-            for iteration in expectation_maximization(
-                model, training, summary.total_weight, spec.fit, validation, state.history, self.compute
-            ):
-                # One assignment, so that an interrupt finds model and history of the same iteration.
-                state = Checkpoint(transformed(iteration.model, transforms), iteration.history, state.repairs_of_start)
+            # Models and records of an iteration come as one value, so that an interrupt finds them together.
+            for candidates in iterations:
+                records = latest_records(candidates)
                 if directory:
-                    directory.append_metrics(state.history[-1])
-                    if len(state.history) % spec.fit.checkpoint_every == 0 or iteration.decision is not Decision.CONTINUE:
-                        self._save(state)
-                self.watch(state.history[-1])
+                    directory.append_metrics(records)
+                    stopped = all(candidate.decision is not Decision.CONTINUE for candidate in candidates)
+                    if stopped or records[-1]["iteration"] % spec.fit.checkpoint_every == 0:
+                        self._save(candidates, transforms)
+                for record in records:
+                    self.watch(record)
         except KeyboardInterrupt:
-            self._save(state)
+            self._save(candidates, transforms)
             if directory:
-                directory.write_metrics(state.history)  # the last line may be half-written
+                directory.write_metrics(all_records(candidates))  # the last line may be half-written
             raise
-        results = self._results(state, training, validation, summary, log_abs_det)
+        results = self._results(candidates, training, validation, summary, log_abs_det)
+        if transforms.steps:
+            results["log_abs_det"] = log_abs_det["training"]
+        best = candidates[results["restart"]]
+        model = transformed(best.model, transforms)
         if directory:
-            self._draw(state.model, directory.path / "samples.png")
+            self._draw(model, directory.path / "samples.png")
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
-            directory.finish(state, self.dataset.schema, manifest)
-        return Run(state.model, list(state.history), directory.path if directory else None, results)
+            directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
+        return Run(model, list(best.history), directory.path if directory else None, results)
 
     def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
         """The blocks to fit, and those held out, where the spec holds any out."""
@@ -177,7 +184,7 @@ class _Fitting:
     def _transforms(self, resumed: Checkpoint[Any] | None, blocks: Blocks[Block], summary: Summary) -> Transforms:
         """Those that the model to go on from stands behind, since it means nothing behind others; else fitted now."""
         names = self.dataset.schema.feature_names
-        model = resumed.model if resumed else self.start
+        model = resumed.models[0] if resumed else self.start
         if model is None:
             return Transforms.fit(self.spec.data.transforms, names, blocks, summary)
         transforms = taken_apart(model)[1]
@@ -210,22 +217,27 @@ class _Fitting:
         model = taken_apart(self.start)[0]
         return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
 
-    def _begin(self, blocks: Blocks[Block], summary: Summary, transforms: Transforms) -> Checkpoint[GenerativeModel]:
-        """The model to set out from."""
-        if self.start is not None:
-            update = Update(self._adopted(summary))
-        else:
-            logger.info("choosing where to start (%s)", self.spec.fit.init)
-            update = start_from_data(
-                self.family, self.spec.model, blocks, summary, self.dataset.labels, self.spec.fit.init, self.spec.seed
-            )
-        state = Checkpoint(transformed(update.model, transforms), (), update.repairs)
-        self._save(state)
-        return state
+    def _begin(self, blocks: Blocks[Block], summary: Summary, transforms: Transforms) -> Candidates:
+        """The models to set out from."""
+        updates = [self._first_parameters(i, blocks, summary) for i in range(self.spec.fit.num_restarts)]
+        candidates = tuple(Candidate(update.model, (), update.repairs) for update in updates)
+        self._save(candidates, transforms)
+        return candidates
 
-    def _save(self, state: Checkpoint[GenerativeModel]) -> None:
+    def _first_parameters(self, restart: int, blocks: Blocks[Block], summary: Summary) -> Update[StatisticsModel]:
+        if self.start is not None:
+            return Update(self._adopted(summary))
+        fit = self.spec.fit
+        logger.info("choosing where to start (%s, %d of %d)", fit.init, restart + 1, fit.num_restarts)
+        return start_from_data(
+            self.family, self.spec.model, blocks, summary, self.dataset.labels, fit.init, restart_seed(self.spec.seed, restart)
+        )
+
+    def _save(self, candidates: Candidates, transforms: Transforms) -> None:
         if self.directory:
-            self.directory.save_checkpoint(state, self.dataset.schema)
+            models = tuple(transformed(candidate.model, transforms) for candidate in candidates)
+            repairs = tuple(candidate.repairs_of_start for candidate in candidates)
+            self.directory.save_checkpoint(Checkpoint(models, tuple(all_records(candidates)), repairs), self.dataset.schema)
 
     def _manifest(self, summary: Summary, held_out: Summary | None) -> dict[str, Any]:
         data: dict[str, Any] = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
@@ -245,33 +257,50 @@ class _Fitting:
 
     def _results(
         self,
-        state: Checkpoint[GenerativeModel],
+        candidates: Candidates,
         training: Blocks[Block],
         validation: Blocks[Block] | None,
         summary: Summary,
         log_abs_det: Mapping[str, float],
     ) -> dict[str, Any]:
-        """One pass more, with the final parameters: the records hold those that each iteration began with.
+        """Of the best restart, by one pass more with its final parameters: the records hold those that each iteration
+        began with; and how all restarts ended.
 
         Log-likelihoods are those of the rows as the data have them: log_abs_det, the transforms' mean a row, is what the
         records, which are of the transformed rows, lack.
         """
-        model, history = taken_apart(state.model)[0], state.history
+        restart = leader(candidates)
+        model, history = candidates[restart].model, candidates[restart].history
         log_likelihood = _shifted(mean_log_likelihood(model, training, self.compute), log_abs_det["training"])
         results: dict[str, Any] = {
-            "stopped": decide(history, self.spec.fit).value,
+            "stopped": candidates[restart].decision.value,
             "num_iterations": len(history),
             "log_likelihood": log_likelihood,
             **({} if log_likelihood is None else model.criteria(log_likelihood * summary.total_weight, summary.total_weight)),
-            "repairs": [*state.repairs_of_start, *(line for record in history for line in record["repairs"])],
+            "repairs": [*candidates[restart].repairs_of_start, *(line for record in history for line in record["repairs"])],
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:
             validated = mean_log_likelihood(model, validation, self.compute)
             results["validation_log_likelihood"] = _shifted(validated, log_abs_det["validation"])
-        if isinstance(state.model, Transformed):
-            results["log_abs_det"] = log_abs_det["training"]
-        return results
+        ends = [
+            {
+                "seed": restart_seed(self.spec.seed, i),
+                "log_likelihood": candidate.log_likelihood,
+                "num_iterations": len(candidate.history),
+                "stopped": candidate.decision.value,
+            }
+            for i, candidate in enumerate(candidates)
+        ]
+        return results | {"restart": restart, "restarts": ends}
+
+
+def _candidates(resumed: Checkpoint[GenerativeModel]) -> Candidates:
+    """What an interrupted run had come to."""
+    return tuple(
+        Candidate(taken_apart(model)[0], tuple(record for record in resumed.records if record["restart"] == i), repairs)
+        for i, (model, repairs) in enumerate(zip(resumed.models, resumed.repairs_of_start, strict=True))
+    )
 
 
 def _shifted(log_likelihood: float | None, log_abs_det: float) -> float | None:
@@ -283,12 +312,17 @@ def _model_to_start_from(
 ) -> tuple[GenerativeModel | None, tuple[str, ...] | None]:
     """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
     features where they are known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
+    if init is None and spec.fit.init in STARTS:
+        return None, None
+    if init is None and not Path(spec.fit.init).exists():
+        raise UserError(f"fit.init '{spec.fit.init}': none of {', '.join(STARTS)}, and no artifact that exists")
+    if spec.fit.num_restarts > 1:
+        raise UserError(
+            f"fit.num_restarts is {spec.fit.num_restarts}, but every restart would begin with the one model that is given; "
+            f"leave it at 1, or start from the data with fit.init: {', '.join(STARTS)}"
+        )
     features = None
     if init is None:
-        if spec.fit.init in STARTS:
-            return None, None
-        if not Path(spec.fit.init).exists():
-            raise UserError(f"fit.init '{spec.fit.init}': neither {' nor '.join(STARTS)}, nor an artifact that exists")
         artifact = load_artifact(spec.fit.init)
         init, features = artifact.model, artifact.schema.feature_names
     model, transforms = taken_apart(init)
@@ -313,7 +347,8 @@ def _model_to_start_from(
 def _finished(directory: RunDirectory) -> Run:
     logger.info("%s is finished; nothing to do", directory.path)
     results = directory.read_manifest().get("results", {})
-    return Run(load_artifact(directory.path).model, directory.read_metrics(), directory.path, results)
+    history = [record for record in directory.read_metrics() if record.get("restart") == results.get("restart")]
+    return Run(load_artifact(directory.path).model, history, directory.path, results)
 
 
 def _digest(model: GenerativeModel) -> str:

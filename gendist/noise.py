@@ -23,6 +23,11 @@ WORDS_PER_COUNTER = 4
 MAX_SEED = 2**64 - 1
 
 
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed for what is to be done once more and otherwise: as far from `seed` as from that of any other purpose."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
+
+
 @dataclass(frozen=True)
 class Noise:
     """The numbers that belong to a seed (0 to 2^64 - 1) and a purpose, such as "sample.component"."""
@@ -56,8 +61,12 @@ class Noise:
         return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :width]
 
     def uniform_of_rows(self, rows: Tensor) -> Tensor:
-        """(N,) the first uniform number of each of these ascending row numbers."""
+        """(N,) the uniform number of each of these ascending row numbers."""
+        return self.uniforms_of_rows(rows, 1)[:, 0]
+
+    def uniforms_of_rows(self, rows: Tensor, width: int) -> Tensor:
+        """(N, width) the uniform numbers of each of these ascending row numbers."""
         if len(rows) == 0:
-            return torch.empty(0, dtype=torch.float64)
+            return torch.empty(0, width, dtype=torch.float64)
         first, last = int(rows[0]), int(rows[-1])
-        return self.uniform(first, last - first + 1)[rows - first, 0]
+        return self.uniform(first, last - first + 1, width)[rows - first]

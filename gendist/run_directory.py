@@ -33,11 +33,19 @@ M = TypeVar("M", bound=GenerativeModel)
 
 @dataclass(frozen=True)
 class Checkpoint(Generic[M]):
-    """A model, the records of the iterations or steps that led to it, and what had to be repaired where they began."""
+    """The models that are fitted side by side, and all that is to be known to go on from them.
 
-    model: M
-    history: tuple[dict[str, Any], ...] = ()
-    repairs_of_start: tuple[str, ...] = ()
+    records           of the iterations or steps that led to them, as metrics.jsonl holds them
+    repairs_of_start  what had to be repaired where each model began
+    """
+
+    models: tuple[M, ...]
+    records: tuple[dict[str, Any], ...]
+    repairs_of_start: tuple[tuple[str, ...], ...]
+
+    @property
+    def iteration(self) -> int:
+        return self.records[-1]["iteration"] if self.records else 0
 
 
 @dataclass
@@ -154,9 +162,9 @@ class RunDirectory:
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(_lines(records))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
@@ -165,14 +173,15 @@ class RunDirectory:
         return [_parse(self.metrics_file, line) for line in lines]
 
     def save_checkpoint(self, state: Checkpoint[Any], schema: Schema) -> None:
-        """Keep the state after the last record of its history; the oldest checkpoints are removed."""
-        folder = self.path / "checkpoints" / f"{len(state.history):08d}"
+        """Keep a state for an interrupted run to go on from; the oldest checkpoints are removed."""
+        folder = self.path / "checkpoints" / f"{state.iteration:08d}"
         if folder.exists():
             return
         with new_folder(folder) as inside:
-            save(Artifact(self.spec.family, state.model, schema), inside)
-            records = {"history": state.history, "repairs_of_start": state.repairs_of_start}
-            write_atomically(inside / "history.json", json.dumps(records))
+            for index, model in enumerate(state.models):
+                save(Artifact(self.spec.family, model, schema), inside / str(index))
+            content = {"records": state.records, "repairs_of_start": state.repairs_of_start}
+            write_atomically(inside / "history.json", json.dumps(content))
         for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
 
@@ -180,34 +189,40 @@ class RunDirectory:
         """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none."""
         for folder in reversed(self._checkpoints()):
             try:
-                model = load_artifact(folder).model
-                records = _parse(folder / "history.json", (folder / "history.json").read_bytes())
-                history = tuple(records["history"])
-                if len(history) != int(folder.name) or not all(isinstance(record, dict) and record for record in history):
+                content = _parse(folder / "history.json", (folder / "history.json").read_bytes())
+                repairs = tuple(tuple(lines) for lines in content["repairs_of_start"])
+                models = tuple(load_artifact(folder / str(index)).model for index in range(len(repairs)))
+                state = Checkpoint(models, tuple(content["records"]), repairs)
+                if not models or state.iteration != int(folder.name):
                     raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations or steps")
-                state = Checkpoint(model, history, tuple(records["repairs_of_start"]))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 logger.warning("a checkpoint cannot be read and is put aside: %s", error)
                 folder.rename(folder.with_name(f".{folder.name}.unreadable"))
                 continue
-            self.write_metrics(history)
+            self.write_metrics(state.records)
             return state
         self.metrics_file.unlink(missing_ok=True)
         return None
 
-    def finish(self, state: Checkpoint[Any], schema: Schema, manifest: dict[str, Any]) -> None:
+    def finish(
+        self, model: GenerativeModel, records: Iterable[dict[str, Any]], schema: Schema, manifest: dict[str, Any]
+    ) -> None:
         """Write the artifact, last of all: with it the run is finished."""
         self.write_manifest(manifest)
-        self.write_metrics(state.history)
+        self.write_metrics(records)
         with new_folder(self.path / "artifact") as inside:
-            save(Artifact(self.spec.family, state.model, schema), inside)
+            save(Artifact(self.spec.family, model, schema), inside)
 
-    def write_metrics(self, history: Iterable[dict[str, Any]]) -> None:
-        write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in history))
+    def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
+        write_atomically(self.metrics_file, _lines(records))
 
     def _checkpoints(self) -> list[Path]:
         folder = self.path / "checkpoints"
         return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.exists() else []
+
+
+def _lines(records: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
 
 
 def _parse(file: Path, text: bytes) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def test_what_a_run_leaves(unbroken):
     assert len(manifest["data"]["fingerprint"]) == 64
     assert [record["iteration"] for record in records(unbroken)] == list(range(1, 13))
     spec = yaml.safe_load((unbroken / "spec.yaml").read_text())
-    assert spec["fit"]["init"] == "kmeans++"
+    assert spec["fit"]["init"] == "kmeans||"
     model = gendist.load(unbroken)
     assert model.log_prob(np.zeros((1, 64))).shape == (1,)
 
@@ -91,6 +91,102 @@ def test_a_fit_of_arrays_needs_no_folder(unbroken):
     assert run.path is None
     assert torch.equal(run.model.means, gendist.load(unbroken).means)
     assert run.history[0]["validation_log_likelihood"] < run.history[0]["log_likelihood"]
+
+
+RESTARTS = {
+    **SPEC,
+    "fit": {"max_iterations": 30, "tolerance": 1e-3, "checkpoint_every": 4, "num_restarts": 6, "init": "random"},
+}
+
+
+@pytest.fixture(scope="module")
+def restarted(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "restarted"
+    gendist.fit(RESTARTS, run_dir=path)
+    return path
+
+
+def test_the_best_restart_is_what_it_is_alone_and_all_are_accounted_for(restarted):
+    """No rows are held out here: they would be others for the seed of another restart."""
+    spec = {**RESTARTS, "data": {"source": "digits"}}
+    run = gendist.fit(spec)
+    results = run.results
+    alone = [
+        gendist.fit({**spec, "seed": end["seed"], "fit": {**spec["fit"], "num_restarts": 1}}) for end in results["restarts"]
+    ]
+    best = results["restart"]
+    for name, tensor in alone[best].model.tensors().items():
+        assert torch.equal(tensor, run.model.tensors()[name])
+    assert trace(alone[best].history) == [{**record, "restart": 0} for record in trace(run.history)]
+    highest = max(one.history[-1]["log_likelihood"] for one in alone)
+    for end, one in zip(results["restarts"], alone, strict=True):
+        if end["stopped"] == one.results["stopped"]:
+            assert end["log_likelihood"] == one.history[-1]["log_likelihood"]
+            assert end["num_iterations"] == len(one.history)
+        else:
+            assert "given up" in end["stopped"]
+            assert end["num_iterations"] < len(one.history)
+            assert one.history[-1]["log_likelihood"] <= highest
+    assert any("given up" in end["stopped"] for end in results["restarts"])
+    assert results["restarts"][best]["log_likelihood"] == highest
+    assert results["restarts"][0]["seed"] == SPEC.get("seed", 0)
+
+
+def test_what_a_run_of_several_restarts_leaves(restarted):
+    run = gendist.fit(RESTARTS, run_dir=restarted)
+    ends = run.results["restarts"]
+    written = records(restarted)
+    assert [record["iteration"] for record in written] == sorted(record["iteration"] for record in written)
+    for i, end in enumerate(ends):
+        history = [record for record in written if record["restart"] == i]
+        assert [record["iteration"] for record in history] == list(range(1, end["num_iterations"] + 1))
+        assert history[-1]["stopped"] == end["stopped"]
+        assert history[-1]["log_likelihood"] == end["log_likelihood"]
+    assert run.history == [record for record in written if record["restart"] == run.results["restart"]]
+    assert run.results["log_likelihood"] >= max(end["log_likelihood"] for end in ends) - 1e-6
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_restarts_on_any_number_of_workers_give_the_same_bytes(cluster, restarted, tmp_path, num_workers):
+    gendist.fit({**RESTARTS, "cluster": {"num_workers": num_workers}}, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(restarted)
+    assert trace(records(tmp_path / "run")) == trace(records(restarted))
+
+
+@pytest.mark.parametrize("stop_at", [1, 6, 11])
+def test_restarts_that_are_killed_go_on_to_the_same_bytes(restarted, tmp_path, stop_at):
+    def stop(record):
+        if record["iteration"] == stop_at:
+            raise Stop
+
+    with pytest.raises(Stop):
+        gendist.fit(RESTARTS, run_dir=tmp_path / "run", watch=stop)
+    gendist.fit(RESTARTS, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(restarted)
+    assert trace(records(tmp_path / "run")) == trace(records(restarted))
+
+
+@pytest.mark.parametrize("init", ["kmeans||", "kmeans++", "random", "random_responsibilities"])
+def test_one_restart_is_the_first_of_several(blobs, init):
+    spec = {**SPEC, "data": {}, "model": {"num_components": 3}}
+    seen = {}
+    for num_restarts in (1, 3):
+        watched = []
+        fit = {"max_iterations": 3, "tolerance": 0.0, "init": init, "num_restarts": num_restarts}
+        gendist.fit({**spec, "fit": fit}, data=blobs, watch=watched.append)
+        seen[num_restarts] = [record for record in trace(watched) if record["restart"] == 0]
+    assert seen[1] == seen[3]
+    assert len(seen[1]) == 3
+
+
+def test_restarts_from_one_model_are_refused(unbroken):
+    spec = {**SPEC, "fit": {"num_restarts": 2}}
+    with pytest.raises(UserError, match="num_restarts is 2, but every restart would begin with the one model") as caught:
+        gendist.fit(spec, init=gendist.load(unbroken))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="num_restarts is 2"):
+        gendist.fit({**spec, "fit": {"num_restarts": 2, "init": str(unbroken)}})
 
 
 def test_a_finished_run_is_left_as_it_is(unbroken):
@@ -204,9 +300,11 @@ def cut_power_at(monkeypatch, number: int) -> list[int]:
     return calls
 
 
-def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, blobs, tmp_path):
+@pytest.mark.parametrize("num_restarts", [1, 3])
+def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, blobs, tmp_path, num_restarts):
     """Before every single change that a fit makes to the disk; then the same command again."""
-    spec = {**SPEC, "data": {}, "model": {"num_components": 3}, "fit": {"max_iterations": 3, "checkpoint_every": 1}}
+    fit = {"max_iterations": 3, "checkpoint_every": 1, "num_restarts": num_restarts, "init": "random"}
+    spec = {**SPEC, "data": {}, "model": {"num_components": 3}, "fit": fit}
     monkeypatch.setattr(fitting._Fitting, "_draw", lambda *_: None)
     with monkeypatch.context() as counting:
         calls = cut_power_at(counting, 10**9)
@@ -220,7 +318,8 @@ def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, blobs, tmp_
                 gendist.fit(spec, data=blobs, run_dir=path)
         run = gendist.fit(spec, data=blobs, run_dir=path)
         assert sha256(path) == sha256(tmp_path / "unbroken"), number
-        assert trace(records(path)) == trace(run.history)
+        assert trace(records(path)) == trace(records(tmp_path / "unbroken"))
+        assert trace(run.history) == [record for record in trace(records(path)) if record["restart"] == run.results["restart"]]
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 9, 12])
@@ -234,7 +333,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(unbroken, tmp_path, stop_a
         gendist.fit(SPEC, run_dir=tmp_path / "run", watch=stop)
     assert not (tmp_path / "run" / "artifact").exists()
     if error is KeyboardInterrupt:  # nothing at all is lost
-        assert RunDirectory(tmp_path / "run", gendist.config.load_spec(SPEC)).resume().history[-1]["iteration"] == stop_at
+        assert RunDirectory(tmp_path / "run", gendist.config.load_spec(SPEC)).resume().iteration == stop_at
     run = gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert sha256(tmp_path / "run") == sha256(unbroken)
     assert trace(records(tmp_path / "run")) == trace(records(unbroken)) == trace(run.history)
@@ -274,7 +373,7 @@ def test_a_driver_killed_on_a_cluster_is_resumed_by_other_workers(cluster, unbro
 def test_a_checkpoint_that_a_disk_lost_is_passed_over(unbroken, tmp_path):
     assert fit_and_die(tmp_path, SPEC, 9, "SIGKILL") == -signal.SIGKILL
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
-    (newest / "model.safetensors").write_bytes(b"")
+    (newest / "0" / "model.safetensors").write_bytes(b"")
     gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert sha256(tmp_path / "run") == sha256(unbroken)
 
@@ -311,7 +410,7 @@ def test_without_a_checkpoint_that_can_be_read_a_run_begins_again(unbroken, tmp_
     with pytest.raises(Stop):
         gendist.fit(SPEC, run_dir=path, watch=stop)
     resumed = RunDirectory(path, gendist.config.load_spec(SPEC)).resume()
-    assert len(resumed.history) == 4, "the damaged checkpoints must not push out the good ones"
+    assert resumed.iteration == 4, "the damaged checkpoints must not push out the good ones"
     gendist.fit(SPEC, run_dir=path)
     assert sha256(path) == sha256(unbroken)
     assert trace(records(path)) == trace(records(unbroken))
@@ -402,7 +501,12 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
         ({}, np.array([[1.0, 2.0], [np.inf, 1.0]]), None, "infinite in row 1"),
         ({}, {"x": np.zeros((50, 2)), "w": np.zeros(50)}, None, "all 50 rows to fit have weight 0"),
         ({}, {"x": np.zeros((50, 2)), "y": range(50)}, None, "50 different labels, but model.num_components is 10"),
-        ({"fit": {"init": "kmean++"}}, np.zeros((50, 2)), None, "neither kmeans[+][+] nor random, nor an artifact"),
+        (
+            {"fit": {"init": "kmean++"}},
+            np.zeros((50, 2)),
+            None,
+            "none of kmeans.., kmeans[+][+], random, random_responsibilities, and no artifact",
+        ),
         ({}, np.zeros((50, 2)), "nonsense", "init: a str"),
         ({}, np.zeros((50, 2)), "model", "has 1 features"),
         ({"data": {"validation_fraction": 1e-9}}, np.zeros((50, 2)), None, "leaves none to validate on"),

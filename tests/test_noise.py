@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from gendist.noise import MAX_SEED, Noise
+from gendist.noise import MAX_SEED, Noise, derived_seed
 
 
 @pytest.mark.parametrize("kind", ["uniform", "normal"])
@@ -52,3 +52,18 @@ def test_rows_with_gaps_have_the_numbers_of_their_addresses():
     rows = torch.tensor([5, 6, 40, 99])
     assert torch.equal(Noise(3, "rows").uniform_of_rows(rows), whole[rows])
     assert len(Noise(3, "rows").uniform_of_rows(rows[:0])) == 0
+
+
+@pytest.mark.parametrize("width", [1, 3, 9])
+def test_rows_with_gaps_have_the_numbers_of_their_places(width):
+    rows = torch.tensor([2, 3, 11, 40])
+    whole = Noise(5, "test").uniform(0, 50, width)
+    assert torch.equal(Noise(5, "test").uniforms_of_rows(rows, width), whole[rows])
+    assert torch.equal(Noise(5, "test").uniform_of_rows(rows), Noise(5, "test").uniform(0, 50)[rows, 0])
+    assert Noise(5, "test").uniforms_of_rows(rows[:0], width).shape == (0, width)
+
+
+def test_derived_seeds_are_seeds_and_differ():
+    seeds = {derived_seed(seed, f"restart.{index}") for seed in (0, 1, MAX_SEED) for index in range(100)}
+    assert len(seeds) == 300
+    assert all(0 <= seed <= MAX_SEED for seed in seeds)

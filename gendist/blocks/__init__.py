@@ -2,6 +2,6 @@
 
 from gendist.blocks.leaves import Leaves
 from gendist.blocks.local import LocalBlocks
-from gendist.blocks.reduction import Blocks, merge_in_tree_order, reduce
+from gendist.blocks.reduction import Blocks, Each, merge_in_tree_order, reduce, reduce_each
 
-__all__ = ["Blocks", "Leaves", "LocalBlocks", "merge_in_tree_order", "reduce"]
+__all__ = ["Blocks", "Each", "Leaves", "LocalBlocks", "merge_in_tree_order", "reduce", "reduce_each"]

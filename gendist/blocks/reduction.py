@@ -8,8 +8,9 @@ to the last bit however the leaves are dealt out to workers, and whatever worker
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from gendist.protocols import Mergeable
 
@@ -39,6 +40,27 @@ def reduce(function: Callable[[Broadcast, Leaf], Value], blocks: Blocks[Leaf], b
 
 def _reduce_run(function: Callable[[Broadcast, Leaf], Value], broadcast: Broadcast, leaves: Sequence[Leaf]) -> Value:
     return merge_in_tree_order(function(broadcast, leaf) for leaf in leaves)
+
+
+@dataclass(frozen=True)
+class Each(Generic[Value]):
+    """Values side by side, each of which is merged with its like."""
+
+    values: tuple[Value, ...]
+
+    def merge(self, other: Each[Value]) -> Each[Value]:
+        return Each(tuple(a.merge(b) for a, b in zip(self.values, other.values, strict=True)))
+
+
+def reduce_each(
+    function: Callable[[Broadcast, Leaf], Value], blocks: Blocks[Leaf], broadcasts: Sequence[Broadcast]
+) -> tuple[Value, ...]:
+    """What `reduce` gives for each of several broadcasts, to the bit, in one pass: every leaf is at hand once for all."""
+    return reduce(partial(_each, function), blocks, tuple(broadcasts)).values
+
+
+def _each(function: Callable[[Broadcast, Leaf], Value], broadcasts: tuple[Broadcast, ...], leaf: Leaf) -> Each[Value]:
+    return Each(tuple(function(broadcast, leaf) for broadcast in broadcasts))
 
 
 def merge_in_tree_order(values: Iterable[Value]) -> Value:

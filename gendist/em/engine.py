@@ -5,90 +5,97 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from gendist.blocks import Blocks, reduce
+from gendist.blocks import Blocks, reduce_each
 from gendist.em.config import EMConfig
-from gendist.em.convergence import Decision, decide, fell
+from gendist.em.convergence import Decision, fell
+from gendist.em.restarts import Candidate, settle
 from gendist.one_thread import one_thread
-from gendist.protocols import EXACT, Block, Compute, StatisticsModel, Update, UserError
+from gendist.protocols import EXACT, Block, Compute, Statistics, StatisticsModel, Update, UserError
 
 M = TypeVar("M", bound=StatisticsModel)
 
 
-@dataclass(frozen=True)
-class Iteration(Generic[M]):
-    """What an iteration leaves: the model after it, the records of all iterations so far, and whether to go on."""
-
-    model: M
-    history: tuple[dict[str, Any], ...]
-    decision: Decision
-
-
 def expectation_maximization(
-    model: M,
+    candidates: Sequence[Candidate[M]],
     blocks: Blocks[Block],
     total_weight: float,
     config: EMConfig,
     validation: Blocks[Block] | None = None,
-    history: Sequence[dict[str, Any]] = (),
     compute: Compute = EXACT,
-) -> Iterator[Iteration[M]]:
-    """Iterate from `model` until a decision to stop.
+) -> Iterator[tuple[Candidate[M], ...]]:
+    """Iterate, side by side and in the same passes, until a decision to stop each; yields all after every iteration.
 
+    candidates    where to begin, or what a run that is resumed had come to; those that have stopped stay as they are
     total_weight  of the rows, to state the log-likelihood as a mean in nats a row
     validation    rows whose log-likelihood is recorded, and which decide nothing
-    history       the records of the iterations before, of a run that is resumed; nothing is done where they decide to stop
 
-    A record: iteration, log_likelihood (the mean a row, of the parameters that the iteration began with), gain,
-    least_gain (what the M-step guarantees of the next gain), validation_log_likelihood, repairs, seconds; and `fell`
-    where the log-likelihood is less than was guaranteed.
+    A record: iteration, restart (the candidate's index), log_likelihood (the mean a row, of the parameters that the
+    iteration began with), gain, least_gain (what the M-step guarantees of the next gain), repairs,
+    validation_log_likelihood, seconds (of the iteration, of all candidates together); `fell` where the log-likelihood is
+    less than was guaranteed; and `stopped`, the reason, in the last.
     """
-    records = list(history)
-    decision = decide(records, config)
-    while decision is Decision.CONTINUE:
+    while running := [i for i, candidate in enumerate(candidates) if candidate.decision is Decision.CONTINUE]:
         began = time.monotonic()
-        previous = records[-1] if records else None
-        statistics, update = em_step(partial(_e_step, compute), blocks, model)
-        log_likelihood = statistics.log_likelihood / total_weight
-        if not math.isfinite(log_likelihood):
+        models = [candidates[i].model for i in running]
+        iteration = len(candidates[running[0]].history) + 1
+        steps = em_steps(partial(_e_step, compute), blocks, models)
+        held_out = mean_log_likelihoods(models, validation, compute) if validation is not None else ()
+        seconds = time.monotonic() - began
+        advanced = list(candidates)
+        for place, (i, (total, update)) in enumerate(zip(running, steps, strict=True)):
+            history, log_likelihood = candidates[i].history, total / total_weight
+            record: dict[str, Any] = {
+                "iteration": iteration,
+                "restart": i,
+                "log_likelihood": log_likelihood,
+                "gain": log_likelihood - history[-1]["log_likelihood"] if history else None,
+                "least_gain": update.least_gain / total_weight,
+                "repairs": list(update.repairs),
+            }
+            if fell(log_likelihood, history[-1] if history else None, compute.precision):
+                record["fell"] = True
+            if held_out:
+                record["validation_log_likelihood"] = held_out[place]
+            record["seconds"] = seconds
+            advanced[i] = replace(candidates[i], model=update.model, history=(*history, record))
+        candidates = settle(advanced, config)
+        yield candidates
+
+
+def em_steps(
+    function: Callable[[M, Block], Statistics], blocks: Blocks[Block], models: Sequence[M]
+) -> list[tuple[float, Update[M]]]:
+    """The total log-likelihood under each model, and its update, from one pass of `function`, which is an E-step.
+
+    A second pass is made for those whose statistics had too few digits for what came out.
+    """
+    steps = _pass(function, blocks, models)
+    again = {i: update.redo for i, (_, update) in enumerate(steps) if update.redo is not None}
+    if again:
+        for i, step in zip(again, _pass(function, blocks, list(again.values())), strict=True):
+            steps[i] = step
+    return steps
+
+
+def _pass(
+    function: Callable[[M, Block], Statistics], blocks: Blocks[Block], models: Sequence[M]
+) -> list[tuple[float, Update[M]]]:
+    statistics = reduce_each(function, blocks, models)
+    for each in statistics:
+        if not math.isfinite(each.log_likelihood):
             raise UserError(
-                f"the log-likelihood is {log_likelihood} in iteration {len(records) + 1}: the rows are too far from the model "
-                "for float64; rescale the columns, or start from the data with fit.init"
+                f"the log-likelihood is {each.log_likelihood}: the rows are too far from the model for the precision; rescale "
+                "the columns, take fit.precision: float64, or start from the data with fit.init"
             )
-        record: dict[str, Any] = {
-            "iteration": len(records) + 1,
-            "log_likelihood": log_likelihood,
-            "gain": log_likelihood - previous["log_likelihood"] if previous else None,
-            "least_gain": update.least_gain / total_weight,
-            "repairs": list(update.repairs),
-        }
-        if fell(log_likelihood, previous, compute.precision):
-            record["fell"] = True
-        if validation is not None:
-            record["validation_log_likelihood"] = mean_log_likelihood(model, validation, compute)
-        record["seconds"] = time.monotonic() - began
-        records.append(record)
-        model = update.model
-        decision = decide(records, config)
-        yield Iteration(model, tuple(records), decision)
-
-
-def em_step(function: Callable[[M, Block], Any], blocks: Blocks[Block], model: M) -> tuple[Any, Update[M]]:
-    """One pass and what follows from its statistics; a second pass where the first had too few digits for the outcome."""
-    statistics = reduce(function, blocks, model)
     with one_thread():
-        update: Update[M] = model.m_step(statistics)
-    if update.redo is None:
-        return statistics, update
-    statistics = reduce(function, blocks, update.redo)
-    with one_thread():
-        return statistics, update.redo.m_step(statistics)
+        return [(each.log_likelihood, model.m_step(each)) for model, each in zip(models, statistics, strict=True)]
 
 
-def _e_step(compute: Compute, model: StatisticsModel, block: Block) -> Any:
+def _e_step(compute: Compute, model: StatisticsModel, block: Block) -> Statistics:
     return model.e_step(block, compute)
 
 
@@ -101,10 +108,20 @@ class _LogLikelihood:
         return _LogLikelihood(self.total + other.total, self.weight + other.weight)
 
 
+def mean_log_likelihoods(
+    models: Sequence[StatisticsModel], blocks: Blocks[Block], compute: Compute = EXACT
+) -> list[float | None]:
+    """The weighted mean log-likelihood of a row under each model, in one pass.
+
+    None where it is not finite: some row is impossible under the model.
+    """
+    values = reduce_each(partial(_log_likelihood, compute), blocks, models)
+    return [value.total / value.weight if math.isfinite(value.total) else None for value in values]
+
+
 def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block], compute: Compute = EXACT) -> float | None:
-    """The weighted mean log-likelihood of a row; None where it is not finite: some row is impossible under the model."""
-    value = reduce(partial(_log_likelihood, compute), blocks, model)
-    return value.total / value.weight if math.isfinite(value.total) else None
+    """The same of one model."""
+    return mean_log_likelihoods([model], blocks, compute)[0]
 
 
 def _log_likelihood(compute: Compute, model: StatisticsModel, block: Block) -> _LogLikelihood:

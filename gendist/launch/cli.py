@@ -201,7 +201,7 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     console = Console(stderr=True)
     log_to(console)
     try:
-        with fit_progress(console, spec.fit.max_iterations) as watch:
+        with fit_progress(console, spec.fit.max_iterations, spec.fit.num_restarts) as watch:
             run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     except KeyboardInterrupt:
         kept = "; what was reached is kept: the same command goes on from there" if (run_dir / "spec.yaml").exists() else ""
@@ -212,6 +212,8 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
     if density := getattr(run.model, "density", None):
         print(f"  ({density})")
+    if spec.fit.num_restarts > 1:
+        print(f"  the best of {spec.fit.num_restarts} restarts; manifest.json says how each of them ended")
     if results["repairs"]:
         print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
     if results["iterations_that_fell"]:

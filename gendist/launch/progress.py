@@ -25,7 +25,7 @@ def log_to(console: Console) -> None:
 
 
 @contextmanager
-def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
+def fit_progress(console: Console, max_iterations: int, num_restarts: int) -> Iterator[Watch]:
     """A bar of EM iterations; yields what is to be called with each record."""
     columns = (
         TextColumn("{task.description}"),
@@ -38,17 +38,19 @@ def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
     task = progress.add_task("EM", total=max_iterations, state="")
 
     said = time.monotonic()
+    newest: dict[int, dict[str, Any]] = {}  # the newest record of each restart
 
     def watch(record: dict[str, Any]) -> None:
         nonlocal said
         if console.is_terminal:
             progress.start()  # with the first record: a mistake found before leaves no empty bar
+        where = f"iteration {record['iteration']}" + (f", restart {record['restart']}" if num_restarts > 1 else "")
         for repair in record["repairs"]:
-            progress.console.print(f"iteration {record['iteration']}: {repair}", highlight=False)
+            progress.console.print(f"{where}: {repair}", highlight=False)
         if record.get("fell"):
-            progress.console.print(f"iteration {record['iteration']}: the log-likelihood fell", highlight=False)
-        gain = "" if record["gain"] is None else f"  gain {record['gain']:.2e}"
-        state = f"log-likelihood {record['log_likelihood']:.6f}{gain}  {record['seconds']:.2f} s"
+            progress.console.print(f"{where}: the log-likelihood fell", highlight=False)
+        newest[record["restart"]] = record
+        state = _state(list(newest.values()))
         progress.update(task, completed=record["iteration"], state=state)
         if not console.is_terminal and time.monotonic() - said > SECONDS_A_LINE:  # into a file: a line now and then
             said = time.monotonic()
@@ -58,3 +60,11 @@ def fit_progress(console: Console, max_iterations: int) -> Iterator[Watch]:
         yield watch
     finally:
         progress.stop()
+
+
+def _state(newest: list[dict[str, Any]]) -> str:
+    """Where the best restart is, and how many go on."""
+    best = max(newest, key=lambda record: record["log_likelihood"])
+    gain = "" if best["gain"] is None else f"  gain {best['gain']:.2e}"
+    restarts = f"  {sum('stopped' not in record for record in newest)} of {len(newest)} go on" if len(newest) > 1 else ""
+    return f"log-likelihood {best['log_likelihood']:.6f}{gain}{restarts}  {best['seconds']:.2f} s"

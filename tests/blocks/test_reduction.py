@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gendist.blocks import Leaves, LocalBlocks, merge_in_tree_order, reduce
+from gendist.blocks import Leaves, LocalBlocks, merge_in_tree_order, reduce, reduce_each
 from gendist.blocks.leaves import leaves_per_run
 
 
@@ -72,3 +72,20 @@ def test_runs_keep_the_workers_evenly_busy(num_leaves, num_workers):
     busiest = min(-(-num_runs // num_workers) * size, num_leaves)
     assert size == 1 or busiest * num_workers <= 1.15 * num_leaves or num_runs >= 64 * num_workers
     assert leaves_per_run(num_leaves, num_workers, 2) <= 2
+
+
+def test_several_broadcasts_in_one_pass_give_what_each_gives_alone():
+    class Passes(LocalBlocks):
+        num_passes = 0
+
+        def map_runs(self, function, broadcast):
+            self.num_passes += 1
+            return super().map_runs(function, broadcast)
+
+    def named(name, leaf):
+        return Expression(f"{name}{leaf}")
+
+    blocks = Passes(rows_of_leaves, Leaves(range(14)), 4)
+    values = reduce_each(named, blocks, ["a", "b", "c"])
+    assert blocks.num_passes == 1
+    assert values == tuple(reduce(named, blocks, name) for name in "abc")

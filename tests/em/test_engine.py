@@ -12,6 +12,7 @@ from gendist.blocks import Leaves, LocalBlocks
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
+from gendist.em.restarts import Candidate
 from gendist.protocols import EXACT, Block, Compute, Update
 
 
@@ -55,39 +56,89 @@ def blocks(num_heads: int = 700, num_tails: int = 300) -> LocalBlocks:
     return LocalBlocks(load, Leaves.of_shape(len(x), 1))
 
 
-def run(model=TwoCoins(0.1), validation=None, history=(), **config):
-    return list(expectation_maximization(model, blocks(), 1000.0, EMConfig(**config), validation, history))
+def run(*candidates, validation=None, data=None, **config):
+    candidates = candidates or (Candidate(TwoCoins(0.1)),)
+    return list(expectation_maximization(candidates, data or blocks(), 1000.0, EMConfig(**config), validation))
+
+
+def trace(candidate: Candidate) -> list:
+    return [{key: value for key, value in record.items() if key not in ("seconds", "restart")} for record in candidate.history]
 
 
 def test_it_ends_at_the_maximum_of_the_likelihood():
-    iterations = run(max_iterations=500, tolerance=1e-12)
-    assert iterations[-1].decision is Decision.CONVERGED
-    assert iterations[-1].model.share == pytest.approx(0.6, abs=1e-4)  # 0.3 of the tosses are tails, half a fair coin's
-    trace = [record["log_likelihood"] for record in iterations[-1].history]
-    assert trace == sorted(trace)
-    assert not any(record.get("fell") for record in iterations[-1].history)
+    (candidate,) = run(max_iterations=500, tolerance=1e-12)[-1]
+    assert candidate.decision is Decision.CONVERGED
+    assert candidate.model.share == pytest.approx(0.6, abs=1e-4)  # 0.3 of the tosses are tails, half a fair coin's
+    log_likelihoods = [record["log_likelihood"] for record in candidate.history]
+    assert log_likelihoods == sorted(log_likelihoods)
+    assert not any(record.get("fell") for record in candidate.history)
 
 
 def test_it_does_exactly_as_many_iterations_as_it_may():
-    assert len(run(max_iterations=7, tolerance=0.0)) == 7
+    iterations = run(max_iterations=7, tolerance=0.0)
+    assert len(iterations) == 7
+    assert iterations[-1][0].decision is Decision.MAX_ITERATIONS
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped():
-    whole = run(max_iterations=20, tolerance=0.0)
-    half = whole[9]
-    rest = run(half.model, history=half.history, max_iterations=20, tolerance=0.0)
-    assert rest[-1].model == whole[-1].model
-    assert [iteration.model for iteration in rest] == [iteration.model for iteration in whole[10:]]
-    assert run(whole[-1].model, history=whole[-1].history, max_iterations=20, tolerance=0.0) == []
+STARTS = (0.1, 0.9, 0.6, 0.3)  # the third begins where the likelihood is highest, and stops at once
+
+
+@pytest.mark.parametrize("shares", [STARTS[:1], STARTS])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(shares):
+    whole = run(*(Candidate(TwoCoins(share)) for share in shares), max_iterations=20, tolerance=1e-9)
+    rest = run(*whole[9], max_iterations=20, tolerance=1e-9)
+    assert len(rest) == 10
+    for resumed, unbroken in zip(rest, whole[10:], strict=True):
+        assert [candidate.model for candidate in resumed] == [candidate.model for candidate in unbroken]
+        assert [trace(candidate) for candidate in resumed] == [trace(candidate) for candidate in unbroken]
+    assert run(*whole[-1], max_iterations=20, tolerance=1e-9) == []
+
+
+def test_each_candidate_is_what_it_is_alone_and_costs_nothing_once_it_has_stopped():
+    evaluated = []
+
+    @dataclass(frozen=True)
+    class Watched(TwoCoins):
+        def e_step(self, block: Block, compute: Compute = EXACT) -> Counts:
+            evaluated.append(self)
+            return super().e_step(block)
+
+        def m_step(self, statistics: Counts) -> Update[Watched]:
+            return Update(Watched(super().m_step(statistics).model.share))
+
+    class Passes:
+        num_passes = 0
+
+        def map_runs(self, function, broadcast):
+            self.num_passes += 1
+            return blocks().map_runs(function, broadcast)
+
+    data = Passes()
+    together = run(*(Candidate(Watched(share)) for share in STARTS), data=data, max_iterations=60, tolerance=1e-9)[-1]
+    assert data.num_passes == max(len(candidate.history) for candidate in together)
+    num_leaves = len(evaluated) / sum(len(candidate.history) for candidate in together)
+    assert num_leaves == len(list(Leaves.of_shape(1000, 1).bounds)) - 1
+    for index, share in enumerate(STARTS):
+        (alone,) = run(Candidate(TwoCoins(share)), max_iterations=60, tolerance=1e-9)[-1]
+        length = len(together[index].history)
+        assert length == len(alone.history) or together[index].decision is Decision.HOPELESS
+        assert trace(together[index])[: length - 1] == trace(alone)[: length - 1]
+        assert [record["restart"] for record in together[index].history] == [index] * length
+        if together[index].decision is not Decision.HOPELESS:
+            assert trace(together[index]) == trace(alone)
+            assert together[index].model.share == alone.model.share
 
 
 def test_a_step_that_loses_likelihood_is_recorded():
-    iterations = run(TwoCoins(0.59, step=-30.0), max_iterations=2, tolerance=0.0)
-    assert iterations[-1].history[-1]["fell"] is True
+    (candidate,) = run(Candidate(TwoCoins(0.59, step=-30.0)), max_iterations=2, tolerance=0.0)[-1]
+    assert candidate.history[-1]["fell"] is True
 
 
 def test_validation_is_recorded_and_decides_nothing():
-    plain, watched = run(max_iterations=5), run(validation=blocks(30, 70), max_iterations=5)
-    assert [iteration.model for iteration in plain] == [iteration.model for iteration in watched]
-    first = watched[0].history[0]
-    assert first["validation_log_likelihood"] == mean_log_likelihood(TwoCoins(0.1), blocks(30, 70))
+    starts = [Candidate(TwoCoins(share)) for share in STARTS]
+    plain, watched = run(*starts, max_iterations=5), run(*starts, validation=blocks(30, 70), max_iterations=5)
+    for one, other in zip(plain, watched, strict=True):
+        assert [candidate.model for candidate in one] == [candidate.model for candidate in other]
+    for share, candidate in zip(STARTS, watched[0], strict=True):
+        expected = mean_log_likelihood(TwoCoins(share), blocks(30, 70))
+        assert candidate.history[0]["validation_log_likelihood"] == expected
