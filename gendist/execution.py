@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from gendist.blocks import LocalBlocks
 from gendist.config import ClusterConfig
 from gendist.data.dataset import MakeBlocks
+from gendist.protocols import UserError
 
 
 @contextmanager
@@ -15,8 +16,12 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     """Yields what makes blocks; the connection to Ray, where there is one, ends with the `with` block.
 
     address   of a Ray cluster; None is this machine (see `ray_cluster`)
+
+    UserError where there is an address, but no worker to send there.
     """
     if cluster.num_workers == 0:
+        if address is not None:
+            raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         yield LocalBlocks
         return
     # Only now: neither import needs to be paid for without Ray.

@@ -29,6 +29,19 @@ ALLOWED = {
     "gendist.models": BASE,
     "gendist.em": (*BASE, "gendist.blocks"),
     "gendist.evaluate": (*BASE, "gendist.blocks"),
+    "gendist.bulk": (
+        *BASE,
+        "gendist.blocks",
+        "gendist.data",
+        "gendist.evaluate",
+        "gendist.artifact",
+        "gendist.atomic",
+        "gendist.folder_lock",
+        "gendist.config",
+        "gendist.execution",
+        "gendist.machine",
+    ),
+    "gendist.folder_lock": ("gendist.protocols",),
     "gendist.pictures": ("gendist.data.schema",),
 }
 
