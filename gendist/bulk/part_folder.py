@@ -1,6 +1,6 @@
 """A folder of Parquet files that hold rows in order; what one process leaves undone, the next one does.
 
-_request.json           what was asked for, written first
+_request.json           what was asked for, written before the first part
 part-00000000.parquet   the rows of the first part, and so on, one after the other
 _SUCCESS                what they add up to, written last: the folder is finished
 
@@ -47,24 +47,25 @@ class PartFolder:
         success = self.path / "_SUCCESS"
         if not success.exists() or not all(self._file(index).exists() for index in range(self.parts.num_leaves)):
             return None
-        return {name: float(value) for name, value in _read(success).items()}
+        sums: dict[str, float] = _read(success, "sums")["sums"]
+        return sums
 
     @contextmanager
-    def begin(self) -> Iterator[list[Mapping[str, float]]]:
+    def held(self) -> Iterator[list[Mapping[str, float]]]:
         """Be the one process that adds parts; yields the sums of each part that stands there, up to the first that lacks."""
         with locked(self.path):
             self._check_what_is_there()  # again: another process may have begun in between
-            there = self._whole_parts()
-            if not self._request_file.exists():
-                here = {"request": self.request, "machine": machine_type(), "versions": versions()}
-                self._write("_request.json", json.dumps(here, indent=2) + "\n")
-            yield there
+            yield self._sums_of_parts()
 
     def add(self, index: int, part: Part) -> None:
+        if not self.is_begun:  # only now: a mistake that is found on the way to the first part leaves no folder behind
+            here = {"request": self.request, "machine": machine_type(), "versions": versions()}
+            self._write("_request.json", json.dumps(here, indent=2) + "\n")
         self._write(self._file(index).name, part.content)
 
     def finish(self, sums: Mapping[str, float]) -> None:
-        self._write("_SUCCESS", json.dumps(sums) + "\n")
+        num_rows = self.parts.bounds[-1] - self.parts.bounds[0]
+        self._write("_SUCCESS", json.dumps({"num_rows": num_rows, "sums": sums}) + "\n")
 
     @property
     def is_begun(self) -> bool:
@@ -95,9 +96,9 @@ class PartFolder:
             if self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
                 raise UserError(f"--out {self.path}: holds files of something else; choose another folder")
             return
-        there = _read(self._request_file)
-        if there.get("request") != self.request:
-            different = ", ".join(_differences(there.get("request"), self.request))
+        there = _read(self._request_file, "request")
+        if there["request"] != self.request:
+            different = ", ".join(_differences(there["request"], self.request))
             raise UserError(
                 f"--out {self.path}: holds the rows of another request (different: {different}); choose another folder"
             )
@@ -105,7 +106,7 @@ class PartFolder:
             logger.warning("%s was begun on another machine or with other versions (see _request.json there): its bytes may "
                            "differ from those of an unbroken run", self.path)  # fmt: skip
 
-    def _whole_parts(self) -> list[Mapping[str, float]]:
+    def _sums_of_parts(self) -> list[Mapping[str, float]]:
         sums: list[Mapping[str, float]] = []
         for index in range(self.parts.num_leaves):
             file = self._file(index)
@@ -121,16 +122,16 @@ class PartFolder:
         return sums
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, key: str) -> dict[str, Any]:
+    """A JSON object that has an object under a key."""
     try:
         content = json.loads(file.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("not a JSON object")
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise ValueError(f"not a JSON object with '{key}'")
         return content
     except ValueError as error:
         raise UserError(f"{file}: damaged ({error}); remove the folder, and the same command makes it anew") from error
 
 
-def _differences(there: Any, here: Mapping[str, Any]) -> list[str]:
-    there = there if isinstance(there, dict) else {}
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     return [key for key in dict.fromkeys([*here, *there]) if there.get(key) != here.get(key)]

@@ -62,6 +62,8 @@ def sample(
     UserError where the artifact, the arguments or what stands at `out` do not allow it.
     """
     encode = encoder_of(Path(out))
+    if num_samples < 1:
+        raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
     loaded.model.sample(1, seed=seed, offset=offset, given=given)  # a mistake is told before anything is begun
     names = loaded.schema.feature_names
@@ -162,7 +164,7 @@ class _Work:
         result = folder.result()
         if result is not None:
             return Written(self.num_rows, result, was_finished=True)
-        with folder.begin() as sums:
+        with folder.held() as sums:
             if len(sums) < self.parts.num_leaves:
                 with execution(cluster, address) as make_blocks:
                     for part in self._make(make_blocks, sums, watch):

@@ -91,4 +91,5 @@ def _shown(console: Console, columns: Sequence[ProgressColumn]) -> Iterator[Call
     try:
         yield show
     finally:
-        progress.stop()
+        if console.is_terminal:
+            progress.stop()
