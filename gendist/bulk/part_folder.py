@@ -83,8 +83,8 @@ class PartFolder:
             write_atomically(self.path / name, content)
         except OSError as error:
             raise UserError(
-                f"{self.path / name}: cannot be written ({error.strerror}); what was reached is kept: mend this, and the same "
-                "command goes on from there"
+                f"{self.path / name}: cannot be written ({error.strerror}); what was reached is kept: once this "
+                "is mended, the same command goes on from there"
             ) from error
 
     def _check_what_is_there(self) -> None:

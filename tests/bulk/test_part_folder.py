@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_no_part_of_a_single_file(monkeypatch, capsys, folder
         fill_disk_at(full, 1)
         code, _, err = call(full, capsys, "sample", folder / "run", "-n", 800, "--out", out)
     assert code == 2
-    assert "No space left on device" in err.splitlines()[-1]
+    assert err.splitlines()[-1] == f"error: No space left on device: {out}"
     assert content(tmp_path) == {"all.parquet": b"what stood there"}
 
 
