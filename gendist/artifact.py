@@ -5,6 +5,7 @@ Nothing in it is executed when it is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,11 +74,24 @@ def load(path: str | Path) -> Any:
     return load_artifact(path).model
 
 
+def digest(path: str | Path) -> str:
+    """SHA-256 of all bytes of the artifact in a run directory or at `path` itself, with the names of its files."""
+    sha256 = hashlib.sha256()
+    for file in sorted(_folder(path).iterdir()):
+        if file.is_file() and not file.name.startswith("."):
+            content = file.read_bytes()
+            sha256.update(f"{file.name} {len(content)} ".encode() + content)
+    return sha256.hexdigest()
+
+
+def _folder(path: str | Path) -> Path:
+    inside = Path(path) / "artifact"
+    return inside if inside.is_dir() else Path(path)
+
+
 def load_artifact(path: str | Path) -> Artifact:
     """The model in a run directory or an artifact, and what came with it."""
-    folder = Path(path)
-    if (folder / "artifact").is_dir():
-        folder = folder / "artifact"
+    folder = _folder(path)
     if not (folder / "model.json").is_file():
         hint = "its fit is not finished; run it again" if (folder / "spec.yaml").exists() else "no model.json there"
         raise UserError(f"{path}: no such artifact ({'no such folder' if not folder.exists() else hint})")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 
 @contextmanager
@@ -28,12 +29,28 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(inside, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace a file by new content."""
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """`with new_file(path) as file:` write into `file`; at the end it takes the place of what stood at `path`."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    write(unfinished, content.encode())
-    unfinished.replace(path)
-    _sync_folder(path.parent)
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except BaseException as error:
+        unfinished.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say which file found no room
+        raise
+
+
+def write_atomically(path: Path, content: str | Any) -> None:
+    """Replace a file by new content: text, or whatever has the buffer protocol."""
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write(path: Path, content: bytes) -> None:

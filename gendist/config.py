@@ -117,14 +117,27 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
 
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
     """Where rows are, from a path to them, the word "digits", or a YAML file with a `data:` block."""
-    for override in overrides:
-        if not override.startswith(("data.", "cluster.")):
-            raise UserError(f"'{override}': only data.KEY and cluster.KEY can be said here")
+    overrides = _of_blocks(overrides, "data", "cluster")
     if data.endswith((".yaml", ".yml")):
         content = read_yaml(data)
     else:
         content = {"data": {"source": "digits"} if data == "digits" and not Path(data).exists() else {"path": data}}
     return validated(ScoreSpec, apply_overrides(content, overrides, data), data)
+
+
+def load_cluster_config(overrides: Iterable[str]) -> ClusterConfig:
+    """Where to compute, from `cluster.KEY=value` alone."""
+    content = apply_overrides({"cluster": {}}, _of_blocks(overrides, "cluster"), "cluster")
+    return validated(ClusterConfig, content["cluster"], "cluster")
+
+
+def _of_blocks(overrides: Iterable[str], *blocks: str) -> list[str]:
+    """The overrides; UserError where one is of another block than these."""
+    overrides = list(overrides)
+    for override in overrides:
+        if not override.startswith(tuple(f"{block}." for block in blocks)):
+            raise UserError(f"'{override}': only {' and '.join(f'{block}.KEY' for block in blocks)} can be said here")
+    return overrides
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -16,8 +16,12 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     """Yields what makes blocks; the connection to Ray, where there is one, ends with the `with` block.
 
     address   of a Ray cluster; None is this machine (see `ray_cluster`)
+
+    UserError where there is an address, but no worker to send there.
     """
     if cluster.num_workers == 0:
+        if address is not None:
+            raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         if cluster.use_gpu:
             _check_gpu_here()
         yield LocalBlocks

@@ -83,8 +83,6 @@ def fit(
         if directory and directory.is_finished and data is None and init is None:
             return _finished(directory)
         start, start_features = _model_to_start_from(spec, family, init)
-        if address is not None and spec.cluster.num_workers == 0:
-            raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         source = source_of(data) if data is not None else open_source(spec.data)
         schema = Schema.of(source, spec.data)
         if start_features not in (None, schema.feature_names):

@@ -6,12 +6,11 @@ newest checkpoint is what an unfinished one goes on from.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +20,7 @@ from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
+from gendist.folder_lock import locked
 from gendist.protocols import GenerativeModel, UserError
 
 KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
@@ -57,7 +57,7 @@ class RunDirectory:
 
     path: Path
     spec: Spec
-    _lock: Any = field(default=None, repr=False)
+    _held: ExitStack = field(default_factory=ExitStack, repr=False)
 
     def __enter__(self) -> RunDirectory:
         if self.path.exists() and not self.path.is_dir():
@@ -65,46 +65,14 @@ class RunDirectory:
         self._check_what_is_there()
         if self.is_finished:
             return self  # there is nothing to write, and reading needs no lock
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error
-        try:
-            self._take_lock()
+        with ExitStack() as held:
+            held.enter_context(locked(self.path))
             self._check_what_is_there()  # again: another process may have begun a run in between
-        except BaseException:
-            self._lock.close()
-            raise
+            self._held = held.pop_all()
         return self
 
-    def _take_lock(self) -> None:
-        taken = f"{self.path}: another process is at work on this run; wait for it or stop it"
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(taken) from None
-        except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): see to it that one process at a time works on it", self.path, error)
-            return
-        try:
-            still_there = os.path.samestat(os.fstat(self._lock.fileno()), (self.path / ".lock").stat())
-        except FileNotFoundError:
-            still_there = False
-        if not still_there:  # the process that had it removed it
-            raise UserError(taken)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._lock is None:
-            return
-        try:
-            if not (self.path / "spec.yaml").exists():
-                # Nothing was begun: a mistake in the data block, say, leaves no folder behind.
-                (self.path / ".lock").unlink(missing_ok=True)
-                if not any(self.path.iterdir()):
-                    self.path.rmdir()
-        finally:
-            self._lock.close()
+        self._held.close()
 
     def _check_what_is_there(self) -> None:
         """UserError unless there is nothing, or a run of the same spec."""

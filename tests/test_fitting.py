@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,9 +15,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from power_cut import PowerCut, cut_power_at
 
 import gendist
-from gendist import atomic, fitting
+from gendist import fitting
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import UserError
 from gendist.run_directory import RunDirectory
@@ -274,30 +274,6 @@ def test_wide_data_resume_to_the_same_bytes_with_any_number_of_threads(num_threa
 @pytest.mark.ray
 def test_wide_data_on_ray_give_the_same_bytes(cluster, num_threads, wide):
     assert digest(wide_fit(2).model) == wide
-
-
-class PowerCut(BaseException):
-    pass
-
-
-def cut_power_at(monkeypatch, number: int) -> list[int]:
-    """Let the number-th change of the disk fail, and all after it, as if the machine had gone."""
-    calls = [0]
-
-    def failing(original):
-        def change(*arguments, **options):
-            calls[0] += 1
-            if calls[0] >= number:
-                raise PowerCut
-            return original(*arguments, **options)
-
-        return change
-
-    monkeypatch.setattr(atomic.os, "fsync", failing(os.fsync))
-    monkeypatch.setattr(shutil, "rmtree", failing(shutil.rmtree))
-    for name in ("rename", "replace", "unlink", "mkdir"):
-        monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
-    return calls
 
 
 @pytest.mark.parametrize("num_restarts", [1, 3])

@@ -30,6 +30,20 @@ ALLOWED = {
     "gendist.em": (*BASE, "gendist.blocks"),
     "gendist.evaluate": (*BASE, "gendist.blocks", "gendist.data.transforms"),
     "gendist.transformed": (*BASE, "gendist.data.transforms"),
+    "gendist.bulk": (
+        *BASE,
+        "gendist.blocks",
+        "gendist.data",
+        "gendist.evaluate",
+        "gendist.artifact",
+        "gendist.atomic",
+        "gendist.folder_lock",
+        "gendist.config",
+        "gendist.execution",
+        "gendist.machine",
+        "gendist.transformed",
+    ),
+    "gendist.folder_lock": ("gendist.protocols",),
     "gendist.pictures": ("gendist.data.schema",),
 }
 

@@ -70,10 +70,18 @@ class Dataset:
         keep          whether to hold on to the blocks for more than one pass, if `data.cache` allows it
         """
         keep = keep and self.config.cache == "memory"
-        load = _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed, self.transforms)
+        load = self._loader(num_latents, part, seed)
         width = self.schema.num_features + (num_latents if self.labels else 0)
         leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
         return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes), keep)
+
+    def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
+        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
+        leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
+        return self.make_blocks(_PartLoader(self._loader(0, "all", 0), leaf_rows), parts, 1, False)
+
+    def _loader(self, num_latents: int, part: Part, seed: int) -> _BlockLoader:
+        return _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed, self.transforms)
 
 
 @dataclass(frozen=True)
@@ -143,6 +151,16 @@ class _BlockLoader:
         labelled = np.flatnonzero(latent_N >= 0)
         evidence[labelled, latent_N[labelled]] = 0.0
         return evidence
+
+
+@dataclass(frozen=True)
+class _PartLoader:
+    load: _BlockLoader
+    leaf_rows: int
+
+    def __call__(self, bounds: Sequence[int]) -> list[list[Block]]:
+        """One list of blocks a part, of the rows bounds[i] to bounds[i + 1]."""
+        return [self.load([*range(start, stop, self.leaf_rows), stop]) for start, stop in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ block can name stands in `formats.py` and `huggingface.py`, what Python can hand
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Sequence
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
+import fsspec
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -90,3 +93,21 @@ def open_source(config: DataConfig) -> Source:
             raise UserError(f"data.path: {len(config.path)} paths; of source huggingface it is one name or folder")
         return open_huggingface(config.path, config.split, config.subset, config.streaming)
     return open_files([config.path] if isinstance(config.path, str) else config.path, config.source)
+
+
+def identity(source: Source, config: DataConfig) -> dict[str, Any]:
+    """What tells these rows from others without reading them, as plain JSON.
+
+    Of each file, in order: its name, size and time of change, or what its file system knows instead (an ETag, say). Not the
+    folder, which another machine may have mounted elsewhere.
+    """
+    files: list[tuple[Any, ...]] = []
+    for path in source.paths:
+        if "://" in path:
+            system, inside = fsspec.core.url_to_fs(path)
+            files.append((path, system.ukey(inside)))
+        else:
+            status = os.stat(path)
+            files.append((os.path.basename(path), status.st_size, status.st_mtime_ns))
+    said = config.model_dump(mode="json", exclude={"path", "columns"} if files else {"columns"})
+    return {**said, "num_rows": source.num_rows, "files": hashlib.sha256(repr(files).encode()).hexdigest()}

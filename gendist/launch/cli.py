@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended, and typer's
-ROWS_AT_ONCE = 1_000_000  # of a sample that is written part by part
+FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
 
 app = typer.Typer(
     name="gendist",
@@ -28,6 +27,10 @@ ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A ru
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
+]
+WhereToCompute = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Where to compute: cluster.num_workers=4.", show_default=False),
 ]
 Address = Annotated[
     str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
@@ -88,87 +91,57 @@ def fit(
 def sample(
     artifact: ArtifactArgument,
     num_samples: Annotated[int, typer.Option("-n", min=1, help="How many samples.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv .png")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv .png")],
+    overrides: WhereToCompute = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = 0,
     offset: Annotated[int, typer.Option(min=0, help="The row of the seed's endless sample to begin with.")] = 0,
     given: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Draw from this label or component alone.", show_default=False)
     ] = None,
+    address: Address = None,
 ) -> None:
-    """Draw samples. 100 samples are the same as 40 and then 60 with --offset 40."""
+    """Draw samples. 100 samples are the same as 40 and then 60 with --offset 40. A folder that was left unfinished goes on."""
+    from gendist import bulk
     from gendist.artifact import load_artifact
-    from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
+    from gendist.config import load_cluster_config
     from gendist.pictures import MAX_SHOWN, save_picture
 
-    check_out(out, (*SUFFIXES, ".png"))
-    loaded = load_artifact(artifact)
-
-    def draw(start: int, size: int) -> Any:
-        return loaded.model.sample(size, seed=seed, offset=start, given=given).numpy()
-
-    def parts() -> Iterator[dict[str, Any]]:
-        for start in range(offset, offset + num_samples, ROWS_AT_ONCE):
-            x_ND = draw(start, min(ROWS_AT_ONCE, offset + num_samples - start))
-            yield {"x": x_ND} if is_array(out) else dict(zip(loaded.schema.feature_names, x_ND.T, strict=True))
-
+    cluster = load_cluster_config(overrides or ())
     if out.suffix.lower() == ".png":
-        save_picture(draw(offset, min(num_samples, MAX_SHOWN)), loaded.schema, out)
+        loaded = load_artifact(artifact)
+        x_ND = loaded.model.sample(min(num_samples, MAX_SHOWN), seed=seed, offset=offset, given=given)
+        save_picture(x_ND, loaded.schema, out)
     else:
-        write_table(parts(), out)
-    print(f"{num_samples:,} samples of {loaded.family} in {out}")
+        with _writing(out, "samples") as watch:
+            written = bulk.sample(
+                artifact, num_samples, out, seed=seed, offset=offset, given=given, cluster=cluster, address=address, watch=watch
+            )
+        if written.was_finished:
+            print(f"{out} is finished; nothing to do")
+    print(f"{num_samples:,} samples in {out}")
 
 
 @app.command()
 def score(
     artifact: ArtifactArgument,
     data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Written as the suffix says: .npy .npz .parquet .csv")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
-    """Write the log density of every row of DATA, in nats, in the order of the rows."""
-    from gendist.artifact import load_artifact
+    """Write the log density of every row of DATA, in nats, in the order of the rows. An unfinished folder goes on."""
+    from gendist import bulk
     from gendist.config import load_data_spec
-    from gendist.data import Dataset, Schema, open_source
-    from gendist.evaluate.score import score as score_blocks
-    from gendist.execution import execution
-    from gendist.launch.tables import SUFFIXES, check_out, is_array, write_table
-    from gendist.protocols import UserError
-    from gendist.transformed import taken_apart
 
-    check_out(out, SUFFIXES)
-    loaded = load_artifact(artifact)
     spec = load_data_spec(data, overrides or ())
-    transforms = taken_apart(loaded.model)[1]
-    if spec.data.transforms not in ((), transforms.declared if transforms else ()):
-        raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
-    source = open_source(spec.data)
-    if os.path.realpath(out) in map(os.path.realpath, source.paths):
-        raise UserError(f"--out {out}: the data themselves; choose another file")
-    # The columns that were fitted; an array has no names and is taken by position.
-    columns = spec.data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
-    config = spec.data.model_copy(update={"columns": columns, "label": None, "weight": None})
-    began, total = time.monotonic(), 0.0
-    schema = Schema.of(source, config)
-    if schema.num_features != loaded.model.num_features:
-        raise UserError(
-            f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
-            f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
-        )
-    with execution(spec.cluster, address) as make_blocks:
-        dataset = Dataset.open(source, config, schema, make_blocks)
-
-        def parts() -> Iterator[dict[str, Any]]:
-            nonlocal total
-            for rows, log_prob in score_blocks(loaded.model, dataset.blocks(keep=False)):
-                total += float(log_prob.sum())
-                yield ({} if is_array(out) else {"row": rows.numpy()}) | {"log_prob": log_prob.numpy()}
-
-        num_rows = write_table(parts(), out)
-    seconds = time.monotonic() - began
-    print(f"{num_rows:,} rows scored in {seconds:.1f} s, mean log density {total / num_rows:.6f} nats, in {out}")
-    if density := getattr(loaded.model, "density", None):
-        print(f"  ({density})")
+    with _writing(out, "rows") as watch:
+        written = bulk.score(artifact, spec.data, out, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    mean = written.sums["log_likelihood"] / written.num_rows
+    print(f"{written.num_rows:,} rows scored, mean log density {mean:.6f} nats, in {out}")
+    if written.density:
+        print(f"  ({written.density})")
 
 
 @app.command()
@@ -200,12 +173,11 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
 
     console = Console(stderr=True)
     log_to(console)
-    try:
-        with fit_progress(console, spec.fit.max_iterations, spec.fit.num_restarts) as watch:
-            run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
-    except KeyboardInterrupt:
-        kept = "; what was reached is kept: the same command goes on from there" if (run_dir / "spec.yaml").exists() else ""
-        _fail(f"interrupted{kept}", INTERRUPTED)
+    with (
+        _interruptible(run_dir / "spec.yaml"),
+        fit_progress(console, spec.fit.max_iterations, spec.fit.num_restarts) as watch,
+    ):
+        run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     results = run.results
     print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
@@ -219,6 +191,29 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     if results["iterations_that_fell"]:
         print(f"  the log-likelihood fell in iterations {results['iterations_that_fell']}; see metrics.jsonl")
     return run
+
+
+@contextmanager
+def _writing(out: Path, what: str) -> Iterator[Any]:
+    """Messages and progress of rows that are written; yields what is to be called with their number."""
+    from rich.console import Console
+
+    from gendist.launch.progress import log_to, rows_progress
+
+    console = Console(stderr=True)
+    log_to(console)
+    with _interruptible(out / "_request.json"), rows_progress(console, what) as watch:
+        yield watch
+
+
+@contextmanager
+def _interruptible(begun: Path) -> Iterator[None]:
+    """Ctrl-C is one line, which says how to go on where there is a file `begun`."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "; what was reached is kept: the same command goes on from there" if begun.exists() else ""
+        _fail(f"interrupted{kept}", INTERRUPTED)
 
 
 def _command() -> str:

@@ -1,16 +1,16 @@
-"""What a fit shows while it runs: one bar, and log lines above it."""
+"""What a command shows while it runs: one bar, and log lines above it."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
 from gendist.fitting import Watch
 
@@ -34,32 +34,67 @@ def fit_progress(console: Console, max_iterations: int, num_restarts: int) -> It
         TextColumn("{task.fields[state]}"),
         TimeElapsedColumn(),
     )
-    progress = Progress(*columns, console=console)
-    task = progress.add_task("EM", total=max_iterations, state="")
-
-    said = time.monotonic()
     newest: dict[int, dict[str, Any]] = {}  # the newest record of each restart
+    with _shown(console, columns) as show:
 
-    def watch(record: dict[str, Any]) -> None:
+        def watch(record: dict[str, Any]) -> None:
+            where = f"iteration {record['iteration']}" + (f", restart {record['restart']}" if num_restarts > 1 else "")
+            for repair in record["repairs"]:
+                console.print(f"{where}: {repair}", highlight=False)
+            if record.get("fell"):
+                console.print(f"{where}: the log-likelihood fell", highlight=False)
+            newest[record["restart"]] = record
+            state = _state(list(newest.values()))
+            line = f"iteration {record['iteration']}/{max_iterations}  {state}"
+            show(line, description="EM", completed=record["iteration"], total=max_iterations, state=state)
+
+        yield watch
+
+
+@contextmanager
+def rows_progress(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of rows; yields what is to be called with how many are written, and with how many there will be."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    began: tuple[float, int] | None = None
+    with _shown(console, columns) as show:
+
+        def watch(done: int, num_rows: int) -> None:
+            nonlocal began
+            began = began or (time.monotonic(), done)  # what an earlier process wrote says nothing about this one's speed
+            per_s = (done - began[1]) / max(time.monotonic() - began[0], 1e-9)
+            state = f"{per_s:,.0f} a second, {(num_rows - done) / per_s:,.0f} s to go" if per_s else ""
+            show(f"{done:,}/{num_rows:,} {what}  {state}", description=what, completed=done, total=num_rows, state=state)
+
+        yield watch
+
+
+@contextmanager
+def _shown(console: Console, columns: Sequence[ProgressColumn]) -> Iterator[Callable[..., None]]:
+    """Yields show(line, **fields of the bar): on a terminal a bar, else, into a file, a line now and then."""
+    progress = Progress(*columns, console=console)
+    task = progress.add_task("", total=None, state="")
+    said = time.monotonic()
+
+    def show(line: str, **fields: Any) -> None:
         nonlocal said
+        progress.update(task, **fields)
         if console.is_terminal:
-            progress.start()  # with the first record: a mistake found before leaves no empty bar
-        where = f"iteration {record['iteration']}" + (f", restart {record['restart']}" if num_restarts > 1 else "")
-        for repair in record["repairs"]:
-            progress.console.print(f"{where}: {repair}", highlight=False)
-        if record.get("fell"):
-            progress.console.print(f"{where}: the log-likelihood fell", highlight=False)
-        newest[record["restart"]] = record
-        state = _state(list(newest.values()))
-        progress.update(task, completed=record["iteration"], state=state)
-        if not console.is_terminal and time.monotonic() - said > SECONDS_A_LINE:  # into a file: a line now and then
+            progress.start()  # with the first call: a mistake found before leaves no empty bar
+        elif time.monotonic() - said > SECONDS_A_LINE:
             said = time.monotonic()
-            console.print(f"iteration {record['iteration']}/{max_iterations}  {state}", highlight=False)
+            console.print(line, highlight=False)
 
     try:
-        yield watch
+        yield show
     finally:
-        progress.stop()
+        if console.is_terminal:
+            progress.stop()
 
 
 def _state(newest: list[dict[str, Any]]) -> str:

@@ -1,0 +1,118 @@
+"""What is made of a run of rows, and the bytes that it becomes: both are the work of a task.
+
+Encoded where it is made, a part crosses the network once and costs the process that writes it only the writing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from gendist.blocks import Leaves
+from gendist.protocols import UserError
+
+MAX_PART_BYTES = 32 * 2**20  # of values in memory; growing a buffer beyond doubles the encoding (docs/experiments.md)
+MIN_PART_BYTES = 4 * 2**20
+NUM_PARTS_OF_SMALL_WORK = 16  # so that less than 16 of the largest parts still spread over workers
+
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def cut_into_parts(num_rows: int, row_bytes: int, first_row: int = 0, leaf_rows: int = 1) -> Leaves:
+    """Parts of equal size, a power of two of rows that depends on these numbers alone, in whole leaves."""
+    most = min(MAX_PART_BYTES // row_bytes, max(num_rows // NUM_PARTS_OF_SMALL_WORK, MIN_PART_BYTES // row_bytes))
+    part_rows = max(1 << max(most, 1).bit_length() - 1, leaf_rows)
+    return Leaves((*range(first_row, first_row + num_rows, part_rows), first_row + num_rows))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns of a table are called.
+
+    columns   one a column of values
+    array     the name of the values where they are one array
+    numbered  there is one value a row, and a table gives its row number as well, in the column "row"
+    """
+
+    columns: tuple[str, ...]
+    array: str
+    numbered: bool = False
+
+    def table(self, values: Values, first_row: int) -> pa.Table:
+        """values (N, W), or (N,) where numbered."""
+        numbers = {"row": np.arange(first_row, first_row + len(values))} if self.numbered else {}
+        return pa.table(numbers | dict(zip(self.columns, [values] if self.numbered else values.T, strict=True)))
+
+    def shape(self, num_rows: int) -> tuple[int, ...]:
+        return (num_rows,) if self.numbered else (num_rows, len(self.columns))
+
+    @property
+    def parquet_options(self) -> dict[str, Any]:
+        """Plain doubles, which every reader knows. The digits of random numbers do not repeat: a dictionary costs four times
+        the time and makes the file 13 % larger; what compresses best takes 1.4 times the time and saves 9 %
+        (docs/experiments.md). Row numbers shrink to nothing."""
+        encoding = {"row": "DELTA_BINARY_PACKED"} if self.numbered else None
+        return {"compression": "none", "use_dictionary": False, "column_encoding": encoding}
+
+
+@dataclass(frozen=True)
+class Part:
+    """content: a buffer of bytes or a table. sums: numbers that add up over the parts."""
+
+    content: Any
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+Encode = Callable[[Layout, Values, int, Mapping[str, float]], Any]
+
+
+def as_parquet(layout: Layout, values: Values, first_row: int, sums: Mapping[str, float]) -> pa.Buffer:
+    """A whole Parquet file; the sums stand in its metadata, so that a part that was written earlier still counts."""
+    table = layout.table(values, first_row).replace_schema_metadata({name: repr(value) for name, value in sums.items()})
+    stream = pa.BufferOutputStream()
+    pq.write_table(table, stream, row_group_size=table.num_rows, **layout.parquet_options)
+    return stream.getvalue()
+
+
+def as_table(layout: Layout, values: Values, first_row: int, sums: Mapping[str, float]) -> pa.Table:
+    """For one Parquet file, whose row groups only one process can write."""
+    return layout.table(values, first_row)
+
+
+def as_csv(layout: Layout, values: Values, first_row: int, sums: Mapping[str, float]) -> pa.Buffer:
+    """Lines without a header."""
+    stream = pa.BufferOutputStream()
+    pa.csv.write_csv(layout.table(values, first_row), stream, pa.csv.WriteOptions(include_header=False))
+    return stream.getvalue()
+
+
+def as_array(layout: Layout, values: Values, first_row: int, sums: Mapping[str, float]) -> pa.Buffer:
+    """The numbers as they lie in an array, row by row."""
+    return pa.py_buffer(np.ascontiguousarray(values))
+
+
+ENCODERS: dict[str, Encode] = {".npy": as_array, ".npz": as_array, ".parquet": as_table, ".csv": as_csv}
+
+
+def encoder_of(out: Path) -> Encode:
+    """How the parts of a file of this name, or of a folder, are encoded. UserError where there can be no such file."""
+    suffix = out.suffix.lower()
+    if not suffix:
+        return as_parquet
+    if suffix not in ENCODERS:
+        raise UserError(
+            f"--out {out}: the suffix says how to write; allowed are {', '.join(ENCODERS)}, .png (of samples), or none at all: "
+            "a folder of Parquet files"
+        )
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: no such folder; make it first")
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; give a file, or a folder without a suffix")
+    return ENCODERS[suffix]

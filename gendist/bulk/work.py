@@ -1,0 +1,227 @@
+"""`sample` and `score` into files: which rows are made, in which parts, and where they go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from gendist import noise
+from gendist.artifact import digest, load_artifact
+from gendist.blocks import Blocks, Leaves
+from gendist.bulk.part_folder import PartFolder
+from gendist.bulk.parts import Encode, Layout, Part, Values, cut_into_parts, encoder_of
+from gendist.bulk.single_file import write_file
+from gendist.config import ClusterConfig
+from gendist.data import DataConfig, Dataset, Schema, identity, open_source
+from gendist.data.dataset import MakeBlocks
+from gendist.evaluate.score import log_prob_of_rows
+from gendist.execution import execution
+from gendist.protocols import Block, UserError
+from gendist.transformed import taken_apart
+
+HERE = ClusterConfig()  # in this process
+
+Watch = Callable[[int, int], None]
+Compute = Callable[[Any, Any], tuple[int, Values, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """num_rows: how many there are in `--out`. sums: what they add up to. was_finished: they stood there already. density: of
+    what the log densities are, where not of the rows themselves."""
+
+    num_rows: int
+    sums: Mapping[str, float]
+    was_finished: bool = False
+    density: str = ""
+
+
+def sample(
+    artifact: str | Path,
+    num_samples: int,
+    out: str | Path,
+    *,
+    seed: int = 0,
+    offset: int = 0,
+    given: Any = None,
+    cluster: ClusterConfig = HERE,
+    address: str | None = None,
+    watch: Watch = lambda done, num_rows: None,
+) -> Written:
+    """Write rows offset..offset + num_samples of the endless sample that belongs to the seed.
+
+    out      a file (.npy .npz .parquet .csv), or a folder of Parquet files: what a process that was stopped has left
+             unfinished there, the same call goes on with, and it ends in the same bytes
+    given    a label or component to draw from alone
+    address  of a Ray cluster, for `cluster.num_workers` of 1 and more
+    watch    called with the number of rows that are written, at first and each time there are more, and of all rows
+
+    UserError where the artifact, the arguments or what stands at `out` do not allow it.
+    """
+    encode = encoder_of(Path(out))
+    if num_samples < 1:
+        raise UserError(f"num_samples {num_samples}; ask for 1 or more")
+    loaded = load_artifact(artifact)
+    loaded.model.sample(1, seed=seed, offset=offset, given=given)  # a mistake is told before anything is begun
+    names = loaded.schema.feature_names
+    work = _Work(
+        request={
+            "verb": "sample",
+            "artifact": digest(artifact),
+            "num_samples": num_samples,
+            "seed": seed,
+            "offset": offset,
+            "given": None if given is None else str(given),
+            "columns": list(names),
+            "noise_version": noise.VERSION,
+        },
+        layout=Layout(names, array="x"),
+        parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
+        blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
+        compute=partial(_draw, seed, given),
+        model=loaded.model,
+        encode=encode,
+    )
+    return work.write(Path(out), cluster, address, watch)
+
+
+def score(
+    artifact: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    cluster: ClusterConfig = HERE,
+    address: str | None = None,
+    watch: Watch = lambda done, num_rows: None,
+) -> Written:
+    """Write the log density of every row of the data, in nats, in the order of the rows; `sums` has the log-likelihood.
+
+    The arguments are those of `sample`.
+    """
+    encode = encoder_of(Path(out))
+    loaded = load_artifact(artifact)
+    transforms = taken_apart(loaded.model)[1]
+    if data.transforms not in ((), transforms.declared if transforms else ()):
+        raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
+    source = open_source(data)
+    _check_beside_the_data(Path(out), data, source.paths)
+    # The columns that were fitted; an array has no names and is taken by position.
+    columns = data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
+    config = data.model_copy(update={"columns": columns, "label": None, "weight": None, "validation_fraction": 0.0})
+    schema = Schema.of(source, config)
+    if schema.num_features != loaded.model.num_features:
+        raise UserError(
+            f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
+            f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
+        )
+    leaves = Leaves.of_shape(source.num_rows, schema.num_features)
+    work = _Work(
+        request={
+            "verb": "score",
+            "artifact": digest(artifact),
+            "columns": list(schema.columns),
+            "data": identity(source, config),
+        },
+        layout=Layout(("log_prob",), array="log_prob", numbered=True),
+        parts=cut_into_parts(source.num_rows, 8 * schema.num_features, leaf_rows=leaves.bounds[1]),
+        blocks=lambda make_blocks, parts: Dataset.open(source, config, schema, make_blocks).parts(parts),
+        compute=_score,
+        model=loaded.model,
+        encode=encode,
+    )
+    written = work.write(Path(out), cluster, address, watch)
+    return replace(written, density=getattr(loaded.model, "density", None) or "")
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Rows that are made part by part.
+
+    request  all that they depend on
+    parts    part i is the rows bounds[i] to bounds[i + 1]
+    blocks   of some of the parts, made by `execution`: what a part is computed from
+    compute  (model, what a part is computed from) -> its first row, its values, and sums of them
+    """
+
+    request: dict[str, Any]
+    layout: Layout
+    parts: Leaves
+    blocks: Callable[[MakeBlocks, Leaves], Blocks[Any]]
+    compute: Compute
+    model: Any
+    encode: Encode
+
+    @property
+    def num_rows(self) -> int:
+        return self.parts.bounds[-1] - self.parts.bounds[0]
+
+    def write(self, out: Path, cluster: ClusterConfig, address: str | None, watch: Watch) -> Written:
+        if out.suffix:
+            sums: list[Mapping[str, float]] = []
+            with execution(cluster, address) as make_blocks:
+                write_file(self._make(make_blocks, sums, watch), out, self.layout, self.num_rows)
+            return Written(self.num_rows, _total(sums))
+        folder = PartFolder(out, {**self.request, "part_rows": self.parts.bounds[1] - self.parts.bounds[0]}, self.parts)
+        result = folder.result()
+        if result is not None:
+            return Written(self.num_rows, result, was_finished=True)
+        with folder.held() as sums:
+            if len(sums) < self.parts.num_leaves:
+                with execution(cluster, address) as make_blocks:
+                    for part in self._make(make_blocks, sums, watch):
+                        folder.add(len(sums), part)
+            folder.finish(_total(sums))
+        return Written(self.num_rows, _total(sums))
+
+    def _make(self, make_blocks: MakeBlocks, sums: list[Mapping[str, float]], watch: Watch) -> Iterator[Part]:
+        """The parts that lack sums, in order. Once whoever iterates has written a part, its sums are added to the others."""
+        bounds = self.parts.bounds[len(sums) :]
+        watch(bounds[0] - self.parts.bounds[0], self.num_rows)
+        make_part = partial(_make_part, self.compute, self.encode, self.layout)
+        parts = self.blocks(make_blocks, Leaves(bounds)).map_runs(make_part, self.model)
+        for part, stop in zip(parts, bounds[1:], strict=True):
+            yield part
+            sums.append(part.sums)
+            watch(stop - self.parts.bounds[0], self.num_rows)
+
+
+def _make_part(compute: Compute, encode: Encode, layout: Layout, model: Any, leaves: Sequence[Any]) -> Part:
+    (leaf,) = leaves  # a part is a leaf of its own, whatever the number of workers
+    first_row, values, sums = compute(model, leaf)
+    return Part(encode(layout, values, first_row, sums), sums)
+
+
+def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise(bounds))
+
+
+def _draw(seed: int, given: Any, model: Any, rows: tuple[int, int]) -> tuple[int, Values, Mapping[str, float]]:
+    start, stop = rows
+    return start, model.sample(stop - start, seed=seed, offset=start, given=given).numpy(), {}
+
+
+def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
+    log_prob_N = log_prob_of_rows(model, blocks).numpy()
+    return int(blocks[0].rows[0]), log_prob_N, {"log_likelihood": float(log_prob_N.sum())}
+
+
+def _total(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fsum(each[name] for each in sums) for name in sums[0]}
+
+
+def _check_beside_the_data(out: Path, data: DataConfig, files: Sequence[str]) -> None:
+    """UserError where what is written would stand for the data, or among them."""
+    there = out.resolve()
+    if str(there) in map(os.path.realpath, files):
+        raise UserError(f"--out {out}: the data themselves; choose another file")
+    if out.suffix:
+        return
+    for path in [data.path] if isinstance(data.path, str) else data.path or ():
+        if os.path.isdir(path) and there.is_relative_to(os.path.realpath(path)):
+            raise UserError(f"--out {out}: lies inside the data ({path}), and would be read with them; choose another folder")

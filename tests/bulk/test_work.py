@@ -1,0 +1,163 @@
+"""Samples and scores in files: the rows of the model in this process, from any number of workers, in bounded memory."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from test_part_folder import content
+
+import gendist
+from gendist import bulk
+from gendist.bulk import work
+from gendist.config import ClusterConfig
+from gendist.data import DataConfig
+from gendist.models.gmm import GaussianMixture
+from gendist.protocols import UserError
+
+OUT = ["parts", "all.parquet", "all.csv", "all.npy", "all.npz"]
+
+
+def read(out: Path, columns: list[str], array: str) -> np.ndarray:
+    """What a person reads with the tools of others."""
+    match out.suffix:
+        case ".npy":
+            return np.load(out)
+        case ".npz":
+            return np.load(out)[array]
+        case ".csv":
+            return pyarrow.csv.read_csv(out).to_pandas()[columns].to_numpy().squeeze()
+        case _:
+            return pd.read_parquet(out)[columns].to_numpy().squeeze()
+
+
+def written(out: Path) -> dict[str, bytes] | bytes:
+    return content(out) if out.is_dir() else out.read_bytes()
+
+
+@pytest.mark.parametrize("name", OUT)
+@pytest.mark.parametrize("given", [None, "left", 2])
+def test_samples_are_those_of_the_model(folder, tmp_path, name, given):
+    bulk.sample(folder / "run", 1000, tmp_path / name, seed=5, offset=7, given=given)
+    expected = gendist.load(folder / "run").sample(1000, seed=5, offset=7, given=given).numpy()
+    np.testing.assert_array_equal(read(tmp_path / name, ["a", "b", "c"], "x"), expected)
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_scores_are_those_of_the_model(folder, tmp_path, name):
+    done = bulk.score(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / name)
+    expected = gendist.load(folder / "run").log_prob(pd.read_parquet(folder / "data.parquet").to_numpy()).numpy()
+    np.testing.assert_allclose(read(tmp_path / name, ["log_prob"], "log_prob"), expected, rtol=1e-13)
+    assert done.sums["log_likelihood"] == pytest.approx(expected.sum(), rel=1e-13)
+    if not name.startswith("all.np"):
+        np.testing.assert_array_equal(read(tmp_path / name, ["row"], ""), np.arange(2000))
+
+
+def test_the_files_of_a_folder_are_in_the_order_of_their_rows(folder, tmp_path):
+    bulk.score(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / "parts")
+    bulk.score(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / "all.npy")
+    files = sorted((tmp_path / "parts").glob("*.parquet"))
+    assert len(files) > 8
+    assert files[0].name == "part-00000000.parquet"
+    tables = [pq.read_table(file) for file in files]
+    np.testing.assert_array_equal(np.concatenate([table["row"] for table in tables]), np.arange(2000))
+    # To the last bit: a row's log density depends on the leaf that it lies in, not on parts.
+    np.testing.assert_array_equal(np.concatenate([table["log_prob"] for table in tables]), np.load(tmp_path / "all.npy"))
+
+
+def test_a_sample_may_be_written_in_two_folders(folder, tmp_path):
+    for name, num_samples, offset in (("whole", 1000, 3), ("one", 400, 3), ("two", 600, 403)):
+        bulk.sample(folder / "run", num_samples, tmp_path / name, offset=offset)
+    one, two, whole = (pd.read_parquet(tmp_path / name) for name in ("one", "two", "whole"))
+    pd.testing.assert_frame_equal(pd.concat([one, two], ignore_index=True), whole, check_exact=True)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("name", "num_workers"), [("parts", 1), ("parts", 2), ("parts", 4), *((name, 2) for name in OUT[1:])])
+def test_any_number_of_workers_writes_the_same_bytes(cluster, folder, tmp_path, monkeypatch, name, num_workers):
+    data = DataConfig(path=str(folder / "data.parquet"))
+    bulk.sample(folder / "run", 1000, tmp_path / f"sample_{name}", seed=5)
+    bulk.score(folder / "run", data, tmp_path / f"score_{name}")
+    original = GaussianMixture.sample
+
+    def not_here(model, num_samples, **options):
+        assert num_samples == 1, "drawn by the driver"
+        return original(model, num_samples, **options)
+
+    monkeypatch.setattr(GaussianMixture, "sample", not_here)
+    monkeypatch.setattr(GaussianMixture, "log_prob", None)
+    workers = ClusterConfig(num_workers=num_workers)
+    bulk.sample(folder / "run", 1000, tmp_path / f"ray_sample_{name}", seed=5, cluster=workers)
+    there = bulk.score(folder / "run", data, tmp_path / f"ray_score_{name}", cluster=workers)
+    for verb in ("sample", "score"):
+        assert written(tmp_path / f"ray_{verb}_{name}") == written(tmp_path / f"{verb}_{name}"), verb
+    assert there.num_rows == 2000
+
+
+@pytest.mark.parametrize("name", OUT)
+def test_no_more_than_a_part_or_two_is_held_at_a_time(folder, tmp_path, monkeypatch, name):
+    alive: list[weakref.ref] = []
+    most = [0]
+    original = work._make_part
+
+    def make_part(*arguments):
+        part = original(*arguments)
+        alive.append(weakref.ref(part))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        return part
+
+    monkeypatch.setattr(work, "_make_part", make_part)
+    bulk.sample(folder / "run", 2000, tmp_path / name)
+    assert len(alive) >= 16
+    assert most[0] <= 2
+
+
+def test_progress_counts_every_row_and_those_that_stood_there(folder, tmp_path):
+    seen: list[int] = []
+    calls = []
+
+    def stop(done: int, num_rows: int) -> None:
+        calls.append((done, num_rows))
+        if done > 500:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bulk.sample(folder / "run", 1000, tmp_path / "parts", watch=stop)
+    bulk.sample(folder / "run", 1000, tmp_path / "parts", watch=lambda done, num_rows: seen.append(done))
+    assert calls[0] == (0, 1000)
+    assert seen[0] == calls[-1][0] > 500
+    assert seen[-1] == 1000
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("name", ["parts", "all.npy"])
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"num_samples": 0}, "num_samples 0; ask for 1 or more"),
+        ({"given": "nobody"}, "given 'nobody'"),
+        ({"offset": -1}, "both must be 0 or more"),
+        ({"seed": -1}, "seed -1"),
+        ({"artifact": "nowhere"}, "nowhere: no such artifact"),
+        ({"address": "127.0.0.1:1"}, "cluster.num_workers is 0"),
+    ],
+)
+def test_a_mistake_leaves_nothing_behind(folder, tmp_path, name, arguments, expected):
+    with pytest.raises(UserError, match=expected):
+        bulk.sample(**{"artifact": folder / "run", "num_samples": 10, "out": tmp_path / name, **arguments})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_without_a_density_is_named(folder, tmp_path):
+    frame = pd.read_parquet(folder / "data.parquet")
+    for row, left in ((1500, True), (3, False)):  # what was reached is kept, where there is something
+        frame.iloc[row, 1] = np.nan
+        frame.to_parquet(tmp_path / "holes.parquet", index=False)
+        with pytest.raises(UserError, match=f"row {row}: x has missing"):
+            bulk.score(folder / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / str(row))
+        assert (tmp_path / str(row)).exists() == left
