@@ -356,7 +356,7 @@ def test_links_folders_and_devices(tmp_path):
             open_source(DataConfig(path=str(path)))
     write(tmp_path / "gone.parquet", a=[1.0])
     assert matrix(open_source(DataConfig(path=str(tmp_path / "link.parquet")))).tolist() == [[1.0]]
-    with pytest.raises(UserError, match="/dev/zero: cannot be read as CSV .neither a file nor a folder"):
+    with pytest.raises(UserError, match=r"/dev/zero: cannot be read as CSV .neither a file nor a folder"):
         open_source(DataConfig(source="csv", path="/dev/zero"))
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(UserError, match=r"pipe.csv: cannot be read as CSV .neither a file nor a folder"):
