@@ -52,7 +52,7 @@ class Dataset:
         if config.label is None:
             return dataset
         label_type = source.schema.field(config.label).type
-        if pa.types.is_nested(label_type):
+        if pa.types.is_nested(label_type) or isinstance(label_type, pa.BaseExtensionType):
             raise UserError(f"{source.name}: column '{config.label}' holds {label_type}; a label is a number or a text")
         found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30, False), None).labels
         if not found:

@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import gendist
-from gendist.data import DataConfig, Schema, open_source
+from gendist.blocks import LocalBlocks
+from gendist.data import DataConfig, Dataset, Schema, open_source
 from gendist.data import files as files_module
 from gendist.data import lines as lines_module
 from gendist.data.matrix import to_matrix
@@ -275,6 +276,15 @@ def test_an_arrow_file_whose_offsets_point_outside_of_it(tmp_path):
     source = open_source(DataConfig(path=str(tmp_path)))
     with pytest.raises(UserError, match=r"a.arrow: cannot be read as Arrow"):
         source.read(0, 200, ["y"])
+
+
+def test_a_label_of_a_type_that_arrow_cannot_compare(tmp_path):
+    table = pa.table({"a": [1.0], "y": pa.array([bytes(16)], pa.uuid())})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    source, config = open_source(DataConfig(path=str(tmp_path))), DataConfig(label="y", columns=("a",))
+    with pytest.raises(UserError, match=r"column 'y' holds extension<arrow.uuid>; a label is a number or a text"):
+        Dataset.open(source, config, Schema.of(source, config), LocalBlocks)
 
 
 def test_an_arrow_stream_whose_dictionaries_change(tmp_path):
