@@ -267,10 +267,10 @@ def test_an_unreadable_checkpoint_is_put_aside(unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "artifact")
     newest = max((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
-    damaged(newest, "cut")
+    damaged(newest / "0", "cut")
     from gendist.config import load_spec
 
     with RunDirectory(tmp_path / "run", load_spec(DIGITS)) as directory:
         state = directory.resume()
-    assert isinstance(state.model, Transformed)
-    assert len(state.history) == int(newest.name) - 2
+    assert isinstance(state.models[0], Transformed)
+    assert state.iteration == int(newest.name) - 2

@@ -348,7 +348,8 @@ class GaussianMixture:
             log_prob_N[rows] = responsibilities_(joint_KN)
             if use is not None:
                 if block.weights is not None:
-                    joint_KN *= block.weights[rows].to(joint_KN.device)
+                    weights_N = block.weights[rows].to(joint_KN.device)
+                    joint_KN.mul_(weights_N).masked_fill_(weights_N == 0, 0.0)  # absent, even where no density is known
                 use(joint_KN)
         return log_prob_N
 

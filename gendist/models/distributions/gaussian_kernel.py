@@ -4,8 +4,8 @@ A Gaussian is of the exponential family (PRML 2.4): log N(x) = c + W . t(z) with
 and its products, in coordinates z that all latents share. So the densities of all latents are one matrix product, and the
 moments are the product of t(z) and the responsibilities: about 20 times as fast as differences from each mean. Products
 about a shared point lose digits where a latent is narrow, as (spread of the data / its narrowest width)^2 says. Such latents
-are found from the parameters before a pass and take differences from points of their own instead. Either way the result is
-good to 1e-8.
+are found from the parameters before a pass and take differences from points of their own instead, in float64. Either way
+the result is good to 1e-8.
 
 covariance_type  t(z)                           F
 full             z, z_i z_j for i <= j          D + D (D + 1) / 2
@@ -31,6 +31,7 @@ from gendist.protocols import Compute
 
 ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small products, more leave the cache
 ROWS_AT_ONCE = (256, 4096)
+LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
 MAX_PACKED_FEATURES = 128  # of full covariances: with more, products of all pairs cost more than differences
 
 # How much larger than the narrowest variance of a latent the squares of its rows may be in the shared coordinates. Measured,
@@ -212,7 +213,7 @@ def _make_tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> 
         offset_K.to(device),
         own,
         gaussian.means[own].to(device),
-        gaussian.whitening[own].to(device, dtype),
+        gaussian.whitening[own].to(device),
         constant_K[own].to(device),
         reference.points[own].to(device),
     )
@@ -283,14 +284,14 @@ class GaussianKernel:
             offset_K1 = (tables.offset + offset_K).to(dtype)[:, None]
             torch.addmm(offset_K1, tables.weights, self._features, out=log_prob_KN)
         for i, k in enumerate(tables.own):
-            z_DN = buffer("z own", (len(x_ND.T), len(x_ND)), dtype, device)
             d_DN = self._difference(self._x, tables.own_means[i])
+            z_DN = buffer("z own", tuple(d_DN.shape), torch.float64, device)
             if self._gaussian.has_matrices:
                 torch.mm(tables.own_whitening[i], d_DN, out=z_DN)
             else:
                 torch.mul(tables.own_whitening[i][:, None], d_DN, out=z_DN)
-            constant = float(tables.own_constant[i] + offset_K[k])
-            torch.sum(z_DN.mul_(z_DN), 0, out=log_prob_KN[k]).mul_(-0.5).add_(constant)
+            own_N = z_DN.mul_(z_DN).sum(0).mul_(-0.5).add_(tables.own_constant[i] + offset_K[k])
+            log_prob_KN[k] = own_N.clamp_min_(LEAST_LOG)
         return log_prob_KN
 
     def add(self, responsibilities_KN: Tensor) -> None:
@@ -309,18 +310,15 @@ class GaussianKernel:
             if len(near) < len(r_N) // 2:  # a narrow latent is near to few rows
                 r_N, x_ND = r_N[near], x_ND[near]
             d_DN = self._difference(x_ND, tables.own_points[i])
-            rd_DN = torch.mul(r_N, d_DN, out=buffer("z own", tuple(d_DN.shape), self._compute.dtype, d_DN.device))
-            self._first[i] += rd_DN.sum(1, dtype=torch.float64)
+            rd_DN = torch.mul(r_N, d_DN, out=buffer("z own", tuple(d_DN.shape), torch.float64, d_DN.device))
+            self._first[i] += rd_DN.sum(1)
             second = self._second if kind == "tied" else self._second[i]
-            second += rd_DN @ d_DN.T if self._gaussian.has_matrices else rd_DN.mul_(d_DN).sum(1, dtype=torch.float64)
+            second += rd_DN @ d_DN.T if self._gaussian.has_matrices else rd_DN.mul_(d_DN).sum(1)
 
     def _difference(self, x_ND: Tensor, point_D: Tensor) -> Tensor:
-        """(D, N) x - point, in float64 before it is rounded to the precision of the products."""
-        shape = (x_ND.shape[1], x_ND.shape[0])
-        d_DN = torch.sub(x_ND.T, point_D[:, None], out=buffer("difference", shape, torch.float64, x_ND.device))
-        if self._compute.dtype == torch.float64:
-            return d_DN
-        return buffer("rounded difference", shape, self._compute.dtype, x_ND.device).copy_(d_DN)
+        """(D, N) x - point, float64 in any precision."""
+        d_DN = buffer("difference", (x_ND.shape[1], x_ND.shape[0]), torch.float64, x_ND.device)
+        return torch.sub(x_ND.T, point_D[:, None], out=d_DN)
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
