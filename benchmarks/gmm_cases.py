@@ -49,15 +49,22 @@ CASES = {
 
 
 def overlapping_clusters(num_samples: int, num_features: int, num_components: int) -> np.ndarray:
-    """Clusters of equal weight with covariance Q diag(sd^2) Q^T, sd uniform in 0.5..2, Q random orthogonal, and mean 3 normal."""
+    """(N, D) rows of `random_clusters`, which have equal weights."""
     rng = np.random.default_rng(0)
+    means, factors = random_clusters(rng, num_features, num_components)
     which = rng.integers(0, num_components, num_samples)
     x = rng.normal(size=(num_samples, num_features))
     for k in range(num_components):
-        rotation, _ = np.linalg.qr(rng.normal(size=(num_features, num_features)))
-        sd, mean = rng.uniform(0.5, 2.0, num_features), 3.0 * rng.normal(size=num_features)
-        x[which == k] = mean + (x[which == k] * sd) @ rotation.T
+        x[which == k] = means[k] + x[which == k] @ factors[k].T
     return x
+
+
+def random_clusters(rng: np.random.Generator, num_features: int, num_components: int) -> tuple[np.ndarray, np.ndarray]:
+    """(K, D) means, 3 times standard normal, and (K, D, D) factors Q diag(sd) of the covariances Q diag(sd^2) Q^T, where Q is
+    random orthogonal and sd uniform in 0.5..2: well-conditioned shapes that overlap."""
+    rotations, _ = np.linalg.qr(rng.normal(size=(num_components, num_features, num_features)))
+    sds = rng.uniform(0.5, 2.0, (num_components, 1, num_features))
+    return 3.0 * rng.normal(size=(num_components, num_features)), rotations * sds
 
 
 def principal_components(mnist: Path, scale: int) -> np.ndarray:
