@@ -63,7 +63,7 @@ def at_once(prepare: Callable[..., Callable[[], Any]], arguments: list[tuple[Any
     perhaps one core's units) shows in the difference between one process and two."""
     context = multiprocessing.get_context("spawn")
     barrier, answers = context.Barrier(len(arguments)), context.Queue()
-    processes = [context.Process(target=_passes, args=(barrier, answers, prepare, each)) for each in arguments]
+    processes = [context.Process(target=_passes, args=(barrier, answers, prepare, each), daemon=True) for each in arguments]
     for process in processes:
         process.start()
     seconds = [answers.get(timeout=ANSWER_TIMEOUT_S) for _ in processes]

@@ -1,17 +1,18 @@
 """Memory that fitting a Gaussian mixture takes: gendist on Ray and scikit-learn, and data larger than memory.
 
-    python benchmarks/gmm_memory.py [--workers 2] [--scale 10]
+    python benchmarks/gmm_memory.py [--workers 2] [--cap-mib 2048] [--scale 10]
 
-Each fit is a process of its own. Every 20 ms its memory is added up with that of its children (the raylet, the workers, the
-object store's shared memory in proportion): the PSS of /proc/PID/smaps_rollup. Of gendist on Ray, the peak is printed less
-the peak of a fit of a few hundred rows on the same kind of cluster; of scikit-learn, less what the process holds with its
-data loaded and before the fit. gendist reads Parquet files and holds no data beforehand: where it keeps them, they are in its
-peak. All begin at random rows. Linux only.
+Each fit is a process of its own. Again and again, 20 ms between, its memory is added up with that of its children (the
+raylet, the workers, the object store's shared memory in proportion): the PSS of /proc/PID/smaps_rollup. Of gendist on Ray,
+the peak is printed less the peak of a fit of a few hundred rows on the same kind of cluster; of scikit-learn, less what the
+process holds with its data loaded and before the fit. gendist reads Parquet files and holds no data beforehand: where it
+keeps them, they are in its peak. All begin at random rows. Linux only.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import select
@@ -33,7 +34,6 @@ NUM_ITERATIONS = 2
 NUM_ROWS_OF_EMPTY = 400
 NUM_ROWS_OF_PART = 300_000
 NUM_PARTS = 10
-CAP_MIB = 1024  # about four times what one task holds of x (gendist.data.dataset.MAX_RUN_BYTES)
 
 
 # The measured process: it says that it is ready, waits for the word, and does one of these.
@@ -57,14 +57,14 @@ def fit_sklearn(file: str, num_components: int, covariance_type: str) -> None:
                         max_iter=NUM_ITERATIONS, tol=0.0, random_state=0).fit(x)  # fmt: skip
 
 
-def fit_capped(warm_up: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """With no more than CAP_MIB of writable memory beyond what the imports and a small fit left; a MemoryError otherwise."""
+def fit_capped(cap_mib: int, warm_up: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """With no more than the cap of writable memory beyond what the imports and a small fit left; a MemoryError otherwise."""
     import gendist
 
     gendist.fit(warm_up)
     status = Path("/proc/self/status").read_text().split()
     held_bytes = int(status[status.index("VmData:") + 1]) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (held_bytes + CAP_MIB * MIB,) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (held_bytes + cap_mib * MIB,) * 2)
     tell_ready()
     gendist.fit(wanted)
 
@@ -159,6 +159,7 @@ def x_mib(num_rows: int, num_features: int) -> float:
 def main() -> None:
     parser = scale_option(__doc__)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--cap-mib", type=int, default=2048, help="of the process that fits ten times as much")
     arguments = parser.parse_args()
     print_machine(arguments.scale)
     case = CASES["a"]
@@ -168,12 +169,12 @@ def main() -> None:
         empty = files.parquet(NUM_ROWS_OF_EMPTY)
 
         def on_ray(path: str, cache: str) -> float:
-            return peak_mib("fit_gendist", random_start(case, arguments.workers, path=path, cache=cache))[1]
+            return peak_mib(fit_gendist.__name__, random_start(case, arguments.workers, path=path, cache=cache))[1]
 
         of_empty = on_ray(empty, "memory")
         num_rows = case.num_samples // arguments.scale
         data_mib, path = x_mib(num_rows, case.num_features), files.parquet(num_rows)
-        ready, peak = peak_mib("fit_sklearn", files.npy(num_rows), case.num_components, case.covariance_type)
+        ready, peak = peak_mib(fit_sklearn.__name__, files.npy(num_rows), case.num_components, case.covariance_type)
         contenders = {
             "scikit-learn, beside its data": peak - ready,
             f"gendist, Ray, {arguments.workers} workers, cache: memory": on_ray(path, "memory") - of_empty,
@@ -182,7 +183,7 @@ def main() -> None:
         title = f"peak MiB, {num_rows:,} x {case.num_features} ({data_mib:.0f} MiB), {case.num_components} components"
         rows = [[who, f"{mib:.0f}", f"{mib / data_mib:.1f}"] for who, mib in contenders.items()]
         print_table([title, "MiB", "times the data"], rows)
-        print(f"A fit of {NUM_ROWS_OF_EMPTY} rows on Ray, which all above are less: {of_empty:.0f} MiB with Ray itself.")
+        print(f"Of gendist, above the peak of a fit of {NUM_ROWS_OF_EMPTY} rows: {of_empty:.0f} MiB, Ray itself included.")
 
         num_rows, rows = NUM_ROWS_OF_PART // arguments.scale, []
         for num_parts in (1, NUM_PARTS, 4 * NUM_PARTS):
@@ -193,17 +194,26 @@ def main() -> None:
             [f"gendist, Ray, {arguments.workers} workers, cache: none", "data, MiB", "peak MiB above a small fit"], rows
         )
 
-        num_parts = max(1, round(10 * CAP_MIB / x_mib(case.num_samples, case.num_features) / arguments.scale))
-        data_mib = num_parts * x_mib(case.num_samples, case.num_features)
-        small = replace(case, num_components=2, covariance_type="diag")
-        capped = [random_start(small, 0, path=p, cache="none") for p in (empty, files.parquet(case.num_samples, num_parts))]
-        try:
-            ready, peak = peak_mib("fit_capped", *capped)
-            outcome = f"was fitted; its peak was {peak - ready:.0f} MiB"
-        except subprocess.CalledProcessError as error:
-            outcome = f"FAILED (exit code {error.returncode})"
-        print(f"With {CAP_MIB} MiB of memory to write to, in this process, cache: none: a set of {data_mib:,.0f} MiB "
-              f"({data_mib / CAP_MIB:.1f} times as much) {outcome}.")  # fmt: skip
+        print(told_of_capped(files, case, arguments.cap_mib, empty, arguments.scale))
+
+
+def told_of_capped(files: Files, case: Case, cap_mib: int, empty: str, scale: int) -> str:
+    """What became of a fit in one process of ten times as much data as it may hold."""
+    assert case.num_samples is not None
+    part_mib = x_mib(case.num_samples, case.num_features)
+    num_parts = math.ceil(10 * cap_mib / part_mib / scale)
+    small = replace(case, num_components=2, covariance_type="diag")
+    paths = (empty, files.parquet(case.num_samples, num_parts))
+    try:
+        ready, peak = peak_mib(fit_capped.__name__, cap_mib, *(random_start(small, 0, path=p, cache="none") for p in paths))
+        outcome = f"was fitted; its peak was {peak - ready:.0f} MiB"
+    except subprocess.CalledProcessError as error:
+        outcome = f"FAILED (exit code {error.returncode})"
+    times = num_parts * part_mib / cap_mib
+    return (
+        f"In this process with {cap_mib} MiB to write to, cache: none, 2 components, diag: a set of "
+        f"{num_parts * part_mib:,.0f} MiB, {times:.1f} times as much, {outcome}."
+    )
 
 
 if __name__ == "__main__":
