@@ -30,8 +30,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup           ## side by side with scikit-learn, in one run
+bench: setup           ## speed, sampling and memory, side by side with peers (Spark MLlib where pyspark is installed)
 	$(BIN)/python benchmarks/gmm.py
+	$(BIN)/python benchmarks/gmm_sampling.py
+	$(BIN)/python benchmarks/gmm_memory.py
 
 schema: setup          ## write the JSON schema that editors check configs with
 	$(BIN)/python -c 'import json; from gendist.config import json_schema; print(json.dumps(json_schema(), indent=2))' \
