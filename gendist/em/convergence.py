@@ -10,7 +10,7 @@ from typing import Any
 from gendist.em.config import EMConfig
 
 FAIR_TRIAL = 5  # iterations before a candidate may be given up
-DOUBT = 3.0  # how many times as much as its extrapolation says a candidate is believed to gain still
+DOUBT = 200.0  # how many times its extrapolated gain a candidate is believed to gain still: EM may rest, and climb again
 ROUNDING = 1e-9  # relative; a sum of a million log-densities in float64 is good to about 1e-13
 
 
@@ -19,7 +19,7 @@ class Decision(Enum):
     CONVERGED = "converged"
     MAX_ITERATIONS = "reached max_iterations"
     TIME_BUDGET = "used up time_budget_s"
-    HOPELESS = "given up: another restart is ahead for good"
+    HOPELESS = "given up: far behind another restart"
 
 
 def decide(history: Sequence[dict[str, Any]], config: EMConfig, best: float = -math.inf) -> Decision:
