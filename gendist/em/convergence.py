@@ -10,7 +10,7 @@ from typing import Any
 from gendist.em.config import EMConfig
 
 FAIR_TRIAL = 5  # iterations before a candidate may be given up
-DOUBT = 3.0  # how many times as much as its extrapolation says a candidate is believed to gain still
+DOUBT = 200.0  # how many times its extrapolated gain a candidate is believed to gain still: EM may rest, and climb again
 # Relative, of a log-likelihood. A sum of a million log-densities in float64 is good to about 1e-13; in float32 all of them may
 # be off the same way.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4}
@@ -21,7 +21,7 @@ class Decision(Enum):
     CONVERGED = "converged"
     MAX_ITERATIONS = "reached max_iterations"
     TIME_BUDGET = "used up time_budget_s"
-    HOPELESS = "given up: another restart is ahead for good"
+    HOPELESS = "given up: far behind another restart"
 
 
 def decide(history: Sequence[dict[str, Any]], config: EMConfig, best: float = -math.inf) -> Decision:

@@ -22,7 +22,7 @@ from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
 
-ROWS_AT_ONCE = 4096  # of a sample, to bound memory
+ROWS_AT_ONCE = 16_384  # of a sample, to bound memory
 NUM_WORST = 8
 
 

@@ -36,7 +36,7 @@ def test_the_leader_is_the_first_of_the_highest():
 
 def test_every_candidate_is_settled_against_the_best_and_stays_settled():
     config = EMConfig(tolerance=0.0, max_iterations=FAIR_TRIAL + 1)
-    before = [climb(0, -5.0, FAIR_TRIAL), climb(1, -1.0, FAIR_TRIAL), climb(2, -2.0, FAIR_TRIAL - 1)]
+    before = [climb(0, -500.0, FAIR_TRIAL), climb(1, -1.0, FAIR_TRIAL), climb(2, -2.0, FAIR_TRIAL - 1)]
     after = settle(before, config)
     assert [each.decision for each in after] == [Decision.HOPELESS, Decision.CONTINUE, Decision.CONTINUE]
     assert [each.log_likelihood for each in after] == [each.log_likelihood for each in before]

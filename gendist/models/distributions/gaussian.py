@@ -22,6 +22,9 @@ from torch import Tensor
 
 from gendist.one_thread import one_thread
 
+TILE = 16  # samples of one latent that are computed together
+FACTOR_ENTRIES_AT_ONCE = 1 << 20  # of the factors of covariances, one a tile
+
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 
 
@@ -132,16 +135,31 @@ class Gaussian:
     def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
         """(N, D) mean + A noise of each sample's latent, for standard normal noise.
 
-        Only products and sums of single numbers, in a fixed order: a matrix product rounds a row differently according to
-        how many rows stand beside it, and a sample must not depend on its neighbours.
+        A sample must not depend on its neighbours, but a matrix product rounds a row differently according to how many rows
+        stand beside it. So all products are of one shape, TILE rows of one latent, filled up with zeros.
         """
-        x_ND = self.means[latent_N]
         if not self.has_matrices:
-            return x_ND + self.scale[latent_N] * noise_ND
-        for k in latent_N.unique().tolist():
-            rows = torch.nonzero(latent_N == k)[:, 0]
-            x_nD, noise_Dn = x_ND[rows], noise_ND[rows].T.contiguous()
-            for j in range(self.num_features):  # the j-th column of the triangle reaches from the diagonal down
-                x_nD[:, j:] += noise_Dn[j][:, None] * self.scale[k, j:, j]
-            x_ND[rows] = x_nD
-        return x_ND
+            return self.means[latent_N] + self.scale[latent_N] * noise_ND
+        num_samples, num_features = noise_ND.shape
+        if num_samples <= TILE:  # a tile for each is quicker than finding out who shares one
+            tile_latent_T, place_N = latent_N, torch.arange(num_samples) * TILE
+        else:
+            counts_K = torch.bincount(latent_N, minlength=self.num_latents)
+            tiles_K = (counts_K + TILE - 1) // TILE
+            tile_latent_T = torch.repeat_interleave(torch.arange(self.num_latents), tiles_K)
+            order_N = torch.argsort(latent_N, stable=True)
+            rank_N = torch.arange(num_samples) - (counts_K.cumsum(0) - counts_K)[latent_N[order_N]]
+            place_N = torch.empty_like(order_N)
+            place_N[order_N] = ((tiles_K.cumsum(0) - tiles_K) * TILE)[latent_N[order_N]] + rank_N
+        padded = torch.zeros(len(tile_latent_T) * TILE, num_features, dtype=noise_ND.dtype)
+        padded[place_N] = noise_ND
+        padded_TPD = padded.view(-1, TILE, num_features)
+        at_once = max(1, FACTOR_ENTRIES_AT_ONCE // num_features**2)
+        with one_thread():
+            product = torch.cat(
+                [
+                    torch.bmm(rows_tPD, self.scale[latent_t].mT)
+                    for rows_tPD, latent_t in zip(padded_TPD.split(at_once), tile_latent_T.split(at_once), strict=True)
+                ]
+            )
+        return product.view(-1, num_features)[place_N] + self.means[latent_N]
