@@ -36,4 +36,5 @@ class LocalBlocks:
                 self._loaded[index] = leaves
             with one_thread():
                 result = function(broadcast, leaves)
+            del leaves  # before the next run is read
             yield result

@@ -20,6 +20,7 @@ from gendist.noise import Noise
 from gendist.protocols import Block, UserError
 
 MAX_RUN_BYTES = 256 * 2**20  # what one task holds of x at a time
+MAX_PASSING_BYTES = 32 * 2**20  # the same where rows are read again in every pass: it is held several times while it is read
 MAX_LABELS = 10_000
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -73,7 +74,8 @@ class Dataset:
         load = self._loader(num_latents, part, seed)
         width = self.schema.num_features + (num_latents if self.labels else 0)
         leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
-        return self.make_blocks(load, self.leaves, max(1, MAX_RUN_BYTES // leaf_bytes), keep)
+        most = MAX_RUN_BYTES if keep else MAX_PASSING_BYTES
+        return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
     def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
         """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
