@@ -297,7 +297,7 @@ class GaussianKernel:
     def add(self, responsibilities_KN: Tensor) -> None:
         """Add the moments of the rows that `log_prob` was asked for last, whose responsibilities include their weights."""
         tables, kind = self._tables, self._gaussian.covariance_type
-        self._counts += responsibilities_KN.sum(1, dtype=torch.float64)
+        self._counts += responsibilities_KN.sum(1)
         if not self._all_own:
             sums_FK = buffer("sums", tuple(tables.weights.T.shape), self._compute.dtype, self._compute.torch_device)
             self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK)
