@@ -1,13 +1,17 @@
 """Where a data set is cut: leaves, which never change, and runs of leaves, which are the work of one task.
 
-A leaf is a run of consecutive rows whose size depends only on the shape of the data. A run is 2^m leaves that begin at a
-multiple of 2^m. Results depend on the leaves alone; m is chosen for speed.
+A leaf is some consecutive rows, as many as depends only on the shape of the data. A run is some consecutive leaves. Results
+depend on the leaves alone; runs are chosen for speed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeVar
+
+Leaf = TypeVar("Leaf")
 
 MIN_LEAF_ROWS = 64
 MAX_LEAF_ROWS = 16_384
@@ -32,24 +36,23 @@ class Leaves:
     def num_leaves(self) -> int:
         return len(self.bounds) - 1
 
-    def runs(self, leaves_per_run: int) -> list[Sequence[int]]:
-        """The bounds of each run's leaves: leaves_per_run + 1 row numbers, fewer in the last."""
-        assert leaves_per_run & (leaves_per_run - 1) == 0, "runs of a power of two keep the tree the same"
-        return [self.bounds[i : i + leaves_per_run + 1] for i in range(0, self.num_leaves, leaves_per_run)]
+    def runs(self, num_workers: int, most: int) -> list[range]:
+        """The numbers of each run's leaves, up to `most` of them: as many runs for each worker, all of about one size.
+
+        Few, fat tasks cost the least.
+        """
+        rounds = -(-self.num_leaves // (num_workers * most))
+        num_runs = min(rounds * num_workers, self.num_leaves)
+        return [range(start, stop) for start, stop in pairwise(self.num_leaves * i // num_runs for i in range(num_runs + 1))]
+
+    def bounds_of(self, run: range) -> Sequence[int]:
+        """Where a run's leaves begin, and where the last ends: len(run) + 1 row numbers."""
+        return self.bounds[run.start : run.stop + 1]
 
 
-def leaves_per_run(num_leaves: int, num_workers: int, most: int) -> int:
-    """The largest power of two, up to `most`, that keeps the workers about evenly busy.
+class Run(list[Leaf]):
+    """Consecutive leaves; `first` is the number of the first one."""
 
-    Few, fat tasks cost the least; a run is split further only while the busiest worker would have over 15 % more to do
-    than an even share, and no further than 64 tasks a worker.
-    """
-    size = 1 << max(num_leaves - 1, 0).bit_length()
-    while size > 1:
-        num_runs = -(-num_leaves // size)
-        busiest = min(-(-num_runs // num_workers) * size, num_leaves)
-        even = busiest * num_workers <= 1.15 * num_leaves
-        if size <= most and (even or num_runs >= 64 * num_workers):
-            break
-        size //= 2
-    return size
+    def __init__(self, leaves: Sequence[Leaf], first: int):
+        super().__init__(leaves)
+        self.first = first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from gendist.blocks.leaves import Leaves, leaves_per_run
+from gendist.blocks.leaves import Leaves, Run
 from gendist.one_thread import one_thread
 
 Result = TypeVar("Result")
@@ -25,16 +25,17 @@ class LocalBlocks:
         keep: bool = True,
     ):
         self._load = load
-        self._runs = leaves.runs(leaves_per_run(leaves.num_leaves, 1, max_leaves_per_run))
+        self._leaves = leaves
+        self._runs = leaves.runs(1, max_leaves_per_run)
         self._keep = keep
         self._loaded: dict[int, list[Any]] = {}
 
-    def map_runs(self, function: Callable[[Any, Sequence[Any]], Result], broadcast: Any) -> Iterator[Result]:
-        for index, bounds in enumerate(self._runs):
-            leaves = self._loaded.get(index) or self._load(bounds)
+    def map_runs(self, function: Callable[[Any, Run[Any]], Result], broadcast: Any) -> Iterator[Result]:
+        for index, run in enumerate(self._runs):
+            leaves = self._loaded.get(index) or self._load(self._leaves.bounds_of(run))
             if self._keep:
                 self._loaded[index] = leaves
             with one_thread():
-                result = function(broadcast, leaves)
+                result = function(broadcast, Run(leaves, run.start))
             del leaves  # before the next run is read
             yield result

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from gendist.blocks.leaves import Leaves, leaves_per_run
+from gendist.blocks.leaves import Leaves, Run
 from gendist.one_thread import one_thread
 from gendist.protocols import UserError
 
@@ -25,9 +25,9 @@ def _load_task(load: Callable[[Sequence[int]], list[Any]], bounds: Sequence[int]
 
 
 @ray.remote(max_retries=MAX_RETRIES)
-def _run_task(function: Callable[[Any, Sequence[Any]], Any], broadcast: Any, leaves: Sequence[Any]) -> Any:
+def _run_task(function: Callable[[Any, Run[Any]], Any], broadcast: Any, leaves: Sequence[Any], first: int) -> Any:
     with one_thread():
-        return function(broadcast, leaves)
+        return function(broadcast, Run(leaves, first))
 
 
 class RayBlocks:
@@ -53,20 +53,21 @@ class RayBlocks:
         self._task = _run_task.options(num_gpus=num_gpus)
         self._num_workers = num_workers
         self._load = ray.put(load)
-        self._bounds = leaves.runs(leaves_per_run(leaves.num_leaves, num_workers, max_leaves_per_run))
+        self._leaves = leaves
+        self._runs = leaves.runs(num_workers, max_leaves_per_run)
         self._loaded: dict[int, ray.ObjectRef] = {}
 
-    def map_runs(self, function: Callable[[Any, Sequence[Any]], Result], broadcast: Any) -> Iterator[Result]:
+    def map_runs(self, function: Callable[[Any, Run[Any]], Result], broadcast: Any) -> Iterator[Result]:
         function_ref, broadcast_ref = ray.put(function), ray.put(broadcast)
         at_work: dict[ray.ObjectRef, int] = {}
         done: dict[int, ray.ObjectRef] = {}
         submitted = 0
-        for index in range(len(self._bounds)):
+        for index in range(len(self._runs)):
             while index not in done:
-                last = min(len(self._bounds), index + RUNS_AHEAD * self._num_workers)
+                last = min(len(self._runs), index + RUNS_AHEAD * self._num_workers)
                 while submitted < last and len(at_work) < self._num_workers:
-                    run = self._run(submitted)
-                    at_work[self._task.remote(function_ref, broadcast_ref, run)] = submitted
+                    leaves, first = self._leaves_of(submitted), self._runs[submitted].start
+                    at_work[self._task.remote(function_ref, broadcast_ref, leaves, first)] = submitted
                     submitted += 1
                 for ref in _wait_for_some(list(at_work)):
                     done[at_work.pop(ref)] = ref
@@ -74,11 +75,11 @@ class RayBlocks:
         # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
         # (a check in Ray 2.60's task_manager.cc).
 
-    def _run(self, index: int) -> ray.ObjectRef:
-        run = self._loaded.get(index) or _load_task.remote(self._load, self._bounds[index])
+    def _leaves_of(self, index: int) -> ray.ObjectRef:
+        leaves = self._loaded.get(index) or _load_task.remote(self._load, self._leaves.bounds_of(self._runs[index]))
         if self._keep:
-            self._loaded[index] = run
-        return run
+            self._loaded[index] = leaves
+        return leaves
 
 
 def _wait_for_some(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:

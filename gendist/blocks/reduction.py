@@ -1,8 +1,9 @@
 """`reduce`: the one way in which anything is computed over a whole data set.
 
 The values of the leaves are merged pairwise in the order of a fixed binary tree: node (level k, index j) covers the leaves
-j 2^k up to (j + 1) 2^k, and where there is no right half the left one passes upwards as it is. So the result is the same
-to the last bit however the leaves are dealt out to workers, and whatever worker finishes first.
+j 2^k up to (j + 1) 2^k, and where there is no right half the left one passes upwards as it is. A run of leaves is merged to
+the largest nodes that lie wholly in it, and the tree is finished from those. So the result is the same to the last bit
+however the leaves are dealt out to workers, and whatever worker finishes first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
+from gendist.blocks.leaves import Run
 from gendist.protocols import Mergeable
 
 Leaf = TypeVar("Leaf")
@@ -24,7 +26,7 @@ Broadcast = TypeVar("Broadcast")
 class Blocks(Protocol[LeafOut]):
     """A data set cut into leaves, that functions are sent to: `LocalBlocks` in this process, `RayBlocks` on a cluster."""
 
-    def map_runs(self, function: Callable[[Any, Sequence[Any]], Result], broadcast: Any) -> Iterator[Result]:
+    def map_runs(self, function: Callable[[Any, Run[Any]], Result], broadcast: Any) -> Iterator[Result]:
         """function(broadcast, leaves) of every run of leaves, in the order of the rows, as results come in."""
         ...
 
@@ -35,11 +37,37 @@ def reduce(function: Callable[[Broadcast, Leaf], Value], blocks: Blocks[Leaf], b
     function   a module-level function or a method (`GaussianMixture.e_step`), so that it can travel to a worker
     broadcast  its first argument, the same for every leaf: a model, for instance
     """
-    return merge_in_tree_order(blocks.map_runs(partial(_reduce_run, function), broadcast))
+    runs = blocks.map_runs(partial(_reduce_run, function), broadcast)
+    nodes = _merge_siblings(node for run in runs for node in run)
+    assert nodes, "a reduction needs at least one value"
+    value = nodes.pop().value
+    while nodes:  # no right half is to come: the left ones pass upwards, the smallest first
+        value = nodes.pop().value.merge(value)
+    return value
 
 
-def _reduce_run(function: Callable[[Broadcast, Leaf], Value], broadcast: Broadcast, leaves: Sequence[Leaf]) -> Value:
-    return merge_in_tree_order(function(broadcast, leaf) for leaf in leaves)
+@dataclass(frozen=True)
+class _Node(Generic[Value]):
+    """The value of the 2^level leaves from number `first` on."""
+
+    first: int
+    level: int
+    value: Value
+
+
+def _reduce_run(function: Callable[[Broadcast, Leaf], Value], broadcast: Broadcast, run: Run[Leaf]) -> list[_Node[Value]]:
+    return _merge_siblings(_Node(first, 0, function(broadcast, leaf)) for first, leaf in enumerate(run, run.first))
+
+
+def _merge_siblings(nodes: Iterable[_Node[Value]]) -> list[_Node[Value]]:
+    """The largest nodes that these, which follow one another, make up: about 2 log2 of them at most."""
+    merged: list[_Node[Value]] = []
+    for node in nodes:
+        while merged and merged[-1].level == node.level and merged[-1].first % (2 << node.level) == 0:
+            left = merged.pop()
+            node = _Node(left.first, node.level + 1, left.value.merge(node.value))
+        merged.append(node)
+    return merged
 
 
 @dataclass(frozen=True)
@@ -61,18 +89,3 @@ def reduce_each(
 
 def _each(function: Callable[[Broadcast, Leaf], Value], broadcasts: tuple[Broadcast, ...], leaf: Leaf) -> Each[Value]:
     return Each(tuple(function(broadcast, leaf) for broadcast in broadcasts))
-
-
-def merge_in_tree_order(values: Iterable[Value]) -> Value:
-    """Merge the values of consecutive nodes of one level (the last may be partly filled), holding log2 of them at most."""
-    waiting: list[Value] = []  # left siblings whose right one has not come yet, the largest first
-    for index, value in enumerate(values):
-        while index & 1:
-            value = waiting.pop().merge(value)
-            index >>= 1
-        waiting.append(value)
-    assert waiting, "a reduction needs at least one value"
-    result = waiting.pop()
-    while waiting:
-        result = waiting.pop().merge(result)
-    return result

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 
-from gendist.blocks import Leaves, LocalBlocks, merge_in_tree_order, reduce, reduce_each
-from gendist.blocks.leaves import leaves_per_run
+from gendist.blocks import Leaves, LocalBlocks, reduce, reduce_each
 
 
 class Expression(str):
@@ -30,23 +32,35 @@ def same(_, leaf):
     return leaf
 
 
+class AnyRuns(LocalBlocks):
+    """Leaves dealt out in runs that a test chooses."""
+
+    def __init__(self, leaves, runs):
+        super().__init__(rows_of_leaves, leaves)
+        self._runs = runs
+
+
 @pytest.mark.parametrize("num_leaves", [*range(1, 35), 63, 64, 65, 100])
-def test_every_aligned_run_gives_the_tree_of_the_definition(num_leaves):
+def test_runs_of_any_size_give_the_tree_of_the_definition(num_leaves):
     leaves = Leaves(range(num_leaves + 1))
     expected = level_by_level([Expression(i) for i in range(num_leaves)])
-    for leaves_a_run in (1, 2, 4, 8, 16, 32, 64, 128):
-        blocks = LocalBlocks(rows_of_leaves, leaves, leaves_a_run)
-        assert reduce(same, blocks, None) == expected
+    for leaves_a_run in (1, 2, 3, 4, 5, 7, 8, 13, 16, 32, 33, 64, 128):
+        assert reduce(same, LocalBlocks(rows_of_leaves, leaves, leaves_a_run), None) == expected
 
 
-def test_a_run_that_is_not_a_power_of_two_is_refused():
-    with pytest.raises(AssertionError):
-        Leaves(range(10)).runs(3)
+def test_runs_of_uneven_sizes_give_the_tree_of_the_definition():
+    rng = random.Random(0)
+    for _ in range(300):
+        num_leaves = rng.randrange(2, 70)
+        cuts = sorted(rng.sample(range(1, num_leaves), rng.randrange(0, min(8, num_leaves))))
+        runs = [range(start, stop) for start, stop in itertools.pairwise([0, *cuts, num_leaves])]
+        expected = level_by_level([Expression(i) for i in range(num_leaves)])
+        assert reduce(same, AnyRuns(Leaves(range(num_leaves + 1)), runs), None) == expected
 
 
 def test_nothing_to_merge_is_an_error():
     with pytest.raises(AssertionError):
-        merge_in_tree_order([])
+        reduce(same, AnyRuns(Leaves(range(2)), []), None)
 
 
 @pytest.mark.parametrize(
@@ -65,13 +79,14 @@ def test_leaves_cover_every_row_once_and_depend_on_the_shape_alone(num_rows, num
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 4, 8, 64])
 @pytest.mark.parametrize("num_leaves", [1, 2, 7, 29, 123, 1000, 61_036])
-def test_runs_keep_the_workers_evenly_busy(num_leaves, num_workers):
-    size = leaves_per_run(num_leaves, num_workers, 1 << 30)
-    assert size & (size - 1) == 0
-    num_runs = -(-num_leaves // size)
-    busiest = min(-(-num_runs // num_workers) * size, num_leaves)
-    assert size == 1 or busiest * num_workers <= 1.15 * num_leaves or num_runs >= 64 * num_workers
-    assert leaves_per_run(num_leaves, num_workers, 2) <= 2
+@pytest.mark.parametrize("most", [1, 2, 5, 1 << 30])
+def test_runs_cover_the_leaves_and_keep_the_workers_evenly_busy(num_leaves, num_workers, most):
+    runs = Leaves(range(num_leaves + 1)).runs(num_workers, most)
+    assert [leaf for run in runs for leaf in run] == list(range(num_leaves))
+    sizes = {len(run) for run in runs}
+    assert 1 <= min(sizes) <= max(sizes) <= most
+    assert max(sizes) - min(sizes) <= 1
+    assert len(runs) == num_leaves or len(runs) % num_workers == 0
 
 
 def test_several_broadcasts_in_one_pass_give_what_each_gives_alone():

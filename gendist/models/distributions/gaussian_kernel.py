@@ -31,6 +31,7 @@ from gendist.protocols import Compute
 
 ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small products, more leave the cache
 ROWS_AT_ONCE = (256, 4096)
+FEATURES_FIRST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
 MAX_PACKED_FEATURES = 128  # of full covariances: with more, products of all pairs cost more than differences
 
@@ -260,7 +261,7 @@ class GaussianKernel:
         self._all_own = len(self._tables.own) == gaussian.num_latents
         self._x = self._features = torch.empty(0)
         self._counts = torch.zeros(gaussian.num_latents, dtype=torch.float64, device=compute.torch_device)
-        self._shared = torch.zeros(self._tables.weights.T.shape, dtype=torch.float64, device=compute.torch_device)
+        self._shared = torch.zeros(self._tables.weights.shape, dtype=torch.float64, device=compute.torch_device)
         self._first = torch.zeros_like(self._tables.own_points)
         shape = {"full": (num_features, num_features), "tied": (), "diag": (num_features,), "spherical": (num_features,)}[kind]
         second = (num_features, num_features) if kind == "tied" else (len(self._tables.own), *shape)
@@ -299,8 +300,13 @@ class GaussianKernel:
         tables, kind = self._tables, self._gaussian.covariance_type
         self._counts += responsibilities_KN.sum(1)
         if not self._all_own:
-            sums_FK = buffer("sums", tuple(tables.weights.T.shape), self._compute.dtype, self._compute.torch_device)
-            self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK)
+            dtype, device = self._compute.dtype, self._compute.torch_device
+            if FEATURES_FIRST:
+                sums_FK = buffer("sums", tuple(tables.weights.T.shape), dtype, device)
+                self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK).T
+            else:
+                sums_KF = buffer("sums", tuple(tables.weights.shape), dtype, device)
+                self._shared += torch.mm(responsibilities_KN, self._features.T, out=sums_KF)
             if kind == "tied":
                 z_DN = self._features[:-1]
                 self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
@@ -322,8 +328,8 @@ class GaussianKernel:
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
-        values = (self._counts, self._shared.T, self._first, self._second)
-        return GaussianStatistics(self._tables.reference, *(value.contiguous().cpu() for value in values))
+        values = (self._counts, self._shared, self._first, self._second)
+        return GaussianStatistics(self._tables.reference, *(value.cpu() for value in values))
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
         """(F, N) t(z)."""
