@@ -22,7 +22,7 @@ from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
 
-ROWS_AT_ONCE = 16_384  # of a sample, to bound memory
+ROWS_AT_ONCE = 8_192  # of a sample, to stay in the processor's cache
 NUM_WORST = 8
 
 
@@ -237,16 +237,17 @@ class GaussianMixture:
         """
         component = None if given is None else self._component_of(given)
         cumulative_K = self.weights.cumsum(0)
-        parts = []
-        for start in range(offset, offset + num_samples, ROWS_AT_ONCE):
-            size = min(ROWS_AT_ONCE, offset + num_samples - start)
+        x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
+        for first in range(0, num_samples, ROWS_AT_ONCE):
+            start, size = offset + first, min(ROWS_AT_ONCE, num_samples - first)
             if component is None:
                 u_N = Noise(seed, "sample.component").uniform(start, size)[:, 0] * cumulative_K[-1]
                 component_N = torch.searchsorted(cumulative_K, u_N, right=True).clamp_max(self.num_components - 1)
             else:
                 component_N = torch.full((size,), component)
-            parts.append(self.gaussian.sample(component_N, Noise(seed, "sample.x").normal(start, size, self.num_features)))
-        return torch.cat(parts) if parts else torch.empty(0, self.num_features, dtype=torch.float64)
+            noise_ND = Noise(seed, "sample.x").normal(start, size, self.num_features)
+            x_ND[first : first + size] = self.gaussian.sample(component_N, noise_ND)
+        return x_ND
 
     def _component_of(self, given: Any) -> int:
         names = {str(label): component for component, label in enumerate(self.labels)}

@@ -192,7 +192,7 @@ def test_components_are_drawn_by_their_weights():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("num_features", [1, 3, 17])
+@pytest.mark.parametrize("num_features", [1, 3, 8, 11, 17, 50])
 def test_a_sample_does_not_depend_on_its_neighbours(kind, num_features):
     model = random_mixture(kind, 5, num_features)
     whole = model.sample(9000, seed=11)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from gendist.one_thread import one_thread
 
-TILE = 16  # samples of one latent that are computed together
-FACTOR_ENTRIES_AT_ONCE = 1 << 20  # of the factors of covariances, one a tile
+TILE = 8  # samples of one latent that are computed together
+FEW = 32  # samples
+ENTRIES_A_WORD = 8  # of float64: 64 bytes, the widest registers and the alignment of torch's memory
 
 CovarianceType = Literal["full", "tied", "diag", "spherical"]
 
@@ -132,34 +133,50 @@ class Gaussian:
             covariances = torch.einsum("k,k...->...", share_K, self.covariances)[None]
         return Gaussian(share_K[None] @ self.means, covariances, self.covariance_type)
 
-    def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
-        """(N, D) mean + A noise of each sample's latent, for standard normal noise.
+    @cached_property
+    def _factors(self) -> Tensor:
+        """(K, W, W), of tied (1, W, W): the transposed scales, with zeros up to a whole number of the processor's words."""
+        scale = self.scale[:1] if self.covariance_type == "tied" else self.scale
+        extra = -self.num_features % ENTRIES_A_WORD
+        return torch.nn.functional.pad(scale, (0, extra, 0, extra)).mT.contiguous()
 
-        A sample must not depend on its neighbours, but a matrix product rounds a row differently according to how many rows
-        stand beside it. So all products are of one shape, TILE rows of one latent, filled up with zeros.
-        """
+    def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
+        """(N, D) mean + A noise of each sample's latent, for standard normal noise."""
         if not self.has_matrices:
             return self.means[latent_N] + self.scale[latent_N] * noise_ND
-        num_samples, num_features = noise_ND.shape
-        if num_samples <= TILE:  # a tile for each is quicker than finding out who shares one
-            tile_latent_T, place_N = latent_N, torch.arange(num_samples) * TILE
-        else:
-            counts_K = torch.bincount(latent_N, minlength=self.num_latents)
-            tiles_K = (counts_K + TILE - 1) // TILE
-            tile_latent_T = torch.repeat_interleave(torch.arange(self.num_latents), tiles_K)
-            order_N = torch.argsort(latent_N, stable=True)
-            rank_N = torch.arange(num_samples) - (counts_K.cumsum(0) - counts_K)[latent_N[order_N]]
-            place_N = torch.empty_like(order_N)
-            place_N[order_N] = ((tiles_K.cumsum(0) - tiles_K) * TILE)[latent_N[order_N]] + rank_N
-        padded = torch.zeros(len(tile_latent_T) * TILE, num_features, dtype=noise_ND.dtype)
-        padded[place_N] = noise_ND
-        padded_TPD = padded.view(-1, TILE, num_features)
-        at_once = max(1, FACTOR_ENTRIES_AT_ONCE // num_features**2)
+        factor_N = torch.zeros_like(latent_N) if self.covariance_type == "tied" else latent_N
         with one_thread():
-            product = torch.cat(
-                [
-                    torch.bmm(rows_tPD, self.scale[latent_t].mT)
-                    for rows_tPD, latent_t in zip(padded_TPD.split(at_once), tile_latent_T.split(at_once), strict=True)
-                ]
-            )
-        return product.view(-1, num_features)[place_N] + self.means[latent_N]
+            scaled_ND = (_scaled_each if len(noise_ND) <= FEW else _scaled_together)(self._factors, factor_N, noise_ND)
+        return scaled_ND.add_(self.means.index_select(0, latent_N))
+
+
+# A sample must not depend on its neighbours, but a matrix product rounds a row differently according to how many rows stand
+# beside it, and where rows do not begin with a word of the processor's, according to its place among them. So all products
+# are of one shape, TILE rows of W entries and one factor, filled up with zeros.
+
+
+def _scaled_each(factors_KWW: Tensor, factor_N: Tensor, noise_ND: Tensor) -> Tensor:
+    """(N, D) noise times its factor, a tile for each: the quickest for a few."""
+    num_samples, num_features = noise_ND.shape
+    padded_NTW = noise_ND.new_zeros(num_samples, TILE, factors_KWW.shape[-1])
+    padded_NTW[:, 0, :num_features] = noise_ND
+    return torch.bmm(padded_NTW, factors_KWW.index_select(0, factor_N))[:, 0, :num_features]
+
+
+def _scaled_together(factors_KWW: Tensor, factor_N: Tensor, noise_ND: Tensor) -> Tensor:
+    """(N, D) the same, with samples of one factor sharing tiles."""
+    num_features, width = noise_ND.shape[1], factors_KWW.shape[-1]
+    counts_K = torch.bincount(factor_N, minlength=len(factors_KWW))
+    tiles_K = (counts_K + TILE - 1) // TILE
+    order_N = torch.argsort(factor_N, stable=True)
+    gaps_K = (tiles_K.cumsum(0) - tiles_K) * TILE - (counts_K.cumsum(0) - counts_K)
+    place_N = torch.arange(len(order_N)) + torch.repeat_interleave(gaps_K, counts_K)  # among all tiles' rows
+    padded = noise_ND.new_zeros(int(tiles_K.sum()), TILE, width)
+    padded.view(-1, width)[:, :num_features].index_copy_(0, place_N, noise_ND.index_select(0, order_N))
+    product, stop = torch.empty_like(padded), 0
+    for factor_WW, num_tiles in zip(factors_KWW, tiles_K.tolist(), strict=True):
+        start, stop = stop, stop + num_tiles
+        torch.bmm(padded[start:stop], factor_WW.expand(num_tiles, -1, -1), out=product[start:stop])
+    place_of_sample_N = torch.empty_like(order_N)
+    place_of_sample_N[order_N] = place_N
+    return product.view(-1, width).index_select(0, place_of_sample_N)[:, :num_features]
