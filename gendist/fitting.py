@@ -284,7 +284,7 @@ class _Fitting:
         ends = [
             {
                 "seed": restart_seed(self.spec.seed, i),
-                "log_likelihood": candidate.log_likelihood,
+                "log_likelihood": candidate.history[-1]["log_likelihood"],
                 "num_iterations": len(candidate.history),
                 "stopped": candidate.decision.value,
             }

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from gendist.data.arrow_ipc import ArrowFiles
 from gendist.data.csv import CsvFiles
 from gendist.data.files import Files
@@ -48,7 +50,7 @@ def open_files(paths: Sequence[str], format_: str | None = None) -> Files[Any]:
 def _expand(path: str, format_: str | None) -> list[str]:
     """The files behind a path, a folder or a pattern, in the order of their names."""
     if "://" in path:
-        return [path]
+        return _expand_url(path, format_)
     if os.path.isdir(path):
         inside = sorted(file for file in _files_in(path) if _is_data(Path(file).relative_to(path), format_))
         if not inside:
@@ -61,6 +63,25 @@ def _expand(path: str, format_: str | None) -> list[str]:
             raise UserError(f"{path}: no file matches")
         return [os.path.abspath(file) for file in found]
     return [os.path.abspath(path)]
+
+
+def _expand_url(url: str, format_: str | None) -> list[str]:
+    """The same of a URL that fsspec knows. What ends in a suffix of data is taken for a file, so that nobody need be asked."""
+    if not glob.has_magic(url) and Path(url).suffix.lower() in SUFFIXES:
+        return [url]
+    try:
+        system, inside = fsspec.core.url_to_fs(url)
+        if system.isdir(inside):
+            found = [file for file in system.find(inside) if _is_data(Path(file).relative_to(inside), format_)]
+        elif glob.has_magic(inside):
+            found = [file for file in system.glob(inside) if not system.isdir(file)]
+        else:
+            return [url]
+    except (OSError, ValueError, ImportError, NotImplementedError) as error:
+        raise UserError(f"{url}: cannot be listed ({' '.join(str(error).split()) or type(error).__name__})") from error
+    if not found:
+        raise UserError(f"{url}: no file {'matches' if glob.has_magic(inside) else 'of data is there'}")
+    return [system.unstrip_protocol(file) for file in sorted(found)]
 
 
 def _files_in(folder: str) -> Iterator[str]:

@@ -21,6 +21,7 @@ class Decision(Enum):
     CONVERGED = "converged"
     MAX_ITERATIONS = "reached max_iterations"
     TIME_BUDGET = "used up time_budget_s"
+    NOT_FINITE = "lost: its log-likelihood is not finite"
     HOPELESS = "given up: far behind another restart"
 
 

@@ -36,7 +36,8 @@ def expectation_maximization(
     A record: iteration, restart (the candidate's index), log_likelihood (the mean a row, of the parameters that the
     iteration began with), gain, least_gain (what the M-step guarantees of the next gain), repairs,
     validation_log_likelihood, seconds (of the iteration, of all candidates together); `fell` where the log-likelihood is
-    less than was guaranteed; and `stopped`, the reason, in the last.
+    less than was guaranteed; and `stopped`, the reason, in the last. A candidate whose log-likelihood is not finite is lost,
+    and its last record has None for it; UserError where none is left.
     """
     while running := [i for i, candidate in enumerate(candidates) if candidate.decision is Decision.CONTINUE]:
         began = time.monotonic()
@@ -51,6 +52,15 @@ def expectation_maximization(
             record: dict[str, Any] = {
                 "iteration": iteration,
                 "restart": i,
+                "log_likelihood": None,
+                "gain": None,
+                "seconds": seconds,
+            }
+            if update is None:
+                record |= {"least_gain": None, "repairs": [], "stopped": Decision.NOT_FINITE.value}
+                advanced[i] = replace(candidates[i], history=(*history, record))
+                continue
+            record |= {
                 "log_likelihood": log_likelihood,
                 "gain": log_likelihood - history[-1]["log_likelihood"] if history else None,
                 "least_gain": update.least_gain / total_weight,
@@ -60,21 +70,30 @@ def expectation_maximization(
                 record["fell"] = True
             if held_out:
                 record["validation_log_likelihood"] = held_out[place]
-            record["seconds"] = seconds
             advanced[i] = replace(candidates[i], model=update.model, history=(*history, record))
+        if not any(math.isfinite(candidate.log_likelihood) for candidate in advanced):
+            raise not_finite(steps[0][0])
         candidates = settle(advanced, config)
         yield candidates
 
 
+def not_finite(log_likelihood: float) -> UserError:
+    return UserError(
+        f"the log-likelihood is {log_likelihood}: the rows are too far from the model for the precision; rescale the columns, "
+        "take fit.precision: float64, or start from the data with fit.init"
+    )
+
+
 def em_steps(
     function: Callable[[M, Block], Statistics], blocks: Blocks[Block], models: Sequence[M]
-) -> list[tuple[float, Update[M]]]:
+) -> list[tuple[float, Update[M] | None]]:
     """The total log-likelihood under each model, and its update, from one pass of `function`, which is an E-step.
 
+    No update where the log-likelihood is not finite.
     A second pass is made for those whose statistics had too few digits for what came out.
     """
     steps = _pass(function, blocks, models)
-    again = {i: update.redo for i, (_, update) in enumerate(steps) if update.redo is not None}
+    again = {i: update.redo for i, (_, update) in enumerate(steps) if update is not None and update.redo is not None}
     if again:
         for i, step in zip(again, _pass(function, blocks, list(again.values())), strict=True):
             steps[i] = step
@@ -83,16 +102,13 @@ def em_steps(
 
 def _pass(
     function: Callable[[M, Block], Statistics], blocks: Blocks[Block], models: Sequence[M]
-) -> list[tuple[float, Update[M]]]:
-    statistics = reduce_each(function, blocks, models)
-    for each in statistics:
-        if not math.isfinite(each.log_likelihood):
-            raise UserError(
-                f"the log-likelihood is {each.log_likelihood}: the rows are too far from the model for the precision; rescale "
-                "the columns, take fit.precision: float64, or start from the data with fit.init"
-            )
-    with one_thread():
-        return [(each.log_likelihood, model.m_step(each)) for model, each in zip(models, statistics, strict=True)]
+) -> list[tuple[float, Update[M] | None]]:
+    steps: list[tuple[float, Update[M] | None]] = []
+    for model, statistics in zip(models, reduce_each(function, blocks, models), strict=True):
+        with one_thread():
+            update = model.m_step(statistics) if math.isfinite(statistics.log_likelihood) else None
+        steps.append((statistics.log_likelihood, update))
+    return steps
 
 
 def _e_step(compute: Compute, model: StatisticsModel, block: Block) -> Statistics:

@@ -34,8 +34,9 @@ class Candidate(Generic[M]):
 
     @property
     def log_likelihood(self) -> float:
-        """Of the parameters that its last iteration began with, the mean a row; -inf before the first."""
-        return self.history[-1]["log_likelihood"] if self.history else -math.inf
+        """Of the parameters that its last iteration began with, the mean a row; -inf before the first, and once it is lost."""
+        value = self.history[-1]["log_likelihood"] if self.history else None
+        return -math.inf if value is None else value
 
 
 def restart_seed(seed: int, restart: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gendist.blocks import Blocks
 from gendist.em.centers import find_centers, nearest_allowed
-from gendist.em.engine import em_steps
+from gendist.em.engine import em_steps, not_finite
 from gendist.noise import Noise
 from gendist.protocols import Block, DataSummary, StatisticsModel, Update
 
@@ -44,7 +44,9 @@ def start_from_data(
         centers_LD = find_centers(blocks, summary, num_latents, method, seed, has_labels=bool(labels))
         evidence = partial(_all_for_the_nearest, centers_LD)
     blank = family.start(config, summary, centers_LD, labels)
-    ((_, update),) = em_steps(partial(_e_step_given, evidence), blocks, [blank])
+    ((total, update),) = em_steps(partial(_e_step_given, evidence), blocks, [blank])
+    if update is None:
+        raise not_finite(total)
     return update
 
 

@@ -99,7 +99,9 @@ def _shown(console: Console, columns: Sequence[ProgressColumn]) -> Iterator[Call
 
 def _state(newest: list[dict[str, Any]]) -> str:
     """Where the best restart is, and how many go on."""
-    best = max(newest, key=lambda record: record["log_likelihood"])
+    best = max(
+        (record for record in newest if record["log_likelihood"] is not None), key=lambda record: record["log_likelihood"]
+    )
     gain = "" if best["gain"] is None else f"  gain {best['gain']:.2e}"
     restarts = f"  {sum('stopped' not in record for record in newest)} of {len(newest)} go on" if len(newest) > 1 else ""
     return f"log-likelihood {best['log_likelihood']:.6f}{gain}{restarts}  {best['seconds']:.2f} s"

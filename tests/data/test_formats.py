@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.feather
@@ -257,3 +258,35 @@ def test_what_is_wrong_is_told_in_one_line(tmp_path, kind, what):
         sha256(open_source(DataConfig(**write(kind, table, tmp_path))), **config)
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.fixture
+def memory_url():
+    """A folder of fsspec's file system in memory, with Parquet files and others."""
+    system = fsspec.filesystem("memory")
+    for name, values in {"a.parquet": [0.0, 1.0], "b.parquet": [2.0], "deep/c.parquet": [3.0]}.items():
+        with system.open(f"/gendist/{name}", "wb") as file:
+            pq.write_table(pa.table({"x": values}), file)
+    for name in ("_SUCCESS", ".hidden.parquet", "notes.txt"):
+        system.pipe(f"/gendist/{name}", b"nothing of data")
+    yield "memory://gendist"
+    system.rm("/gendist", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("", [0, 1, 2, 3]), ("/", [0, 1, 2, 3]), ("/*.parquet", [0, 1, 2]), ("/**/*.parquet", [0, 1, 2, 3]), ("/b.parquet", [2])],
+)
+def test_folders_and_patterns_of_remote_file_systems(memory_url, path, expected):
+    if "*" in path:  # a pattern takes what it says, as it does on a disk
+        fsspec.filesystem("memory").rm("/gendist/.hidden.parquet")
+    source = open_source(DataConfig(path=memory_url + path))
+    assert source.read(0, source.num_rows, ["x"]).column("x").to_pylist() == expected
+
+
+@pytest.mark.parametrize("path", ["memory://nowhere/*.parquet", "memory://nowhere/at-all", "unheard-of://folder/*.parquet"])
+def test_a_remote_path_without_data_is_told_in_one_line(path):
+    with pytest.raises(UserError) as told:
+        open_source(DataConfig(path=path, source="parquet"))
+    assert path.partition("*")[0] in str(told.value)
+    assert "\n" not in str(told.value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from gendist.blocks import Leaves, LocalBlocks
 from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
-from gendist.em.restarts import Candidate
-from gendist.protocols import EXACT, Block, Compute, Update
+from gendist.em.restarts import Candidate, leader
+from gendist.protocols import EXACT, Block, Compute, Update, UserError
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,34 @@ def test_each_candidate_is_what_it_is_alone_and_costs_nothing_once_it_has_stoppe
         if together[index].decision is not Decision.HOPELESS:
             assert trace(together[index]) == trace(alone)
             assert together[index].model.share == alone.model.share
+
+
+@dataclass(frozen=True)
+class Lost(TwoCoins):
+    """Its parameters make the third likelihood no number."""
+
+    num_steps: int = 0
+
+    def e_step(self, block: Block, compute: Compute = EXACT) -> Counts:
+        counts = super().e_step(block)
+        return counts if self.num_steps < 2 else replace(counts, log_likelihood=float("nan"))
+
+    def m_step(self, statistics: Counts) -> Update[Lost]:
+        return Update(Lost(super().m_step(statistics).model.share, num_steps=self.num_steps + 1))
+
+
+def test_a_restart_whose_likelihood_is_not_finite_is_lost_alone():
+    lost, kept = run(Candidate(Lost(0.9)), Candidate(TwoCoins(0.8)), max_iterations=5, tolerance=0.0)[-1]
+    assert lost.decision is Decision.NOT_FINITE
+    assert [record["log_likelihood"] is None for record in lost.history] == [False, False, True]
+    (alone,) = run(Candidate(TwoCoins(0.8)), max_iterations=5, tolerance=0.0)[-1]
+    assert kept.model == alone.model
+    assert leader((lost, kept)) == 1
+
+
+def test_where_no_restart_is_left_the_fit_is_given_up():
+    with pytest.raises(UserError, match="log-likelihood is nan"):
+        run(Candidate(Lost(0.9)), Candidate(Lost(0.8)), max_iterations=5, tolerance=0.0)
 
 
 def test_a_step_that_loses_likelihood_is_recorded():
