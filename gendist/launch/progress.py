@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 
-from gendist.fitting import Watch
+from gendist.run import Watch
 
 SECONDS_A_LINE = 10.0
 
