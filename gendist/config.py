@@ -162,6 +162,32 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     return validated(spec_class(family), content, name)
 
 
+def overrides_it_knows(specs: Sequence[Path], overrides: Iterable[str]) -> list[tuple[Path, list[str]]]:
+    """Of overrides that are meant for several specs of different families, those that the family of each knows.
+
+    UserError where none knows one of them.
+    """
+    overrides = list(overrides)
+    known = {path: [each for each in overrides if _is_known(_spec_class_of(path), each)] for path in specs}
+    for override in overrides:
+        if not any(override in each for each in known.values()):
+            load_spec(specs[0], [override])  # which tells what is wrong with it
+    return list(known.items())
+
+
+def _spec_class_of(path: Path) -> type[Spec]:
+    return spec_class(str(read_yaml(path).get("family")))
+
+
+def _is_known(config: type[BaseModel], override: str) -> bool:
+    *parents, last = override.partition("=")[0].split(".")
+    for parent in parents:
+        if parent not in config.model_fields:
+            return False
+        config = _block_of(config.model_fields[parent].annotation)
+    return last in config.model_fields
+
+
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
     """Where rows are, from a path to them, the word "digits", or a YAML file with a `data:` block."""
     overrides = _of_blocks(overrides, "data", "cluster")

@@ -130,9 +130,7 @@ class Training:
         try:
             if cluster.num_workers == 0:
                 if address is not None:
-                    raise UserError(
-                        f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more"
-                    )
+                    raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
                 if cluster.use_gpu:
                     check_gpu_here()
                 return job(LocalLine(watch))

@@ -130,9 +130,7 @@ class RowsOnDisk:
         return block if self.dataset.transforms is None else self.dataset.transforms.apply(block)
 
 
-def _written(
-    blocks: Blocks[Block], transformed: Callable[[Block], Block], folder: Path, alive: Callable[[], None]
-) -> Summary:
+def _written(blocks: Blocks[Block], transformed: Callable[[Block], Block], folder: Path, alive: Callable[[], None]) -> Summary:
     """Write the rows of the blocks; returns their survey."""
     files: dict[str, _NpyFile] = {}
 
