@@ -22,6 +22,6 @@ def gamma_of_width(width: float) -> float:
 def decay(gamma: float, step: int) -> float:
     """What the average keeps of itself at the network's step-th optimizer step, counted from 1: (1 - 1/step)^(gamma + 1).
 
-    average <- decay * average + (1 - decay) * parameters; at the first step the average becomes the parameters. eq. 127
+    average <- decay * average + (1 - decay) * parameters; at the first step the average becomes the parameters.
     """
     return float((1.0 - 1.0 / step) ** (gamma + 1.0))

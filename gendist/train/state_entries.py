@@ -2,12 +2,13 @@
 
 NETWORK/param/NAME       parameters, float32
 NETWORK/buffer/NAME      what else the network's state_dict holds
-NETWORK/exp_avg/NAME     moments of the optimizer, one a parameter, by torch's names (exp_avg and exp_avg_sq of Adam)
-NETWORK/ema/NAME         moving average of a parameter, where there is one
+NETWORK/exp_avg/NAME     moments of the optimizer, one a trained parameter, by torch's names (exp_avg and exp_avg_sq of Adam)
+NETWORK/ema/NAME         moving average of a trained parameter, where there is one
 NETWORK/step             () int64: optimizer steps that the network has taken; a skipped one does not count
 NETWORK/loss_scale       (2,) float64: the scale and the steps since it last changed, in float16
 
-A parameter that a loss does not reach has a gradient of zero, so that there is one count of steps a network.
+Trained are the parameters that require a gradient when an engine is given them. One that a loss does not reach has a
+gradient of zero, so that there is one count of steps a network.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def shapes(networks: Mapping[str, torch.nn.Module], config: DeepConfig) -> dict[
 
 def _shapes(networks: Mapping[str, torch.nn.Module], config: DeepConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     for network, module in networks.items():
-        kinds = (PARAMETER, *MOMENTS[config_of(config, network).kind], *((AVERAGE,) if config.ema else ()))
+        of_trained = (*MOMENTS[config_of(config, network).kind], *((AVERAGE,) if config.ema else ()))
         for name, parameter in module.named_parameters():
-            for kind in kinds:
+            for kind in (PARAMETER, *(of_trained if parameter.requires_grad else ())):
                 yield entry(network, kind, name), tuple(parameter.shape)
         for name, buffer in persistent_buffers(module).items():
             yield entry(network, BUFFER, name), tuple(buffer.shape)
