@@ -186,7 +186,7 @@ class _NpyFile:
             self._file.write(np.ascontiguousarray(values).data)
         except OSError as error:
             raise UserError(
-                f"{self._path.parent.parent}: the rows to train on find no room there ({error.strerror}); make some, or let the "
+                f"{self._path.parent.parent}: no room for the rows to train on ({error.strerror}); make some, or let the "
                 "environment variable TMPDIR name another folder"
             ) from error
 
