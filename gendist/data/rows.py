@@ -33,7 +33,7 @@ from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
 from gendist.protocols import Block, UserError
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files; part of the key
 
 Array = np.ndarray[Any, Any]
 
