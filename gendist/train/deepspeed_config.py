@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gendist.protocols import UserError
+from gendist.train.batches import Division
 from gendist.train.config import DeepConfig, OptimizerConfig
 
 # Keys of a user's file that change where things lie and how they travel, or what is logged, but not what is computed.
@@ -41,6 +42,7 @@ _FIXED_IN_ZERO: Mapping[str, Any] = {
 
 # Elements. DeepSpeed's own default allocates buffers of 500 million, however small the network.
 _BUCKET_NUMEL = 50_000_000
+_BUCKET_ALIGNMENT = 1000  # an even number will do
 
 
 def read_user_config(path: str) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def read_user_config(path: str) -> dict[str, Any]:
     return content
 
 
-def merge(
+def merged(
     user: Mapping[str, Any], config: DeepConfig, optimizer: OptimizerConfig, num_parameters: int, world_size: int
 ) -> dict[str, Any]:
     """The configuration of one network's DeepSpeed engine.
@@ -66,11 +68,11 @@ def merge(
     """
     own = _without_auto(user)
     stage = config.engine.zero_stage
-    num_samples = config.micro_batch_size or -(-config.global_batch_size // world_size)
+    division = Division(config.global_batch_size, world_size, config.micro_batch_size)
     said: dict[str, Any] = {
         "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": num_samples,
-        "gradient_accumulation_steps": max(1, -(-config.global_batch_size // (num_samples * world_size))),
+        "train_micro_batch_size_per_gpu": config.micro_batch_size or len(division.slice(0)),
+        "gradient_accumulation_steps": division.num_micro_batches,
         "gradient_clipping": optimizer.gradient_clipping,
         "gradient_allreduce_op": "mean",
         "managed_gradient_accumulation": True,
@@ -85,7 +87,8 @@ def merge(
             enabled = bool(block.get("enabled", False)) if isinstance(block, dict) else bool(block)
             if enabled != (config.precision == precision):
                 raise _contradiction(f"{key}.enabled", enabled, f"fit.precision: {config.precision}")
-    for key, place in (("optimizer", f"fit.optimizer.kind: {optimizer.kind}"), ("scheduler", f"fit.optimizer.schedule: {optimizer.schedule}")):
+    places = {"optimizer": f"fit.optimizer.kind: {optimizer.kind}", "scheduler": f"fit.optimizer.schedule: {optimizer.schedule}"}
+    for key, place in places.items():
         if key in own:
             raise _contradiction(key, own[key], place)
     for key in own:
@@ -96,7 +99,7 @@ def merge(
         _agree(zero.pop(key, value), value, f"zero_optimization.{key}")
     for key in ("offload_optimizer", "offload_param"):
         _check_offload(_as_block(zero.get(key) or {}, f"zero_optimization.{key}"), key, stage)
-    numel = min(num_parameters, _BUCKET_NUMEL)
+    numel = min(-(-num_parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT, _BUCKET_NUMEL)
     return {
         "communication_data_type": "fp32",
         **own,

@@ -1,8 +1,8 @@
 """The engine over DeepSpeed ZeRO (Rajbhandari et al. 2020), stages 0 to 3: one DeepSpeed engine a network.
 
-Networks are called as themselves, never through DeepSpeed's engines, whose own call does two things that are done here:
-it clears what an earlier backward left behind, without which stage 3 forgets all but the last micro-batch, and it casts
-inputs. Parameters, gradients and moments are float32; lower precision is autocast's.
+Networks are called as themselves, never through DeepSpeed's engines. What the call of such an engine does beside is done
+here: it forgets that a backward pass was seen, without which stage 3 keeps the gradient of the last micro-batch alone.
+Parameters, gradients and moments are float32, whatever the losses are computed in.
 """
 
 from __future__ import annotations
@@ -16,77 +16,77 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from gendist.protocols import UserError
-from gendist.train.config import DeepConfig, OptimizerConfig
-from gendist.train.deepspeed_config import merge, read_user_config
-
-MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ()}
+from gendist.train import ema, optimizers
+from gendist.train.batches import Division
+from gendist.train.buffers import Buffers
+from gendist.train.config import DeepConfig
+from gendist.train.deepspeed_config import merged, read_user_config
+from gendist.train.loss_scale import LossScale
+from gendist.train.networks import arrange
+from gendist.train.processes import Processes
+from gendist.train.state_entries import (
+    AVERAGE,
+    BUFFER,
+    LOSS_SCALE,
+    PARAMETER,
+    STEP,
+    check,
+    entry,
+    load_networks,
+    part,
+    persistent_buffers,
+    shapes,
+)
 
 
 class DeepSpeedEngine:
-    def __init__(self, config: DeepConfig, device: torch.device) -> None:
+    """`Engine` of networks whose moments (stage 1), gradients (2) and parameters (3) are shared out over the processes.
+
+    UserError where DeepSpeed is not installed, or cannot do what the spec asks for.
+    """
+
+    def __init__(self, processes: Processes, config: DeepConfig) -> None:
+        self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
         self._config = config
-        self.device = device
-        self._deepspeed = _import_deepspeed(device)
-        if not torch.distributed.is_initialized():
-            # DeepSpeed speaks to a group even where it is one of one.
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        self.rank = torch.distributed.get_rank()
-        self.world_size = torch.distributed.get_world_size()
-        self._user = read_user_config(config.engine.config) if config.engine.config else {}
         self._stage = config.engine.zero_stage
-        self._networks: Mapping[str, torch.nn.Module] = {}
-        self._engines: dict[str, Any] = {}
-        self._num_steps: dict[str, int] = {}
+        self._user = read_user_config(config.engine.config) if config.engine.config else {}
+        _refuse(processes, config)
+        self._deepspeed = _imported(self.device)
+        if not dist.is_initialized():
+            # DeepSpeed speaks to a group even where there is one process.
+            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+        self._trained: dict[str, _Trained] = {}
 
     def prepare(self, networks: Mapping[str, torch.nn.Module], state: Mapping[str, Tensor] | None = None) -> None:
-        self._networks = networks
-        for name, network in networks.items():
-            if state is not None:
-                # Before DeepSpeed copies and cuts them up.
-                network.load_state_dict(_under(state, f"network.{name}."))
-            network.to(self.device)
-            self._start(name, network, state)
-
-    def _start(self, name: str, network: torch.nn.Module, state: Mapping[str, Tensor] | None) -> None:
-        options = self._optimizer_config(name)
-        parameters = list(network.parameters())
-        optimizer = _optimizer(parameters, options)
-        num_parameters = sum(p.numel() for p in parameters)
-        merged = merge(self._user, self._config, options, num_parameters, self.world_size)
-        engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizer, config=merged)
-        self._engines[name] = engine
-        self._num_steps[name] = int(state[f"steps.{name}"]) if state is not None else 0
-        self._create_moments(name)
         if state is not None:
-            for parameter_name, p in network.named_parameters():
-                for moment in self._moments(name):
-                    self._set(name, p, moment, state[f"{moment}.{name}.{parameter_name}"])
-        if self._config.ema:
-            engine.basic_optimizer.register_step_post_hook(lambda basic, *_: self._average(name, basic))
-
-    def _optimizer_config(self, name: str) -> OptimizerConfig:
-        return self._config.optimizers.get(name, self._config.optimizer)
-
-    def _moments(self, name: str) -> tuple[str, ...]:
-        """What the optimizer keeps for each parameter. The average of the parameters is one more: so it is sharded,
-        offloaded and gathered as the others are."""
-        return MOMENTS[self._optimizer_config(name).kind] + (("ema",) if self._config.ema else ())
-
-    # ---- a step
+            check(state, shapes(networks, self._config))
+            # Before DeepSpeed makes copies and cuts them up.
+            load_networks(networks, state)
+        arrange(networks, self.device, self._config)
+        self._buffers = Buffers(networks)
+        for name, network in networks.items():
+            options = optimizers.config_of(self._config, name)
+            num_parameters = sum(p.numel() for p in network.parameters())
+            settings = merged(self._user, self._config, options, num_parameters, self.world_size)
+            trained = [p for p in network.parameters() if p.requires_grad]
+            engine, *_ = self._deepspeed.initialize(
+                model=network, optimizer=optimizers.make(options, trained), config=settings
+            )
+            trained_names = {key for key, p in network.named_parameters() if p.requires_grad}
+            self._trained[name] = _TRAINED[self._stage](name, network, trained_names, engine, self._config, state)
 
     def begin_phase(self, network: str) -> None:
-        for name, other in self._networks.items():
-            other.requires_grad_(name == network)
+        for name, trained in self._trained.items():
+            trained.set_frozen(name != network)
+        self._buffers.begin_phase()
 
     def begin_micro_batch(self, network: str, is_last: bool) -> None:
-        engine = self._engines[network]
-        engine.set_gradient_accumulation_boundary(is_last)
-        if self._stage:
-            engine.optimizer.clear_backward_seen_flag()
+        self._buffers.begin_micro_batch()
+        self._trained[network].begin_micro_batch(is_last)
 
     def precision(self) -> AbstractContextManager[None]:
         if self._config.precision == "float32":
@@ -94,185 +94,316 @@ class DeepSpeedEngine:
         return torch.autocast(self.device.type, getattr(torch, self._config.precision))
 
     def backward(self, network: str, loss: Tensor) -> None:
-        # DeepSpeed averages over the processes, and over micro-batches unless told not to.
-        self._engines[network].backward(loss * self.world_size, scale_wrt_gas=False)
+        # DeepSpeed takes the mean over the processes.
+        self._trained[network].backward(loss * self.world_size)
 
     def step(self, network: str, learning_rate: float) -> float:
-        engine = self._engines[network]
-        for group in engine.basic_optimizer.param_groups:
-            group["lr"] = learning_rate
-        self._num_steps[network] += 1
-        if self._stage:
-            engine.step()
-            norm = math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
-        else:
-            norm = self._clip(network)
-            if math.isfinite(norm):
-                engine.step()
-        if not math.isfinite(norm):
-            self._num_steps[network] -= 1
-            engine.zero_grad()
+        norm = self._trained[network].step(learning_rate)
+        self._buffers.end_phase(network if math.isfinite(norm) else None)
+        for trained in self._trained.values():
+            trained.set_frozen(False)
         return norm
 
-    def _clip(self, network: str) -> float:
-        parameters = list(self._networks[network].parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        clipping = self._optimizer_config(network).gradient_clipping
-        if clipping:
-            torch.nn.utils.clip_grads_with_norm_(parameters, clipping, norm)
-        return float(norm)
-
-    def _average(self, network: str, optimizer: torch.optim.Optimizer) -> None:
-        decay = _decay(self._num_steps[network], self._config.ema)
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    optimizer.state[p]["ema"].lerp_(p, 1.0 - decay)
-
     def sum(self, values: Tensor) -> Tensor:
-        total = values.to(self.device, copy=True)
-        torch.distributed.all_reduce(total)
-        return total.to(values.device)
-
-    # ---- state
-
-    def _shards(self, name: str) -> list[Tensor]:
-        """The float32 tensors that this process steps."""
-        engine = self._engines[name]
-        if self._stage == 0:
-            return list(self._networks[name].parameters())
-        if self._stage == 3:
-            return list(engine.optimizer.fp32_partitioned_groups_flat)
-        return list(engine.optimizer.single_partition_of_fp32_groups)
-
-    def _create_moments(self, name: str) -> None:
-        """What the optimizer would create in its first step, so that it is there to be filled."""
-        basic = self._engines[name].basic_optimizer
-        for shard in self._shards(name):
-            state = basic.state[shard]
-            if self._optimizer_config(name).kind == "adam":
-                state["step"] = torch.tensor(float(self._num_steps[name]))
-            for moment in self._moments(name):
-                state[moment] = shard.detach().clone() if moment == "ema" else torch.zeros_like(shard)
-        if self._stage in (1, 2):
-            self._engines[name].optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _set(self, name: str, p: torch.nn.Parameter, moment: str, value: Tensor) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if self._stage == 0:
-            self._engines[name].basic_optimizer.state[p][moment].copy_(value)
-        elif self._stage == 3:
-            numel = p.partition_numel()
-            local = value.flatten()[self.rank * numel : (self.rank + 1) * numel]
-            padded = torch.nn.functional.pad(local, (0, numel - local.numel()))
-            safe_set_local_optimizer_state(p, padded, moment)
-        else:
-            safe_set_full_optimizer_state(p, value.to(p.device), moment)
-
-    def _get(self, name: str, p: torch.nn.Parameter, moment: str) -> Tensor:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        if self._stage == 0:
-            return self._engines[name].basic_optimizer.state[p][moment]
-        return safe_get_full_optimizer_state(p, moment)
-
-    def _whole(self, p: torch.nn.Parameter) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(p) if self._stage == 3 else p
+        # Added in the order of the ranks, so that no algorithm of an all-reduce matters.
+        gathered = [torch.empty_like(values, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(gathered, values.to(self.device))
+        return torch.stack(gathered).to(values.device).sum(0)
 
     def state(self) -> dict[str, Tensor] | None:
-        state: dict[str, Tensor] = {}
-
-        def keep(key: str, value: Tensor) -> None:
-            if self.rank == 0:
-                state[key] = value.detach().to("cpu", copy=True)
-
-        for name, network in self._networks.items():
-            network.requires_grad_(True)
-            for key, buffer in network.named_buffers():
-                keep(f"network.{name}.{key}", buffer)
-            # One parameter at a time: never more than one is whole.
-            for key, p in network.named_parameters():
-                keep(f"network.{name}.{key}", self._whole(p))
-                for moment in self._moments(name):
-                    keep(f"{moment}.{name}.{key}", self._get(name, p, moment))
-            keep(f"steps.{name}", torch.tensor(self._num_steps[name]))
+        # One at a time: of a network that is sharded, no process ever holds more than one parameter whole.
+        values = (item for trained in self._trained.values() for item in trained.state())
+        state = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in values if self.rank == 0}
         return state if self.rank == 0 else None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, network in self._networks.items():
-                network.requires_grad_(True)
-                stack.enter_context(self._whole_network(name))
-                if self._config.ema:
-                    stack.enter_context(self._swapped(name))
+            for trained in self._trained.values():
+                stack.enter_context(trained.averaged())
             yield
 
-    @contextmanager
-    def _whole_network(self, name: str) -> Iterator[None]:
-        """All parameters are whole, and stay so when the network is called."""
-        if self._stage != 3:
-            yield
-            return
-        parameters = list(self._networks[name].parameters())
-        self._engines[name].optimizer._partition_all_parameters()
-        with self._deepspeed.zero.GatheredParameters(parameters):
-            for p in parameters:
-                # A parameter that some module is still at work with is not let go of.
-                p.ds_active_sub_modules.add(-1)
-            try:
-                yield
-            finally:
-                for p in parameters:
-                    p.ds_active_sub_modules.discard(-1)
 
-    @contextmanager
-    def _swapped(self, name: str) -> Iterator[None]:
-        parameters = list(self._networks[name].parameters())
-        # At stage 3 the whole ones are copies, which are thrown away.
-        plain = [] if self._stage == 3 else [p.detach().clone() for p in parameters]
+class _Trained:
+    """A network with its DeepSpeed engine, which at stage 0 wraps a plain optimizer."""
+
+    def __init__(
+        self,
+        name: str,
+        network: torch.nn.Module,
+        trained: set[str],
+        engine: Any,
+        config: DeepConfig,
+        state: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.name, self.network, self.engine = name, network, engine
+        self.parameters = {key: p for key, p in network.named_parameters() if key in trained}
+        self.config = optimizers.config_of(config, name)
+        self.gamma = ema.gamma_of_width(config.ema) if config.ema else None
+        self.scales_loss = config.precision == "float16"
+        self.loss_scale = LossScale() if self.scales_loss else LossScale(1.0)
+        self.num_steps = 0
+        self.is_backward_due = False
+        # The moving average lies with the moments, so that it is shared out, offloaded and gathered as they are.
+        self.kinds = (*optimizers.MOMENTS[self.config.kind], *((AVERAGE,) if config.ema else ()))
+        if state is not None:
+            self.num_steps = int(state[entry(name, STEP)])
+            if self.scales_loss:
+                self.loss_scale = LossScale.from_tensor(state[entry(name, LOSS_SCALE)])
+        self._make_moments()
+        if state is not None:
+            for kind in self.kinds:
+                for key, value in part(state, name, kind).items():
+                    self.set(kind, self.parameters[key], value)
+        if self.gamma is not None:
+            engine.basic_optimizer.register_step_post_hook(lambda *_: self._average())
+
+    def shards(self) -> list[Tensor]:
+        """The tensors that this process steps."""
+        return list(self.parameters.values())
+
+    def _make_moments(self) -> None:
+        """What the optimizer would make in its first step, so that it is there to be filled."""
+        for shard in self.shards():
+            state = self.engine.basic_optimizer.state[shard]
+            if self.config.kind == "adam":
+                state["step"] = torch.tensor(float(self.num_steps), device=shard.device)
+            for kind in self.kinds:
+                state[kind] = shard.detach().clone() if kind == AVERAGE else torch.zeros_like(shard.detach())
+
+    def get(self, kind: str, parameter: torch.nn.Parameter) -> Tensor:
+        value: Tensor = self.engine.basic_optimizer.state[parameter][kind]
+        return value
+
+    def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        self.get(kind, parameter).copy_(value)
+
+    def set_frozen(self, is_frozen: bool) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(not is_frozen)
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        self._make_up_for_backward()
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.is_backward_due = True
+
+    def _make_up_for_backward(self) -> None:
+        """Where a micro-batch had no sample here: other processes may exchange gradients that they have of theirs."""
+        if self.is_backward_due:
+            self.backward(torch.zeros(()))
+
+    def backward(self, loss: Tensor) -> None:
+        self.is_backward_due = False
+        if not loss.requires_grad:
+            loss = self._nothing()
+        # Micro-batches are added up, not averaged.
+        self.engine.backward(self._scaled(loss), scale_wrt_gas=False)
+
+    def _nothing(self) -> Tensor:
+        """0, with a gradient of 0 for every parameter."""
+        return torch.stack([p.flatten()[0] * 0.0 for p in self.parameters.values() if p.numel()]).sum()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.loss_scale.scale
+
+    def step(self, learning_rate: float) -> float:
+        self._make_up_for_backward()
+        for group in self.engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._step()
+        is_finite = math.isfinite(norm)
+        self.num_steps += is_finite
+        if self.scales_loss:
+            self.loss_scale = self.loss_scale.after(is_finite)
+        return norm
+
+    def _step(self) -> float:
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale.scale
+        if not math.isfinite(norm):
+            self.engine.zero_grad()
+            return norm
+        limit = self.config.gradient_clipping
+        factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0  # 1e-6 as torch and the other stages have it
+        factor /= self.loss_scale.scale
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        self.engine.step()
+        return norm
+
+    def _average(self) -> None:
+        """After each call of the optimizer, which at stage 3 steps some of the parameters at a time."""
+        assert self.gamma is not None
+        weight = 1.0 - ema.decay(self.gamma, self.num_steps + 1)
+        optimizer = self.engine.basic_optimizer
         with torch.no_grad():
-            for p in parameters:
-                p.copy_(self._get(name, p, "ema"))
+            for group in optimizer.param_groups:
+                for shard in group["params"]:
+                    optimizer.state[shard][AVERAGE].lerp_(shard, weight)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """By the names of `gendist.train.state_entries`; every process must go through it."""
+        yield entry(self.name, STEP), torch.tensor(self.num_steps)
+        if self.scales_loss:
+            yield entry(self.name, LOSS_SCALE), self.loss_scale.tensor()
+        for key, value in persistent_buffers(self.network).items():
+            yield entry(self.name, BUFFER, key), value
+        for key, parameter in self.network.named_parameters():
+            with self.whole([parameter]):
+                yield entry(self.name, PARAMETER, key), parameter
+            for kind in self.kinds if key in self.parameters else ():
+                yield entry(self.name, kind, key), self.get(kind, parameter)
+
+    def whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        """The parameters are whole on every process inside."""
+        return nullcontext()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        parameters = list(self.parameters.values()) if self.gamma is not None else []
+        with torch.no_grad():
+            plain = [parameter.clone() for parameter in parameters]
+            for parameter in parameters:
+                parameter.copy_(self.get(AVERAGE, parameter))
         try:
             yield
         finally:
             with torch.no_grad():
-                for p, value in zip(parameters, plain, strict=False):
-                    p.copy_(value)
+                for parameter, value in zip(parameters, plain, strict=True):
+                    parameter.copy_(value)
 
 
-def _optimizer(parameters: list[torch.nn.Parameter], options: OptimizerConfig) -> torch.optim.Optimizer:
-    if options.kind == "sgd":
-        return torch.optim.SGD(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(
-        parameters, lr=options.learning_rate, betas=options.betas, eps=options.epsilon, weight_decay=options.weight_decay
-    )
+class _Sharded(_Trained):
+    """At stages 1 and 2 the optimizer steps a part of a flat copy of the parameters on each process."""
+
+    def shards(self) -> list[Tensor]:
+        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+
+    def _make_moments(self) -> None:
+        super()._make_moments()
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def get(self, kind: str, parameter: torch.nn.Parameter) -> Tensor:
+        value: Tensor = self._utils.safe_get_full_optimizer_state(parameter, kind)
+        return value
+
+    def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        self._utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+
+    @property
+    def _utils(self) -> Any:
+        import deepspeed.utils
+
+        return deepspeed.utils
+
+    def begin_micro_batch(self, is_last: bool) -> None:
+        super().begin_micro_batch(is_last)
+        self.engine.optimizer.clear_backward_seen_flag()
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        if self.scales_loss:
+            # It multiplies the loss, and takes the scale out of gradients and norm before it clips.
+            self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        return loss
+
+    def _step(self) -> float:
+        self.engine.step()
+        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
 
-def _decay(step: int, width: float) -> float:
-    return (1.0 - 1.0 / step) ** (width + 1.0)
+class _ShardedParameters(_Sharded):
+    """At stage 3 no process holds a network; its modules gather their parameters when they are called."""
+
+    def shards(self) -> list[Tensor]:
+        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+
+    def _make_moments(self) -> None:
+        _Trained._make_moments(self)
+
+    def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        size = parameter.partition_numel()  # type: ignore[operator]
+        mine = value.flatten()[dist.get_rank() * size :][:size]
+        padded = torch.nn.functional.pad(mine, (0, size - len(mine)))
+        self._utils.safe_set_local_optimizer_state(parameter, padded, kind)
+
+    def _nothing(self) -> Tensor:
+        raise UserError(
+            f"fit.engine.zero_stage: 3 needs a loss that depends on {self.name} in every micro-batch; take stage 2, or write "
+            "it without a branch on the data"
+        )
+
+    def whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(parameters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        self.engine.optimizer._partition_all_parameters()
+        # The whole ones are copies, which are thrown away at the end: nothing need be put back.
+        with self._without_hooks(), self.whole(list(self.network.parameters())):
+            for parameter in self.parameters.values() if self.gamma is not None else ():
+                parameter.data.copy_(self.get(AVERAGE, parameter))
+            yield
+
+    @contextmanager
+    def _without_hooks(self) -> Iterator[None]:
+        """The modules neither gather nor let go of parameters, so that any one process may call them alone."""
+        offload = self.engine.optimizer.parameter_offload
+        start_of_forward = self.network._forward_pre_hooks[offload.fwd_pre_hook.id]
+        offload._remove_module_hooks()
+        offload.forward_hooks, offload.backward_hooks = [], []
+        try:
+            yield
+        finally:
+            offload.fwd_pre_hook = self.network.register_forward_pre_hook(start_of_forward)
+            offload._register_deepspeed_module(self.network)
 
 
-def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+_TRAINED = {0: _Trained, 1: _Sharded, 2: _Sharded, 3: _ShardedParameters}
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    # Read when it is first imported.
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+def _refuse(processes: Processes, config: DeepConfig) -> None:
+    stage, division = config.engine.zero_stage, Division(config.global_batch_size, processes.world_size, config.micro_batch_size)
+    if config.precision == "float16" and processes.device.type != "cuda":
+        raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
+    if config.channels_last and stage:
+        raise UserError(f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp")
+    if config.compile and stage == 3:
+        raise UserError("fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2")
+    if stage == 3 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
+        raise UserError(
+            f"fit.engine.zero_stage: 3 needs a sample in every micro-batch of every process, which global_batch_size "
+            f"{config.global_batch_size} over {processes.world_size} processes in micro-batches of {config.micro_batch_size} "
+            "has not; take stage 2, or a batch that divides"
+        )
+
+
+def _imported(device: torch.device) -> Any:
+    # DeepSpeed reads them when it is imported and when it starts.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     try:
         import deepspeed
     except ImportError as error:
         raise UserError(
-            f"fit.engine.kind: deepspeed is not installed here ({error}); pip install 'gendist[deepspeed]', or take ddp"
+            f"fit.engine.kind: deepspeed is not installed ({error}); pip install 'gendist[deepspeed]', or take ddp"
         ) from error
-    # An all-reduce for inference alone; building it would take a C++ compiler and a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm_op"] = False
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    # Collectives that DeepSpeed calls by names which torch has renamed since: a line at every step.
+    found = deepspeed.get_accelerator().device_name()
+    if found.split(":")[0] != device.type:
+        raise UserError(f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}")
+    # An all-reduce for inference; to build it takes a C++ compiler and a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    # At every step: DeepSpeed calls collectives by names that torch has changed since.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """That a plain torch optimizer is none of DeepSpeed's own is known: the tests are for that."""
+    return "untested optimizer" not in record.getMessage()
