@@ -42,6 +42,8 @@ from gendist.train.state_entries import (
     shapes,
 )
 
+_SECOND_DERIVATIVE = -1  # stands for a module, whose numbers begin at 0
+
 
 class DeepSpeedEngine:
     """`Engine` of networks whose moments (stage 1), gradients (2) and parameters (3) are shared out over the processes.
@@ -96,6 +98,8 @@ class DeepSpeedEngine:
     def backward(self, network: str, loss: Tensor) -> None:
         # DeepSpeed takes the mean over the processes.
         self._trained[network].backward(loss * self.world_size)
+        for trained in self._trained.values():
+            trained.end_backward()
 
     def step(self, network: str, learning_rate: float) -> float:
         norm = self._trained[network].step(learning_rate)
@@ -198,6 +202,9 @@ class _Trained:
             loss = self._nothing()
         # Micro-batches are added up, not averaged.
         self.engine.backward(self._scaled(loss), scale_wrt_gas=False)
+
+    def end_backward(self) -> None:
+        """After that of any network."""
 
     def _nothing(self) -> Tensor:
         """0, with a gradient of 0 for every parameter."""
@@ -319,6 +326,31 @@ class _ShardedParameters(_Sharded):
 
     def _make_moments(self) -> None:
         _Trained._make_moments(self)
+        self._kept = False
+        self._keep_for_second_derivatives()
+
+    def _keep_for_second_derivatives(self) -> None:
+        """Parameters that a gradient with `create_graph=True` goes through stay whole until the backward pass of the loss.
+
+        DeepSpeed lets go of them after the first derivative, and does not gather them again for the second.
+        """
+        offload = self.engine.optimizer.parameter_offload
+        gather = offload.pre_sub_module_backward_function
+
+        def gather_and_keep(module: torch.nn.Module) -> None:
+            gather(module)
+            if torch.is_grad_enabled():
+                self._kept = True
+                for parameter in module.parameters(recurse=False):
+                    # Of a parameter that some module still computes with nobody lets go.
+                    parameter.ds_active_sub_modules.add(_SECOND_DERIVATIVE)  # type: ignore[attr-defined]
+
+        offload.pre_sub_module_backward_function = gather_and_keep
+
+    def end_backward(self) -> None:
+        if self._kept:
+            self._kept = False
+            self.engine.optimizer._partition_all_parameters()
 
     def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
         size = parameter.partition_numel()  # type: ignore[operator]
