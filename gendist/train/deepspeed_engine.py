@@ -347,6 +347,15 @@ class _ShardedParameters(_Sharded):
 
         offload.pre_sub_module_backward_function = gather_and_keep
 
+    def _step(self) -> float:
+        norm = super()._step()
+        # DeepSpeed would step a parameter that the next loss does not reach along the gradient of this one.
+        self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        for shard in self.shards():
+            if shard.grad is not None:
+                shard.grad.zero_()
+        return norm
+
     def end_backward(self) -> None:
         if self._kept:
             self._kept = False
