@@ -41,12 +41,12 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
 
     num_gpus  that each worker needs
 
-    UserError where the address does not answer, or the cluster has fewer CPUs or GPUs than the workers need.
+    UserError where the address does not answer, or the cluster has no room for the workers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     ours = not ray.is_initialized()
     if ours:
-        with _uninterrupted():
+        with uninterrupted():
             _connect(num_workers, address)
     elif address is not None:
         check_reachable(address)
@@ -54,22 +54,35 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         if address not in (connected, "auto", "local"):
             raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")
     try:
-        for kind, each in (("CPU", 1), ("GPU", num_gpus)):
-            there = int(ray.cluster_resources().get(kind, 0))
-            if num_workers * each > there:
-                raise UserError(
-                    f"cluster.num_workers is {num_workers}, but the cluster has {there} {kind}s; ask for at most {there}"
-                    + (", or leave cluster.use_gpu out" if kind == "GPU" else "")
-                )
+        check_room(num_workers, num_gpus)
         yield
     finally:
         if ours:
-            with _uninterrupted():
+            with uninterrupted():
                 ray.shutdown()
 
 
+def room(num_gpus: int = 0) -> int:
+    """How many workers the cluster could hold if nothing else ran there: each has a CPU, and its GPUs on the same node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    per_node = [min(node.get("CPU", 0), node.get("GPU", 0) / num_gpus if num_gpus else float("inf")) for node in nodes]
+    return sum(int(workers) for workers in per_node)
+
+
+def check_room(num_workers: int, num_gpus: int = 0) -> None:
+    """UserError where the cluster has no room for the workers, which Ray would wait for without an end."""
+    there = room(num_gpus)
+    if num_workers > there:
+        raise UserError(
+            f"cluster.num_workers is {num_workers}, but the cluster has "
+            + (f"{there} GPUs with a CPU beside each" if num_gpus else f"{there} CPUs")
+            + f"; ask for at most {there}"
+            + (", or leave cluster.use_gpu out" if num_gpus else "")
+        )
+
+
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and SIGTERM: an interrupt in the middle of Ray's start or end can crash the process. And undo what
     Ray does to the handlers of both."""
     if threading.current_thread() is not threading.main_thread():
