@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+CPU_WORKER: Mapping[str, float] = {"CPU": 1}
+GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
 logger = logging.getLogger("gendist")
@@ -54,7 +56,7 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         if address not in (connected, "auto", "local"):
             raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")
     try:
-        check_room(num_workers, num_gpus)
+        check_room(num_workers, GPU_WORKER if num_gpus else CPU_WORKER)
         yield
     finally:
         if ours:
@@ -62,22 +64,21 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
                 ray.shutdown()
 
 
-def room(num_gpus: int = 0) -> int:
-    """How many workers the cluster could hold if nothing else ran there: each has a CPU, and its GPUs on the same node."""
+def room(each: Mapping[str, float]) -> int:
+    """How many workers the cluster could hold if nothing else ran there; each needs its resources on one node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    per_node = [min(node.get("CPU", 0), node.get("GPU", 0) / num_gpus if num_gpus else float("inf")) for node in nodes]
-    return sum(int(workers) for workers in per_node)
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
 
 
-def check_room(num_workers: int, num_gpus: int = 0) -> None:
+def check_room(num_workers: int, each: Mapping[str, float]) -> None:
     """UserError where the cluster has no room for the workers, which Ray would wait for without an end."""
-    there = room(num_gpus)
+    there = room(each)
     if num_workers > there:
         raise UserError(
             f"cluster.num_workers is {num_workers}, but the cluster has "
-            + (f"{there} GPUs with a CPU beside each" if num_gpus else f"{there} CPUs")
+            + (f"{there} GPUs with a CPU beside each" if "GPU" in each else f"{there} CPUs")
             + f"; ask for at most {there}"
-            + (", or leave cluster.use_gpu out" if num_gpus else "")
+            + (", or leave cluster.use_gpu out" if "GPU" in each else "")
         )
 
 

@@ -36,7 +36,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
-from gendist.ray_cluster import WORKER_ENVIRONMENT, check_room, room, uninterrupted
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, check_room, room, uninterrupted
 from gendist.train.ray_mailbox import Mailbox
 
 SILENCE_LIMIT_S = 1800.0
@@ -65,6 +65,7 @@ def train_on_ray(
     folder: Path,
     *,
     use_gpu: bool = False,
+    resources: Mapping[str, float] | None = None,
     max_failures: int = 3,
     watch: Callable[[dict[str, Any]], None] = lambda record: None,
     silence_limit_s: float = SILENCE_LIMIT_S,
@@ -75,6 +76,7 @@ def train_on_ray(
 
     num_workers    or the least and the most of them: the group has as many as the cluster has room for, is smaller after the
                    loss of a node, and larger once there is room again, which is looked for every `resize_interval_s`
+    resources      of the cluster that each worker needs beside a CPU, and with `use_gpu` a GPU
     folder         on this machine, for files of Ray Train's own, which are gone at the end
     max_failures   losses of workers, and exceptions in them, that are recovered from before there is another checkpoint
     watch          called with each record that rank 0 gives to `Line.record`, in a thread of its own
@@ -84,7 +86,8 @@ def train_on_ray(
     where too many workers were lost. Ctrl-C ends the workers at once.
     """
     least, most = (num_workers, num_workers) if isinstance(num_workers, int) else num_workers
-    check_room(least, int(use_gpu))
+    each = {**(GPU_WORKER if use_gpu else CPU_WORKER), **(resources or {})}
+    check_room(least, each)
     storage = folder / ".ray_train"
     shutil.rmtree(storage, ignore_errors=True)
     mailbox = Mailbox.remote()
@@ -98,7 +101,7 @@ def train_on_ray(
         scaling_config=ScalingConfig(
             num_workers=num_workers if isinstance(num_workers, int) else (least, most),
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+            resources_per_worker=each,
             elastic_resize_monitor_interval_s=resize_interval_s,
         ),
         run_config=RunConfig(
@@ -109,7 +112,7 @@ def train_on_ray(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    listener = _Listener(mailbox, watch, lambda: room(int(use_gpu)), least, no_room_limit_s, trainer.stop)
+    listener = _Listener(mailbox, watch, lambda: room(each), least, no_room_limit_s, trainer.stop)
     try:
         with _settings(), listener:
             return trainer.fit().return_value
@@ -134,8 +137,8 @@ class Line:
     def __init__(self, mailbox: Any, rank: int, silence_limit_s: float):
         self._mailbox, self._is_heard, self._limit_s = mailbox, rank == 0, silence_limit_s
         self._messages: list[Message] = []
-        self._num_checkpoints = 0
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._flush_now_and_then, daemon=True)
         self._alive_at = float("-inf")
@@ -148,8 +151,8 @@ class Line:
 
     def checkpoint(self) -> None:
         """A checkpoint stands: the losses of workers before it no longer count."""
-        with self._lock:
-            self._num_checkpoints += 1
+        if self._is_heard:
+            self._flush(num_checkpoints=1)  # at once: this worker may be the next to be lost
 
     def alive(self) -> None:
         """To be called by every worker, at least once in a step."""
@@ -180,12 +183,12 @@ class Line:
             self._flush()
         self._flush()
 
-    def _flush(self) -> None:
-        with self._lock:
-            messages, self._messages = self._messages, []
-            num_checkpoints, self._num_checkpoints = self._num_checkpoints, 0
-        if self._is_heard and (messages or num_checkpoints):
-            ray.get(self._mailbox.put.remote(messages, num_checkpoints))
+    def _flush(self, num_checkpoints: int = 0) -> None:
+        with self._flushing:
+            with self._lock:
+                messages, self._messages = self._messages, []
+            if messages or num_checkpoints:
+                ray.get(self._mailbox.put.remote(messages, num_checkpoints))
 
 
 def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_limit_s: float) -> Any:
