@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["WANDB_MODE"] = "disabled"  # where it is installed, every fit would start it; its tests do without this
 
 import numpy as np
 import pytest

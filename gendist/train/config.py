@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -63,6 +63,11 @@ class DeepConfig(_Block):
     channels_last      memory layout of images inside the networks
     record_every       steps between records of metrics.jsonl, which hold means over these
     """
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
+        {"micro_batch_size", "engine", "checkpoint_every", "keep_last", "max_failures", "compile", "channels_last"}
+    )
+    """What may be another when a run is resumed: it tells how fast and where a step is computed, and not which step it is."""
 
     num_steps: int = Field(default=1000, ge=1)
     global_batch_size: int = Field(default=128, ge=1)
