@@ -10,8 +10,7 @@ import ray
 WAIT_S = 0.5
 
 
-@ray.remote(num_cpus=0)
-class Mailbox:
+class _Mailbox:
     """Keeps what is put into it, in order, until it is taken; and how many checkpoints it was told of."""
 
     def __init__(self) -> None:
@@ -36,3 +35,6 @@ class Mailbox:
 
     async def num_checkpoints(self) -> int:
         return self._num_checkpoints
+
+
+Mailbox: Any = ray.remote(num_cpus=0)(_Mailbox)

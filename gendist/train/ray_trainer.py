@@ -17,14 +17,12 @@ import os
 import shutil
 import socket
 import struct
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -37,20 +35,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
 from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, check_room, room, uninterrupted
+from gendist.train.processes import TIMEOUT_S, joined
 from gendist.train.ray_mailbox import Mailbox
 
-SILENCE_LIMIT_S = 1800.0
 NO_ROOM_LIMIT_S = 300.0
-NUM_STARTS = 10  # of a group that never gets as far as the function, each of a minute if it waits for a busy cluster
+NUM_STARTS = 30  # of a group that does not get as far as the function; each waits 10 s for a cluster that is busy
+WAITING_S = 30.0
 RESIZE_INTERVAL_S = 60.0
 FLUSH_INTERVAL_S = 0.2
 ABORT_LIMIT_S = 10.0
 
 # Of Ray Train, which has no other place to say them. It looks after the workers twice a second, so that the end and the loss
-# of one are noticed as soon; it leaves them in their working directory; and nobody is told of nodes that will be taken away,
-# since training goes on from its last checkpoint in any case.
+# of one are noticed as soon; it tries again soon with another size of group, since for a while after the loss of a node it
+# does not know of it; it leaves workers in their working directory; and it does not tell them of nodes that will be taken
+# away, since training goes on from its last checkpoint in any case.
 SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
@@ -68,7 +69,7 @@ def train_on_ray(
     resources: Mapping[str, float] | None = None,
     max_failures: int = 3,
     watch: Callable[[dict[str, Any]], None] = lambda record: None,
-    silence_limit_s: float = SILENCE_LIMIT_S,
+    silence_limit_s: float = TIMEOUT_S,
     no_room_limit_s: float = NO_ROOM_LIMIT_S,
     resize_interval_s: float = RESIZE_INTERVAL_S,
 ) -> Any:
@@ -146,6 +147,9 @@ class Line:
     def record(self, record: Mapping[str, Any]) -> None:
         self._say(("record", dict(record)))
 
+    def started(self, world_size: int) -> None:
+        self._say(("started", world_size))
+
     def log(self, level: int, text: str) -> None:
         self._say(("log", (level, text)))
 
@@ -161,7 +165,7 @@ class Line:
             self._alive_at = now
             # A thread of C's, which a process that hangs in whatever place does not hinder, ends it when this is not called
             # again in time; where each thread was is written to the worker's log.
-            faulthandler.dump_traceback_later(self._limit_s, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._limit_s, exit=True)
 
     def _say(self, message: Message) -> None:
         if self._is_heard:
@@ -198,15 +202,12 @@ def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_
     if not use_gpu:
         torch.set_num_threads(1)
     with Line(mailbox, rank, silence_limit_s) as line, _log_over(line):
-        line.log(logging.INFO, f"training with {world_size} worker{'s' if world_size > 1 else ''}")
+        line.started(world_size)
         try:
-            if world_size > 1:
-                backend = "cpu:gloo,cuda:nccl" if use_gpu else "gloo"
-                torch.distributed.init_process_group(backend, timeout=timedelta(seconds=silence_limit_s))
-            result = function(line)
-            if world_size > 1:
-                torch.distributed.destroy_process_group()
-            return result
+            with joined(use_gpu, timeout_s=silence_limit_s):
+                return function(line)
+        except UserError:
+            raise
         except Exception as error:
             # Ray Train hands on the exception without its traceback, and those of all ranks in no order.
             error.add_note(f"in the worker of rank {rank}:\n{traceback.format_exc()}")
@@ -291,7 +292,7 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class _Trainer(TorchTrainer):
     """Whoever runs it handles the interrupts: Ray's handler would stay after the end, and see Ctrl-C, but not SIGTERM."""
 
     _controller: Any = None
@@ -312,7 +313,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
                 pass  # it has ended, as it was told to
 
 
-class _Failures(UserCallback):  # type: ignore[misc]
+class _Failures(UserCallback):
     """In the controller: what it raises ends the run, whatever Ray Train's own policy says; else the group is started anew."""
 
     def __init__(self, mailbox: Any, max_failures: int):
@@ -324,10 +325,20 @@ class _Failures(UserCallback):  # type: ignore[misc]
         self._num_failures = self._num_failures + 1 if num_checkpoints == self._num_checkpoints else 1
         self._num_checkpoints = num_checkpoints
         error = first_failure(worker_exceptions)
-        if isinstance(error, UserError) or self._num_failures > self._max_failures:
+        lost = not hasattr(error, "failed_at") and not isinstance(error, UserError)
+        if isinstance(error, UserError) or (self._num_failures > self._max_failures and not lost):
             raise error
-        text = f"{_one_line(error)}; going on from the last checkpoint ({self._num_failures} of {self._max_failures})"
-        self._mailbox.put.remote([("log", (logging.WARNING, text))])
+        if lost:
+            text = "a worker was lost"
+        else:
+            text = f"a worker failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})"
+        if self._num_failures > self._max_failures:
+            raise UserError(
+                f"{text}, as happened {self._max_failures} times since the last checkpoint; memory may be short, and the logs "
+                "of Ray may tell; the same command goes on from the last checkpoint"
+            )
+        text += f"; going on from the last checkpoint ({self._num_failures} of {self._max_failures})"
+        self._mailbox.put.remote([("lost", text)])
 
 
 def first_failure(exceptions: Mapping[int, Exception]) -> Exception:
@@ -338,21 +349,13 @@ def first_failure(exceptions: Mapping[int, Exception]) -> Exception:
     )
 
 
-def _one_line(error: Exception) -> str:
-    if not hasattr(error, "failed_at"):
-        return "a worker was lost"
-    return f"a worker failed ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]})"
-
-
 def _cause(error: Exception) -> Exception:
-    """What to tell the user: the mistake or exception that a worker met, or one line where workers were lost."""
+    """What to tell the user: what `_Failures` raised, or one line where Ray Train gave up by itself."""
     cause = getattr(error, "controller_failure", error)
-    if hasattr(cause, "failed_at"):
+    if isinstance(cause, UserError) or hasattr(cause, "failed_at"):
         return cause
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return UserError(
-        f"workers were lost time and again ({reason}); see the logs of Ray; the same command goes on from the last checkpoint"
-    )
+    return UserError(f"no workers could be started ({reason}); see the logs of Ray; the same command goes on where it can")
 
 
 @dataclass
@@ -371,6 +374,7 @@ class _Listener:
     error: BaseException | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
     _without_room_since: float | None = None
+    _waiting_since: float | None = field(default_factory=time.monotonic)
 
     def __enter__(self) -> _Listener:
         self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -386,19 +390,32 @@ class _Listener:
             messages = None
             while messages or not self._ended.is_set():
                 messages = ray.get(self.mailbox.take.remote())
-                for kind, content in messages:
-                    if kind == "record":
-                        self.watch(content)
-                    else:
-                        logger.log(*content)
+                for message in messages:
+                    self._hear(*message)
                 if not messages:
-                    self._check_room()
+                    self._look_for_room()
         except BaseException as error:
             self.error = error
             self.stop_run()
 
-    def _check_room(self) -> None:
+    def _hear(self, kind: str, content: Any) -> None:
+        if kind == "record":
+            self.watch(content)
+        elif kind == "started":
+            self._waiting_since = None
+            logger.info("training with %d worker%s", content, "" if content == 1 else "s")
+        elif kind == "lost":
+            self._waiting_since = time.monotonic()
+            logger.warning(content)
+        else:
+            logger.log(*content)
+
+    def _look_for_room(self) -> None:
         there, now = self.room(), time.monotonic()
+        if self._waiting_since is not None and now - self._waiting_since > WAITING_S:
+            self._waiting_since = now
+            free = int(ray.available_resources().get("CPU", 0))
+            logger.info("waiting for workers: %d CPUs of the cluster are free, it has room for %d workers", free, there)
         if there >= self.least:
             self._without_room_since = None
         elif self._without_room_since is None:

@@ -60,17 +60,11 @@ def train(folder: Path, incidents: dict, line) -> dict:
             (folder / "new.npz").replace(checkpoint)
             line.record({"step": step, "x": x.tolist()})
         line.checkpoint()
-    return {"x": x.tobytes(), "environment": dict(os.environ), "folder": os.getcwd(), "threads": torch.get_num_threads()}
+    return {"x": x.tobytes()}
 
 
 def die(folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_everybody(folder: Path) -> None:
-    pids = [int(line.split()[2]) for line in (folder / "starts").read_text().splitlines()[-2:]]
-    for pid in sorted(pids, key=lambda pid: pid == os.getpid()):
-        os.kill(pid, signal.SIGKILL)
 
 
 def hang(folder: Path) -> None:
@@ -82,13 +76,12 @@ def complain(folder: Path) -> None:
 
 
 def fail(folder: Path) -> None:
-    (folder / "happened-3-1").unlink()  # so that it happens again
     raise KeyError("a bug of ours")
 
 
-def expected() -> np.ndarray:
+def expected(num_steps: int) -> np.ndarray:
     x = np.zeros(4)
-    for step in range(NUM_STEPS):
+    for step in range(num_steps):
         x = x + step_of(x, step, range(12))
     return x
 
@@ -107,12 +100,6 @@ def starts(folder: Path) -> list[tuple[int, int]]:
     return [tuple(map(int, line.split()[:2])) for line in (folder / "starts").read_text().splitlines()]
 
 
-def alive_actors() -> set[str]:
-    from ray._private.state import actors
-
-    return {actor["ActorID"] for actor in actors().values() if actor["State"] not in ("DEAD",)}
-
-
 @pytest.fixture
 def leaves_nothing(cluster, tmp_path):
     """All CPUs are free at the end, and no file of Ray Train's is left."""
@@ -125,41 +112,37 @@ def leaves_nothing(cluster, tmp_path):
     assert not (tmp_path / ".ray_train").exists()
 
 
-def test_the_same_bytes_whatever_happens_to_the_workers(cluster, tmp_path, caplog, leaves_nothing):
+def test_losses_hangs_and_exceptions_are_recovered_from_and_mistakes_are_not(cluster, tmp_path, caplog, leaves_nothing):
     records = []
-    incidents = {(8, 1): die, (16, 0): kill_everybody, (24, 1): hang}
-    with caplog.at_level(logging.INFO, "gendist"):
-        # Three losses are more than one, but there are checkpoints between them.
-        result = run(tmp_path, incidents, max_failures=1, watch=records.append, silence_limit_s=6.0)
-    assert result["x"] == expected().tobytes()
+    incidents = {(8, 1): die, (16, 1): hang, (24, 1): fail, (32, 1): complain}
+    with caplog.at_level(logging.INFO, "gendist"), pytest.raises(UserError, match=r"^row 7 is wrong$"):
+        # Three are more than one, but there are checkpoints between them.
+        run(tmp_path, incidents, max_failures=1, watch=records.append, silence_limit_s=6.0)
+    stored = np.load(tmp_path / "checkpoint.npz")
+    assert stored["step"] == 31
+    assert stored["x"].tobytes() == expected(32).tobytes()
     assert sorted(starts(tmp_path)) == sorted([(0, 2), (1, 2)] * 4)
-    assert sorted({record["step"] for record in records}) == list(range(NUM_STEPS))
-    assert np.array(records[-1]["x"]).tobytes() == result["x"]
+    assert sorted({record["step"] for record in records}) == list(range(32))
     assert caplog.text.count("training with 2 workers") == 4
-    assert caplog.text.count("going on from the last checkpoint (1 of 1)") == 3
-    environment = result["environment"]
-    from gendist.train.ray_trainer import interface_of
+    assert caplog.text.count("a worker was lost; going on from the last checkpoint (1 of 1)") == 2
+    assert caplog.text.count("a worker failed (KeyError: 'a bug of ours'); going on from the last checkpoint (1 of 1)") == 1
 
+
+def test_a_worker_is_set_up_as_torchrun_does(cluster, tmp_path, leaves_nothing):
+    from gendist.train.ray_trainer import interface_of, train_on_ray
+
+    def tell(line):
+        import torch
+
+        return dict(os.environ), os.getcwd(), torch.get_num_threads(), torch.distributed.get_world_size()
+
+    environment, folder, num_threads, world_size = train_on_ray(tell, 1, tmp_path)
+    assert (num_threads, world_size, folder) == (1, 1, os.getcwd())
     address = ray.util.get_node_ip_address()
     assert environment["MASTER_ADDR"] == address
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == interface_of(address)
     assert environment["MALLOC_TRIM_THRESHOLD_"] == "4000000000"
-    assert result["threads"] == 1
-    assert result["folder"] == os.getcwd()
-
-
-def test_a_mistake_of_the_users_is_told_at_once_and_not_tried_again(cluster, tmp_path, leaves_nothing):
-    with pytest.raises(UserError, match=r"^row 7 is wrong$"):
-        run(tmp_path, {(3, 1): complain})
-    assert len(starts(tmp_path)) == 2
-
-
-def test_an_exception_is_tried_again_and_then_raised_with_its_traceback(cluster, tmp_path, leaves_nothing):
-    with pytest.raises(KeyError, match="a bug of ours") as caught:
-        run(tmp_path, {(3, 1): fail}, max_failures=1)
-    assert "in the worker of rank 1" in caught.value.__notes__[0]
-    assert "in fail" in caught.value.__notes__[0]
-    assert len(starts(tmp_path)) == 4
 
 
 def test_the_group_shrinks_with_the_cluster(cluster, tmp_path, caplog):
@@ -181,7 +164,7 @@ def test_the_group_shrinks_with_the_cluster(cluster, tmp_path, caplog):
     finally:
         for node in nodes:
             cluster.remove_node(node)
-    assert result["x"] == expected().tobytes()
+    assert result["x"] == expected(NUM_STEPS).tobytes()
     assert starts(tmp_path)[-1] == (0, 1)
     assert sorted({record["step"] for record in records}) == list(range(NUM_STEPS))
 
@@ -196,3 +179,23 @@ def test_more_workers_than_the_cluster_has_room_for_are_refused_with_both_number
         run(tmp_path, {}, num_workers=1, use_gpu=True)
     assert time.monotonic() - began < 10
     assert not (tmp_path / "starts").exists()
+
+
+def test_of_what_the_workers_met_the_cause_is_told():
+    from gendist.train.ray_trainer import first_failure
+
+    def at(error: Exception, failed_at: float) -> Exception:
+        error.failed_at = failed_at
+        return error
+
+    closed, bug, mistake, death = at(RuntimeError(), 2.0), at(KeyError(), 1.0), at(UserError(), 3.0), OSError()
+    assert first_failure({0: closed, 1: bug}) is bug
+    assert first_failure({0: closed, 1: bug, 2: death}) is death
+    assert first_failure({0: closed, 1: bug, 2: death, 3: mistake}) is mistake
+
+
+def test_the_interface_that_carries_an_address():
+    from gendist.train.ray_trainer import interface_of
+
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") is None
