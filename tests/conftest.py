@@ -44,3 +44,15 @@ def blobs() -> np.ndarray:
     factors = rng.normal(size=(3, 3, 3)) * 0.5 + np.eye(3)
     which = rng.integers(0, 3, 600)
     return means[which] + np.einsum("nij,nj->ni", factors[which], rng.normal(size=(600, 3)))
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[str]:
+    """The name of a small family that is fitted by gradient, which is among the families for the tests of a module."""
+    from toy_family import FOLDER
+
+    import gendist.models
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
+        yield "toy"

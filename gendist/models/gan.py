@@ -95,7 +95,7 @@ def squared_gradient(discriminator: nn.Module, x: Tensor) -> Tensor:
     x = x.detach().requires_grad_()
     # A logit depends on its own sample alone, so the gradient of their sum is every sample's own.
     (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
-    return gradient.float().square().flatten(1).sum(1)
+    return gradient.square().flatten(1).sum(1)
 
 
 def r1(discriminator: nn.Module, real: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ class NotFinite(UserError):
 class Report:
     """What is yielded after a step at which something is due, with the same values on every process.
 
-    record             of the steps since the last report; see `train`
+    record             of the steps since the last report; see `train`. Empty where there were none
     progress           from which to go on
     decision           whether training goes on
     is_checkpoint_due  the caller is to keep `engine.state()`, which every process must ask for, and the progress
@@ -62,8 +62,11 @@ def train(
     seed: int,
     progress: Progress = START,
     validation: Rows | None = None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Report]:
     """Train the networks that `engine.prepare` was given, from `progress` on, until a decision to stop.
+
+    is_asked_to_stop  asked before every step; where one process says so, all end with a report of the steps so far
 
     A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples, and PHASE/loss, what is minimised;
     PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out rows;
@@ -82,7 +85,10 @@ def train(
         step = progress.step
         batches = training_batches(rows, seed, step, division, engine.rank)
         phases = model.phases(step)
-        counts = _total_counts(model, engine, phases, [batch for _, batch in batches])
+        counts, is_stopped = _total_counts(model, engine, phases, [batch for _, batch in batches], is_asked_to_stop())
+        if is_stopped:
+            yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
+            return
         batches = [(start, moved(batch, engine.device)) for start, batch in batches]
         for phase in phases:
             sums = Sums(counts[phase], config.global_batch_size)
@@ -128,17 +134,19 @@ def train(
 
 
 def _total_counts(
-    model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block]
-) -> dict[Phase, dict[str, float]]:
-    """Of each term of each phase, over how many samples of the global batch it is a sum."""
+    model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block], is_asked_to_stop: bool
+) -> tuple[dict[Phase, dict[str, float]], bool]:
+    """Of each term of each phase, over how many samples of the global batch it is a sum; and whether any process is asked to
+    stop, which costs no exchange of its own."""
     mine = {phase: Counter[str]() for phase in phases}
     for phase, counts in mine.items():
         for batch in batches:
             counts.update(model.counts(phase, batch))
     names = [(phase, name) for phase, counts in mine.items() for name in counts]
-    totals = engine.sum(torch.tensor([mine[phase][name] for phase, name in names], dtype=torch.float64)).tolist()
+    values = [*(mine[phase][name] for phase, name in names), float(is_asked_to_stop)]
+    *totals, num_asked = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
     total_of = dict(zip(names, totals, strict=True))
-    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}
+    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, num_asked > 0
 
 
 def _explanation(step: int, phase: Phase, not_finite: Mapping[str, float], norm: float, config: DeepConfig) -> str:

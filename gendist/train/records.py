@@ -54,6 +54,7 @@ class Window:
         self._rates: dict[str, float] = {}
         self._skipped: list[dict[str, Any]] = []
         self._num_samples = 0
+        self.num_steps = 0
         self._began = time.monotonic()
 
     def add_phase(self, phase: Phase, sums: Sums, norm: float, learning_rate: float) -> None:
@@ -68,6 +69,7 @@ class Window:
 
     def add_step(self, num_samples: int) -> None:
         self._num_samples += num_samples
+        self.num_steps += 1
 
     def record(self, step: int, engine: Engine) -> dict[str, Any]:
         """What is known after this many steps; every process must ask."""

@@ -15,6 +15,11 @@ from torch.nn import functional
 
 from gendist.models.ops.layout import check_between_0_and_1
 
+# Of a learned standard deviation. From one that is large for the data, the KL divergence wins, and latents that were given up
+# do not come back; and an optimizer that moves every parameter by about its learning rate takes thousands of steps for a
+# factor of ten, unless the parameter is small for what it does.
+FIRST_SCALE, SPEED = 0.1, 10.0
+
 LikelihoodName = Literal["bernoulli", "gaussian"]
 
 
@@ -44,14 +49,14 @@ class Bernoulli(nn.Module):
 class Gaussian(nn.Module):
     """Each feature is normal about y, with one standard deviation for all.
 
-    scale  the standard deviation; where None, it is learned with the networks (Rybkin et al. 2021), from 1 on
+    scale  the standard deviation; where None, it is learned with the networks (Rybkin et al. 2021) from FIRST_SCALE on
     """
 
     def __init__(self, scale: float | None):
         super().__init__()
         self.scale = scale
         if scale is None:
-            self.log_scale = nn.Parameter(torch.zeros(1))
+            self.log_scale_over_speed = nn.Parameter(torch.full((1,), math.log(FIRST_SCALE) / SPEED))
 
     def forward(self, x_BD: Tensor, y_BD: Tensor) -> Tensor:
         log_scale = self._log_scale(x_BD)
@@ -70,7 +75,7 @@ class Gaussian(nn.Module):
         """Any number is possible."""
 
     def _log_scale(self, like: Tensor) -> Tensor:
-        return self.log_scale if self.scale is None else like.new_tensor([math.log(self.scale)])
+        return SPEED * self.log_scale_over_speed if self.scale is None else like.new_tensor([math.log(self.scale)])
 
 
 Likelihood = Bernoulli | Gaussian
