@@ -7,6 +7,7 @@ other in the same processes, each with a process group of its own.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -71,6 +72,7 @@ def run(jobs: Sequence[Job], timeout_s: float, environment: dict[str, str] | Non
 def _work(rank: int, jobs: Sequence[Job], folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(40, file=(Path(folder) / f"{rank}.trace").open("w"))
     results: dict[Hashable, Any] = {}
     try:
         for world_size in sorted({job.world_size for job in jobs}):
