@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,25 @@ class Case:
         return Block(x=self.x[rows], rows=rows, **{name: values[rows] for name, values in fields.items()})
 
 
-@pytest.fixture(scope="module", params=families())
-def case(request) -> Case:
+TRAINED = [family for family in families() if is_trained(family_class(family))]
+
+
+@cache
+def fitted(family: str) -> Case:
     """A family, fitted for a moment on the digits in this process."""
     overrides = ["cluster.num_workers=0", "data.validation_fraction=0"]
-    if is_trained(family_class(request.param)):
+    if family in TRAINED:
         overrides += ["fit.num_steps=2", "fit.global_batch_size=32"]
     else:
         overrides += ["fit.max_iterations=2", "fit.tolerance=0"]
-    spec = load_spec(CONFIGS / f"{request.param}_digits.yaml", overrides)
+    spec = load_spec(CONFIGS / f"{family}_digits.yaml", overrides)
     x = torch.from_numpy(load_digits().images.reshape(-1, 64) / 16.0)
-    return Case(request.param, spec, gendist.fit(spec).model, x)
+    return Case(family, spec, gendist.fit(spec).model, x)
+
+
+@pytest.fixture(params=families())
+def case(request) -> Case:
+    return fitted(request.param)
 
 
 def leaves_of(case: Case):
@@ -162,11 +171,10 @@ def test_tensors_that_are_not_the_familys_are_refused(case):
 # Families fitted by sufficient statistics
 
 
-@pytest.fixture
-def em_case(case) -> Case:
-    if not isinstance(case.model, StatisticsModel):
-        pytest.skip("not fitted by sufficient statistics")
-    return case
+@pytest.fixture(params=[family for family in families() if family not in TRAINED])
+def em_case(request) -> Case:
+    assert isinstance(fitted(request.param).model, StatisticsModel)
+    return fitted(request.param)
 
 
 def test_statistics_are_the_same_bytes_for_every_run_of_leaves(em_case):
@@ -243,11 +251,10 @@ def test_the_log_likelihood_is_that_of_the_e_step(em_case):
 # Families fitted by gradient
 
 
-@pytest.fixture
-def deep_case(case) -> Case:
-    if not isinstance(case.model, DeepModel):
-        pytest.skip("not fitted by gradient")
-    return case
+@pytest.fixture(params=TRAINED)
+def deep_case(request) -> Case:
+    assert isinstance(fitted(request.param).model, DeepModel)
+    return fitted(request.param)
 
 
 def fresh(case: Case, seed: int = 0) -> DeepModel:
