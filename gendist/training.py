@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gendist.blocks import LocalBlocks
 from gendist.config import Spec
 from gendist.data import Dataset, Schema, open_source, source_of
@@ -163,8 +165,7 @@ class Training:
         directory = self.directory
         last = newest(directory.checkpoints)
         assert last is not None, "training ends with a checkpoint"
-        best_step = last.progress.best_step
-        chosen = last if best_step in (None, last.progress.step) else read(directory.checkpoints / f"{best_step:08d}")
+        chosen = self._best(last)
         fitted = transformed(self._averaged_model(chosen), self._dataset.transforms)
         records = directory.read_metrics()
         at_best = next((record for record in records if record["step"] == chosen.progress.step), records[-1])
@@ -180,6 +181,17 @@ class Training:
         directory.finish(fitted, records, self._dataset.schema, self._manifest)
         run = read_run(directory)
         return run if self.is_asked_for else replace(run, path=None)
+
+    def _best(self, last: TrainingCheckpoint) -> TrainingCheckpoint:
+        """The checkpoint of the best validation; the last one where there was none, or the disk has lost it."""
+        best_step = last.progress.best_step
+        if best_step is None or best_step == last.progress.step:
+            return last
+        try:
+            return read(self.directory.checkpoints / f"{best_step:08d}")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("the checkpoint of the best validation cannot be read, and the last one is taken (%s)", error)
+            return last
 
     def _averaged_model(self, checkpoint: TrainingCheckpoint) -> Any:
         """The model with the moving average of the parameters, where there is one, else with the parameters."""
@@ -220,6 +232,8 @@ def held_back(path: Path) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
             raise KeyboardInterrupt
+        if not asked_at:
+            logger.info("stopping after this step; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
         (path / STOP_FILE).touch()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,7 @@ from gendist.train.processes import Processes, joined
 from gendist.transformed import transformed
 
 STOP_FILE = ".stop"  # in the run directory: while it is there, the processes are asked to leave a checkpoint and stop
+SAMPLES = "samples"  # in the run directory: the pictures along the way
 WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
 
 
@@ -76,10 +78,6 @@ class TrainingJob:
             on_cpu = processes.device.type == "cpu"
             with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
                 return _Process(spec, directory, self.rows.dataset, processes, line).train(rows)
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.rows.dataset
 
 
 def new_model(spec: Spec, dataset: Dataset) -> Any:
@@ -162,7 +160,7 @@ class _Process:
             for network in networks:
                 network.eval()
             if self.is_first:
-                folder = self.directory.path / "samples"
+                folder = self.directory.path / SAMPLES
                 folder.mkdir(exist_ok=True)
                 pictured = transformed(model, self.dataset.transforms)
                 draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
@@ -202,13 +200,17 @@ def make_engine(processes: Processes, config: DeepConfig) -> Engine:
 
 
 def _cut_back(directory: RunDirectory, step: int) -> None:
-    """Take away what an earlier process left behind the checkpoint that is gone on from: records, pictures, what could not
-    be read."""
+    """Take away what an earlier process left behind the checkpoint that is gone on from: records, pictures, and checkpoints,
+    which are those that could not be read."""
     directory.cut_metrics(step)
-    for folder, suffix in ((directory.checkpoints, ""), (directory.path / "samples", ".png")):
-        for path in folder.glob(f"[0-9]*{suffix}"):
-            if int(path.name.removesuffix(suffix)) > step:
-                path.rename(path.with_name(f".{path.name}.unreadable")) if path.is_dir() else path.unlink()
+    for path in directory.checkpoints.glob("[0-9]*"):
+        if int(path.name) > step:
+            aside = path.with_name(f".{path.name}.unreadable")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for picture in (directory.path / SAMPLES).glob("[0-9]*.png"):
+        if int(picture.stem) > step:
+            picture.unlink()
 
 
 @contextmanager

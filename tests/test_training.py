@@ -163,7 +163,7 @@ def test_a_fit_that_fails_anywhere_goes_on_to_the_same_bytes(unbroken, tmp_path,
 
 def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, tmp_path):
     """Before every single change that a fit makes to the disk; then the same command again."""
-    spec = with_fit(num_steps=6, eval_every=3, checkpoint_every=2, record_every=1)
+    spec = with_fit(num_steps=4, eval_every=2, checkpoint_every=2, record_every=1)
     for module in (training, training_job):
         monkeypatch.setattr(module, "draw_samples", lambda *_: None)
     with monkeypatch.context() as counting:
