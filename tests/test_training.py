@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -440,6 +441,17 @@ def test_a_bar_of_training_shows_losses_and_what_is_left(unbroken):
     assert lines[0].startswith(f"step 5/40  place {first['place/loss']:.4g}  spread {first['spread/loss']:.4g}")
     # 20 steps of 32 samples at 16 a second
     assert half.endswith(f"validation/distance {records(unbroken)[3]['validation/distance']:.4g}  16 samples/s  0:00:40 left")
+
+
+def test_samples_of_float32_are_written_as_any_others(monkeypatch, unbroken, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for out in ("samples.parquet", "samples.npy"):
+        monkeypatch.setattr(sys, "argv", ["gendist", "sample", str(unbroken), "-n", "20", "--out", out])
+        cli.main()
+    expected = gendist.load(unbroken).sample(20)
+    assert expected.dtype == torch.float32
+    np.testing.assert_array_equal(np.load("samples.npy"), expected)
+    np.testing.assert_array_equal(pd.read_parquet("samples.parquet").to_numpy(), expected)
 
 
 def test_it_is_scored_by_the_bound_that_it_has(monkeypatch, capsys, unbroken, tmp_path):
