@@ -50,8 +50,9 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 4, 1])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(("optimizer", "micro_batch_size"), [
+    ("adam", None), ("adam", 1), ("clipped", None), ("clipped", 4), ("sgd", 6),
+])  # fmt: skip
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_plain_training_whatever_the_micro_batches(name, optimizer, micro_batch_size):
     this = config(optimizer=OPTIMIZERS[optimizer], micro_batch_size=micro_batch_size)
