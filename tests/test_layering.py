@@ -25,7 +25,7 @@ ALLOWED = {
     "gendist.one_thread": (),
     "gendist.blocks": ("gendist.protocols", "gendist.one_thread"),
     "gendist.ray_cluster": ("gendist.protocols", "gendist.machine"),
-    "gendist.data": (*BASE, "gendist.blocks"),
+    "gendist.data": (*BASE, "gendist.blocks", "gendist.atomic"),
     "gendist.models": BASE,
     "gendist.em": (*BASE, "gendist.blocks"),
     "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic"),
@@ -44,6 +44,8 @@ ALLOWED = {
         "gendist.machine",
         "gendist.transformed",
     ),
+    "gendist.run": (),
+    "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
     "gendist.pictures": ("gendist.data.schema",),
 }

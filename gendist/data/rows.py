@@ -17,9 +17,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
 from gendist.protocols import Block, UserError
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files; part of the key
 
 Array = np.ndarray[Any, Any]
 
@@ -98,16 +99,16 @@ class RowsOnDisk:
         """
         folder = _cache() / self.key
         lock = _Lock(folder.with_name(f"{folder.name}.lock"))
-        with lock.held():
-            if not folder.exists():
-                with new_folder(folder) as inside:
-                    for part, fingerprint in self.fingerprints.items():
-                        self._write(part, fingerprint, inside / part, alive)
-            lock.share()
+        with lock.shared(folder.exists, lambda: self._make(folder, alive)):
             yield {part: _mapped(folder / part) for part in self.fingerprints}
             if lock.is_last():
                 shutil.rmtree(folder, ignore_errors=True)
                 lock.path.unlink(missing_ok=True)
+
+    def _make(self, folder: Path, alive: Callable[[], None]) -> None:
+        with new_folder(folder) as inside:
+            for part, fingerprint in self.fingerprints.items():
+                self._write(part, fingerprint, inside / part, alive)
 
     def _write(self, part: Part, fingerprint: bytes, folder: Path, alive: Callable[[], None]) -> None:
         folder.mkdir()
@@ -132,38 +133,40 @@ class RowsOnDisk:
 
 def _written(blocks: Blocks[Block], transformed: Callable[[Block], Block], folder: Path, alive: Callable[[], None]) -> Summary:
     """Write the rows of the blocks; returns their survey."""
-    files: dict[str, _NpyFile] = {}
+    with ExitStack() as opened:
+        files: dict[str, _NpyFile] = {}
 
-    def write(block: Block) -> Summary:
-        behind = transformed(block)
-        columns = {"x": behind.x, "rows": behind.rows, "weights": behind.weights, "evidence": behind.evidence}
-        for name, values in columns.items():
-            if values is not None:
-                array = _narrow(values.numpy(), behind) if name == "x" else values.numpy()
-                array = array if name == "rows" else array.astype(np.float32)
-                files.setdefault(name, _NpyFile(folder / f"{name}.npy", array)).append(array)
-        alive()
-        return summarize(None, block)
+        def write(block: Block) -> Summary:
+            behind = transformed(block)
+            columns = {"x": behind.x, "rows": behind.rows, "weights": behind.weights, "evidence": behind.evidence}
+            for name, values in columns.items():
+                if values is None:
+                    continue
+                array = _narrow(values.numpy(), behind) if values.is_floating_point() else values.numpy()
+                if name not in files:
+                    files[name] = opened.enter_context(_NpyFile(folder / f"{name}.npy", array))
+                files[name].append(array)
+            alive()
+            return summarize(None, block)
 
-    summary = merge_in_tree_order(value for run in blocks.map_runs(_each_with(write), None) for value in run)
-    for file in files.values():
-        file.close()
-    return summary
+        return merge_in_tree_order(value for run in blocks.map_runs(_each_with(write), None) for value in run)
 
 
 def _each_with(write: Callable[[Block], Summary]) -> Callable[[Any, Any], list[Summary]]:
     return lambda _, leaves: [write(block) for block in leaves]
 
 
-def _narrow(x_ND: Array, block: Block) -> Array:
-    """float32; UserError where a number has none."""
+def _narrow(values: Array, block: Block) -> Array:
+    """float32; UserError where it does not hold a number."""
     with np.errstate(over="ignore"):
-        narrow = x_ND.astype(np.float32)
-    if not np.isfinite(narrow).all():
-        row, column = np.argwhere(~np.isfinite(narrow))[0]
+        narrow: Array = values.astype(np.float32)
+    too_large = np.isinf(narrow) & np.isfinite(values)
+    if too_large.any():
+        where = tuple(np.argwhere(too_large)[0])
+        what = f"feature {where[1]}" if values.ndim == 2 else "the weight"
         raise UserError(
-            f"row {int(block.rows[row])}: feature {column} is {x_ND[row, column]:g}, which float32 does not hold; rescale it, "
-            "such as with data.transforms: [standardize]"
+            f"row {int(block.rows[where[0]])}: {what} is {values[where]:g}, which float32 does not hold; rescale it, such as "
+            "with data.transforms: [standardize]"
         )
     return narrow
 
@@ -175,6 +178,18 @@ class _NpyFile:
         self._file, self._path, self._like, self._num_rows = path.open("wb"), path, like[:0], 0
         self._write_header()
 
+    def __enter__(self) -> _NpyFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Where all went well, the header is put right and the file is on disk."""
+        with self._room(), self._file:
+            if error is None:
+                self._file.seek(0)
+                self._write_header()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
     def _write_header(self) -> None:
         # As many bytes whatever the number of rows: NumPy leaves room for it to grow.
         header = {"descr": self._like.dtype.str, "fortran_order": False, "shape": (self._num_rows, *self._like.shape[1:])}
@@ -182,20 +197,18 @@ class _NpyFile:
 
     def append(self, values: Array) -> None:
         self._num_rows += len(values)
-        try:
+        with self._room():
             self._file.write(np.ascontiguousarray(values).data)
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"{self._path.parent.parent}: no room for the rows to train on ({error.strerror}); make some, or let the "
                 "environment variable TMPDIR name another folder"
             ) from error
-
-    def close(self) -> None:
-        self._file.seek(0)
-        self._write_header()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
 
 
 def _mapped(folder: Path) -> RowSet:
@@ -222,23 +235,31 @@ class _Lock:
     _file: IO[str] | None = None
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        while self._file is None:
-            file = self.path.open("w")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if self.path.exists() and os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                self._file = file
-            else:  # whoever had it removed it
-                file.close()
+    def shared(self, is_there: Callable[[], bool], make: Callable[[], None]) -> Iterator[None]:
+        """Hold it together with others, with that there which `make` makes, alone."""
         try:
+            while not (self._take(fcntl.LOCK_SH) and is_there()):
+                if self._take(fcntl.LOCK_EX) and not is_there():
+                    make()
+                # What is there may be gone once the lock is no longer held alone: so look again.
             yield
         finally:
+            self._release()
+
+    def _take(self, how: int) -> bool:
+        """Whether it is held now; it is not where somebody removed it meanwhile."""
+        self._release()
+        self._file = self.path.open("w")
+        fcntl.flock(self._file, how)
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _release(self) -> None:
+        if self._file is not None:
             self._file.close()
             self._file = None
-
-    def share(self) -> None:
-        assert self._file is not None
-        fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def is_last(self) -> bool:
         """Whether nobody else has it; then it is held alone."""

@@ -142,8 +142,9 @@ def moved(block: Block, device: torch.device) -> Block:
     """The block on the device where it is computed with; row numbers stay on the CPU."""
     if device.type == "cpu":
         return block
-    weights, evidence, missing = (
-        None if values is None else values.to(device, non_blocking=True)
-        for values in (block.weights, block.evidence, block.missing)
-    )
-    return replace(block, x=block.x.to(device, non_blocking=True), weights=weights, evidence=evidence, missing=missing)
+
+    def there(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.to(device, non_blocking=True)
+
+    x = block.x.to(device, non_blocking=True)
+    return replace(block, x=x, weights=there(block.weights), evidence=there(block.evidence), missing=there(block.missing))

@@ -12,7 +12,6 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import reduce
 from typing import Any
 
 import torch
@@ -65,10 +64,10 @@ class DdpEngine:
                 trained.load(state)
 
     def _check_alike(self, networks: Mapping[str, torch.nn.Module]) -> None:
-        values = [value for network in networks.values() for value in network.state_dict().values()]
-        digest = reduce(
-            lambda crc, value: zlib.crc32(_copy(value).flatten().view(torch.uint8).numpy().tobytes(), crc), values, 0
-        )
+        digest = 0
+        for network in networks.values() if self.world_size > 1 else ():
+            for value in network.state_dict().values():
+                digest = zlib.crc32(_copy(value).flatten().view(torch.uint8).numpy().tobytes(), digest)
         if len(set(self._gathered(torch.tensor([digest], dtype=torch.float64))[:, 0].tolist())) > 1:
             raise UserError("the processes begin with networks that differ: make weights a function of the seed alone, and "
                             "let every process read the same checkpoint")  # fmt: skip
