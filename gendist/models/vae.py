@@ -97,7 +97,7 @@ class VariationalAutoencoder:
     labels: tuple[Any, ...] = ()
 
     Config: ClassVar[type[BaseModel]] = VariationalAutoencoderConfig
-    validation_objective: ClassVar[str | None] = "negative_elbo"
+    validation_objective: ClassVar[str | None] = "loss"
     not_offered: ClassVar[Mapping[str, str]] = {
         "log_prob": "the integral over z has no closed form: use elbo, or log_prob_bound, which comes as close as one likes",
         "classify": "it is fitted without labels",
@@ -253,8 +253,10 @@ class VariationalAutoencoder:
         return {"latent": Draw("normal", self.config.latent_dim)}
 
     def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """loss: what is minimised, which is the negative ELBO where beta is 1."""
         log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        values = {"negative_elbo": kl_B - log_prob_B, "reconstruction": -log_prob_B, "kl": kl_B}
+        loss_B = self.config.beta * kl_B - log_prob_B
+        values = {"loss": loss_B, "negative_elbo": kl_B - log_prob_B, "reconstruction": -log_prob_B, "kl": kl_B}
         return {name: weighted_sum(value_B, batch) for name, value_B in values.items()}
 
     def needs_whole_batch(self, phase: Phase) -> str | None:
