@@ -237,17 +237,18 @@ class VariationalAutoencoder:
         return self.validation_draws()
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
-        return dict.fromkeys(("reconstruction", "kl"), total_weight(batch))
+        return dict.fromkeys(("reconstruction", "weighted_kl"), total_weight(batch))
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         """The negative ELBO (AEVB eq. 10) with one z a sample and, where beta is not 1, its KL divergence weighed."""
         self.autoencoder.likelihood.check(batch.x)
         log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        terms = {
-            "reconstruction": weighted_sum(-log_prob_B, batch),
-            "kl": self.config.beta * weighted_sum(kl_B, batch),
-        }
-        return Loss(terms, {"negative_elbo": (kl_B - log_prob_B).detach().sum()})
+        terms = {"reconstruction": -log_prob_B, "weighted_kl": self.config.beta * kl_B}
+        watched = {"kl": kl_B, "negative_elbo": kl_B - log_prob_B}
+        return Loss(
+            {name: weighted_sum(value_B, batch) for name, value_B in terms.items()},
+            {name: value_B.detach().sum() for name, value_B in watched.items()},
+        )
 
     def validation_draws(self) -> Mapping[str, Draw]:
         return {"latent": Draw("normal", self.config.latent_dim)}

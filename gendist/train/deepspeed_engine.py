@@ -75,9 +75,7 @@ class DeepSpeedEngine:
             num_parameters = sum(p.numel() for p in network.parameters())
             settings = merged(self._user, self._config, options, num_parameters, self.world_size)
             trained = [p for p in network.parameters() if p.requires_grad]
-            engine, *_ = self._deepspeed.initialize(
-                model=network, optimizer=optimizers.make(options, trained), config=settings
-            )
+            engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizers.make(options, trained), config=settings)
             trained_names = {key for key, p in network.named_parameters() if p.requires_grad}
             self._trained[name] = _TRAINED[self._stage](name, network, trained_names, engine, self._config, state)
 
@@ -409,11 +407,16 @@ def _backend(device: torch.device) -> str:
 
 
 def _refuse(processes: Processes, config: DeepConfig) -> None:
-    stage, division = config.engine.zero_stage, Division(config.global_batch_size, processes.world_size, config.micro_batch_size)
+    stage, division = (
+        config.engine.zero_stage,
+        Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
+    )
     if config.precision == "float16" and processes.device.type != "cuda":
         raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
     if config.channels_last and stage:
-        raise UserError(f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp")
+        raise UserError(
+            f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
+        )
     if config.compile and stage == 3:
         raise UserError("fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2")
     if stage == 3 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
@@ -436,7 +439,9 @@ def _imported(device: torch.device) -> Any:
         ) from error
     found = deepspeed.get_accelerator().device_name()
     if found.split(":")[0] != device.type:
-        raise UserError(f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}")
+        raise UserError(
+            f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}"
+        )
     # An all-reduce for inference; to build it takes a C++ compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").addFilter(_is_news)
