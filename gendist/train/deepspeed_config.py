@@ -125,6 +125,8 @@ def merged(
 
 def _check_offload(block: Mapping[str, Any], key: str, stage: int) -> None:
     device = block.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise UserError(f"fit.engine.config: {key} to {device} is not supported; allowed are cpu and none")
     if device != "none" and (stage == 0 or (key == "offload_param" and stage != 3)):
         needed = "3" if key == "offload_param" else "1, 2 or 3"
         raise UserError(f"fit.engine.config: {key} to {device} needs fit.engine.zero_stage: {needed}, not {stage}")

@@ -44,6 +44,8 @@ from gendist.train.state_entries import (
 
 _SECOND_DERIVATIVE = -1  # stands for a module, whose numbers begin at 0
 
+_group: dist.ProcessGroup | None = None  # that DeepSpeed knows
+
 
 class DeepSpeedEngine:
     """`Engine` of networks whose moments (stage 1), gradients (2) and parameters (3) are shared out over the processes.
@@ -60,7 +62,9 @@ class DeepSpeedEngine:
         self._deepspeed = _imported(self.device)
         if not dist.is_initialized():
             # DeepSpeed speaks to a group even where there is one process.
-            dist.init_process_group(_backend(self.device), store=dist.HashStore(), rank=0, world_size=1)
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        _forget_former_groups()
         self._trained: dict[str, _Trained] = {}
 
     def prepare(self, networks: Mapping[str, torch.nn.Module], state: Mapping[str, Tensor] | None = None) -> None:
@@ -74,10 +78,20 @@ class DeepSpeedEngine:
             options = optimizers.config_of(self._config, name)
             num_parameters = sum(p.numel() for p in network.parameters())
             settings = merged(self._user, self._config, options, num_parameters, self.world_size)
-            trained = [p for p in network.parameters() if p.requires_grad]
-            engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizers.make(options, trained), config=settings)
-            trained_names = {key for key, p in network.named_parameters() if p.requires_grad}
-            self._trained[name] = _TRAINED[self._stage](name, network, trained_names, engine, self._config, state)
+            # At stage 3 parameters have no size afterwards.
+            trained = {key: p for key, p in network.named_parameters() if p.requires_grad}
+            engine = self._initialized(network, optimizers.make(options, trained.values()), settings)
+            self._trained[name] = _TRAINED[self._stage](name, network, trained, engine, self._config, state)
+
+    def _initialized(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
+        try:
+            engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+        except (AssertionError, ValueError, TypeError, RuntimeError) as error:
+            if not self._user:
+                raise
+            why = " ".join(str(error).split())
+            raise UserError(f"fit.engine.config: DeepSpeed refuses {self._config.engine.config}: {why}") from error
+        return engine
 
     def begin_phase(self, network: str) -> None:
         for name, trained in self._trained.items():
@@ -91,7 +105,8 @@ class DeepSpeedEngine:
     def precision(self) -> AbstractContextManager[None]:
         if self._config.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self._config.precision))
+        # At stage 3 the cache would hold all of a network that is gathered a module at a time.
+        return torch.autocast(self.device.type, getattr(torch, self._config.precision), cache_enabled=self._stage != 3)
 
     def backward(self, network: str, loss: Tensor) -> None:
         # DeepSpeed takes the mean over the processes.
@@ -133,13 +148,13 @@ class _Trained:
         self,
         name: str,
         network: torch.nn.Module,
-        trained: set[str],
+        trained: Mapping[str, torch.nn.Parameter],
         engine: Any,
         config: DeepConfig,
         state: Mapping[str, Tensor] | None,
     ) -> None:
         self.name, self.network, self.engine = name, network, engine
-        self.parameters = {key: p for key, p in network.named_parameters() if key in trained}
+        self.parameters = trained
         self.config = optimizers.config_of(config, name)
         self.gamma = ema.gamma_of_width(config.ema) if config.ema else None
         self.scales_loss = config.precision == "float16"
@@ -313,6 +328,11 @@ class _Sharded(_Trained):
 
     def _step(self) -> float:
         self.engine.step()
+        # Of optimizers that are offloaded, gradients lie there for good: DeepSpeed would step a parameter that the next loss
+        # does not reach along the gradient of this one.
+        for shard in self.shards():
+            if shard.grad is not None:
+                shard.grad.zero_()
         return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
 
@@ -347,11 +367,7 @@ class _ShardedParameters(_Sharded):
 
     def _step(self) -> float:
         norm = super()._step()
-        # DeepSpeed would step a parameter that the next loss does not reach along the gradient of this one.
-        self.engine.optimizer.grad_partitions_flat_buffer.zero_()
-        for shard in self.shards():
-            if shard.grad is not None:
-                shard.grad.zero_()
+        self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # as above, at stage 3 in any case
         return norm
 
     def end_backward(self) -> None:
@@ -402,21 +418,12 @@ class _ShardedParameters(_Sharded):
 _TRAINED = {0: _Trained, 1: _Sharded, 2: _Sharded, 3: _ShardedParameters}
 
 
-def _backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
-
-
 def _refuse(processes: Processes, config: DeepConfig) -> None:
-    stage, division = (
-        config.engine.zero_stage,
-        Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
-    )
+    stage, division = config.engine.zero_stage, Division(config.global_batch_size, processes.world_size, config.micro_batch_size)
     if config.precision == "float16" and processes.device.type != "cuda":
         raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
     if config.channels_last and stage:
-        raise UserError(
-            f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
-        )
+        raise UserError(f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp")
     if config.compile and stage == 3:
         raise UserError("fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2")
     if stage == 3 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
@@ -439,15 +446,23 @@ def _imported(device: torch.device) -> Any:
         ) from error
     found = deepspeed.get_accelerator().device_name()
     if found.split(":")[0] != device.type:
-        raise UserError(
-            f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}"
-        )
+        raise UserError(f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}")
     # An all-reduce for inference; to build it takes a C++ compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     # At every step: DeepSpeed calls collectives by names that torch has changed since.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _forget_former_groups() -> None:
+    """DeepSpeed keeps its copy of the process group, which somebody may have destroyed and made anew since."""
+    from deepspeed.utils import groups
+
+    global _group
+    if _group is not dist.group.WORLD:
+        groups._release_process_group_references()
+        _group = dist.group.WORLD
 
 
 def _is_news(record: logging.LogRecord) -> bool:
