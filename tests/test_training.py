@@ -278,6 +278,40 @@ def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):
         torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-5)
 
 
+VAE = {
+    "name": "digits",
+    "family": "vae",
+    "model": {"latent_dim": 2, "encoder": {"hidden_sizes": [16]}, "decoder": {"hidden_sizes": [16]}},
+    "data": {"source": "digits", "validation_fraction": 0.1},
+    "fit": {**SPEC["fit"], "optimizer": {"learning_rate": 1e-3}},
+}
+
+
+@pytest.mark.ray
+def test_workers_of_ray_come_to_what_one_process_comes_to(cluster, tmp_path):
+    """Two at first, which are told to stop; then one, then none at all: the same run directory serves them all."""
+    alone = gendist.fit(VAE, run_dir=tmp_path / "alone")
+    path = tmp_path / "run"
+    seen = []
+
+    def ask_to_stop(record):
+        seen.append(record)
+        if record["step"] == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        gendist.fit({**VAE, "cluster": {"num_workers": 2}}, run_dir=path, watch=ask_to_stop)
+    reached = max(steps_kept(path))
+    assert 15 <= reached <= 40
+    assert seen[0]["step"] == 5
+    run = gendist.fit({**VAE, "cluster": {"num_workers": [1, 1]}}, run_dir=path)
+    for name, tensor in run.model.tensors().items():
+        torch.testing.assert_close(tensor, alone.model.tensors()[name], rtol=1e-4, atol=1e-5)
+    assert records(path)[-1]["step"] == 40
+    again = gendist.fit(VAE, run_dir=path)
+    assert again.results == run.results
+
+
 def test_torchrun_beside_workers_of_ray_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
