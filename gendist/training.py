@@ -34,6 +34,7 @@ from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks
 from gendist.training_job import STOP_FILE, TrainingJob, new_model
 from gendist.transformed import transformed
 
+NO_RESULTS = ("seconds", "samples_per_s", "gradient_norm", "learning_rate")  # of the last record
 INSIST_S = 2.0  # after a first Ctrl-C, another one ends the process at once; torchrun sends SIGTERM right behind it
 
 logger = logging.getLogger("gendist")
@@ -173,7 +174,7 @@ class Training:
             "stopped": records[-1]["stopped"],
             "num_steps": last.progress.step,
             "artifact_step": chosen.progress.step,
-            **{key: value for key, value in records[-1].items() if isinstance(value, float) and key not in TIMES},
+            **{key: value for key, value in records[-1].items() if isinstance(value, float) and not key.endswith(NO_RESULTS)},
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
@@ -202,9 +203,6 @@ class Training:
                 state[entry(network, PARAMETER, name)] = average
         load_networks(model.networks(), state)
         return model
-
-
-TIMES = ("seconds", "samples_per_s")
 
 
 @dataclass(frozen=True)
