@@ -223,15 +223,15 @@ class LocalLine:
 
 @contextmanager
 def held_back(path: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop after the step that
-    they are at. Asked again, after a while, this process ends at once."""
+    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or in
+    a few seconds. Asked again, after a while, this process ends at once."""
     asked_at: list[float] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
             raise KeyboardInterrupt
         if not asked_at:
-            logger.info("stopping after this step; another Ctrl-C, in a while, ends at once")
+            logger.info("stopping at the next record, or in a few seconds; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
         (path / STOP_FILE).touch()
 
