@@ -34,6 +34,7 @@ from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks
 from gendist.training_job import STOP_FILE, TrainingJob, new_model
 from gendist.transformed import transformed
 
+NO_RESULTS = ("seconds", "samples_per_s", "gradient_norm", "learning_rate")  # of the last record
 INSIST_S = 2.0  # after a first Ctrl-C, another one ends the process at once; torchrun sends SIGTERM right behind it
 
 logger = logging.getLogger("gendist")
@@ -173,7 +174,7 @@ class Training:
             "stopped": records[-1]["stopped"],
             "num_steps": last.progress.step,
             "artifact_step": chosen.progress.step,
-            **{key: value for key, value in records[-1].items() if isinstance(value, float) and key not in TIMES},
+            **{key: value for key, value in records[-1].items() if isinstance(value, float) and not key.endswith(NO_RESULTS)},
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
@@ -204,9 +205,6 @@ class Training:
         return model
 
 
-TIMES = ("seconds", "samples_per_s")
-
-
 @dataclass(frozen=True)
 class LocalLine:
     """What a process says where it was started by nobody else."""
@@ -225,15 +223,15 @@ class LocalLine:
 
 @contextmanager
 def held_back(path: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop after the step that
-    they are at. Asked again, after a while, this process ends at once."""
+    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or in
+    a few seconds. Asked again, after a while, this process ends at once."""
     asked_at: list[float] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
             raise KeyboardInterrupt
         if not asked_at:
-            logger.info("stopping after this step; another Ctrl-C, in a while, ends at once")
+            logger.info("stopping at the next record, or in a few seconds; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
         (path / STOP_FILE).touch()
 

@@ -27,7 +27,7 @@ from gendist.protocols import DeepModel, UserError
 from gendist.run_directory import RunDirectory
 from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, newest
 from gendist.train.config import DeepConfig
-from gendist.train.decisions import Decision, Progress, decide, is_due
+from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
 from gendist.train.engine import Engine
 from gendist.train.loop import NotFinite, Report, train
 from gendist.train.processes import Processes, joined
@@ -35,6 +35,7 @@ from gendist.transformed import transformed
 
 STOP_FILE = ".stop"  # in the run directory: while it is there, the processes are asked to leave a checkpoint and stop
 SAMPLES = "samples"  # in the run directory: the pictures along the way
+PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
 
 
@@ -124,7 +125,7 @@ class _Process:
                 self.spec.seed,
                 progress,
                 rows.get("validation"),
-                (self.directory.path / STOP_FILE).exists if self.is_first else lambda: False,
+                _Asked(self.directory.path / STOP_FILE) if self.is_first else _nothing,
             )
             writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last) if self.is_first else None
             with writer or nullcontext():
@@ -182,6 +183,24 @@ class _Heard:
     def take(self, indices: torch.Tensor) -> Any:
         self.line.alive()
         return self.rows.take(indices)
+
+
+@dataclass
+class _Asked:
+    """To stop, while there is a file."""
+
+    path: Path
+    _since: float | None = None
+
+    def __call__(self) -> Asked:
+        if not self.path.exists():
+            return Asked.NOTHING
+        self._since = self._since or time.monotonic()
+        return Asked.TO_STOP_NOW if time.monotonic() - self._since > PATIENCE_S else Asked.TO_STOP_AT_A_RECORD
+
+
+def _nothing() -> Asked:
+    return Asked.NOTHING
 
 
 def make_engine(processes: Processes, config: DeepConfig) -> Engine:

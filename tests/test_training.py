@@ -220,7 +220,7 @@ def test_a_checkpoint_that_a_disk_lost_is_passed_over(unbroken, tmp_path, name, 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how):
-    """Between two steps, however far the next checkpoint is; and the bytes are those of a fit that was left alone."""
+    """At a record, however far the next checkpoint is; and the bytes are those of a fit that was left alone."""
     spec = with_fit(num_steps=100_000, checkpoint_every=100_000, eval_every=0, record_every=100)
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     run = tmp_path / "run"
@@ -241,6 +241,7 @@ def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how)
     (step,) = steps_kept(run)
     assert records(run)[-1]["step"] == step, "no step is lost"
     assert newest(run / "checkpoints").progress.step == step
+    assert step % 100 == 0
     kept = newest(run / "checkpoints").state
     short = {**spec, "fit": {**spec["fit"], "num_steps": step}}
     gendist.fit(short, run_dir=tmp_path / "alone")
@@ -248,6 +249,27 @@ def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how)
     assert kept.keys() == alone.keys()
     for name, tensor in kept.items():
         assert torch.equal(tensor, alone[name]), name
+    assert trace(records(run)) == [
+        {key: value for key, value in record.items() if key != "stopped" and not key.startswith("validation/")}
+        for record in trace(records(tmp_path / "alone"))
+    ]
+
+
+def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_path):
+    """Then there is a record more, and the rest is what it would have been."""
+
+    def and_after_three_steps_more(path):
+        asked = training_job.Asked
+        answers = iter([*[asked.NOTHING] * 13, asked.TO_STOP_NOW])
+        return lambda: next(answers)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training_job, "_Asked", and_after_three_steps_more)
+        gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert steps_kept(tmp_path / "run") == [10, 13]
+    gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+    assert [record["step"] for record in records(tmp_path / "run")] == [5, 10, 13, 15, 20, 25, 30, 35, 40]
 
 
 def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +36,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
 from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, check_room, room, uninterrupted
-from gendist.train.processes import TIMEOUT_S, joined
+from gendist.train.processes import TIMEOUT_S
 from gendist.train.ray_mailbox import Mailbox
 
 NO_ROOM_LIMIT_S = 300.0
@@ -43,6 +44,7 @@ NUM_STARTS = 30  # of a group that does not get as far as the function; each wai
 WAITING_S = 30.0
 RESIZE_INTERVAL_S = 60.0
 FLUSH_INTERVAL_S = 0.2
+CAUSE_FIRST_S = 1.0  # for the death of another worker, which may be why this one failed, to be noticed
 ABORT_LIMIT_S = 10.0
 
 # Of Ray Train, which has no other place to say them. It looks after the workers twice a second, so that the end and the loss
@@ -204,15 +206,22 @@ def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_
     with Line(mailbox, rank, silence_limit_s) as line, _log_over(line):
         line.started(world_size)
         try:
-            with joined(use_gpu, timeout_s=silence_limit_s):
-                return function(line)
+            if world_size > 1:
+                timeout = timedelta(seconds=silence_limit_s)
+                torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=timeout)
+            result = function(line)
         except UserError:
             raise
         except Exception as error:
             # Ray Train hands on the exception without its traceback, and those of all ranks in no order.
             error.add_note(f"in the worker of rank {rank}:\n{traceback.format_exc()}")
             error.failed_at = time.time()  # type: ignore[attr-defined]
+            time.sleep(CAUSE_FIRST_S)
             raise
+        # Not where something was raised: the others would fail, too, and which of them was the first would be hard to tell.
+        if world_size > 1:
+            torch.distributed.destroy_process_group()
+        return result
 
 
 @contextmanager

@@ -44,7 +44,6 @@ def run(jobs: Sequence[Job], timeout_s: float, environment: dict[str, str] | Non
     environment  variables of the processes, set before the first job
     """
     assert len({job.key for job in jobs}) == len(jobs)
-    jobs = sorted(jobs, key=lambda job: job.world_size)  # so that processes that have no more to do are the last ranks
     # Forked from a process that has no threads and has imported what takes seconds, for each of them at once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed"])
@@ -78,7 +77,9 @@ def _work(rank: int, jobs: Sequence[Job], folder: str, environment: dict[str, st
     torch.set_num_threads(1)
     results: dict[Hashable, Any] = {}
     try:
-        for world_size in sorted({job.world_size for job in jobs}):
+        # The largest first, so that all processes of a world have done the same before: DeepSpeed numbers modules for as long
+        # as a process lives, and compares the numbers.
+        for world_size in sorted({job.world_size for job in jobs}, reverse=True):
             if rank < world_size:
                 store = f"file://{folder}/store-{world_size}"
                 timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
