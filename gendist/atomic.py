@@ -61,6 +61,12 @@ def write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the disk has what somebody else wrote into a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def _sync_folder(path: Path) -> None:
     """A new name survives a power cut only once its folder is on disk too."""
     descriptor = os.open(path, os.O_RDONLY)

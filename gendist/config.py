@@ -5,8 +5,9 @@ family: gmm                  # a module of gendist/models
 seed: 0
 model: {...}                 # the family's own Config
 data: {...}                  # gendist.data.DataConfig
-fit: {...}                   # gendist.em.config.EMConfig
+fit: {...}                   # gendist.em.config.EMConfig, or gendist.train.config.DeepConfig, as the family is fitted
 cluster: {...}               # ClusterConfig
+tracking: {...}              # gendist.tracking.TrackingConfig
 """
 
 from __future__ import annotations
@@ -18,33 +19,57 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from gendist.data import DataConfig
 from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
+from gendist.tracking import TrackingConfig
+from gendist.train.config import DeepConfig
 
 C = TypeVar("C", bound=BaseModel)
+Count = Annotated[int, Field(ge=0)]
+
+
+def _number_or_range(given: Any) -> Any:
+    """Told here, since of a field that may be of two types pydantic would say why it is neither."""
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
+        return given
+    is_list = isinstance(given, list | tuple)
+    if is_list and len(given) == 2 and all(type(number) is int for number in given) and 1 <= given[0] <= given[1]:
+        return tuple(given)
+    said = f", not {list(given)}" if is_list else ""
+    raise ValueError(f"a whole number from 0 on is needed, or [least, most], such as [1, 4]{said}")
 
 
 class ClusterConfig(BaseModel):
     """
-    num_workers  Ray tasks at work at a time; 0 computes in this process, without Ray
+    num_workers  Ray tasks or training processes at work at a time; 0 computes in this process, without Ray. Of a family that
+                 is trained by gradient it may be [least, most]: as many as the cluster has at the time
     use_gpu      whether each computes on a GPU of its own
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    num_workers: int = Field(default=0, ge=0)
+    num_workers: Annotated[Count | tuple[Count, Count], BeforeValidator(_number_or_range)] = 0
     use_gpu: bool = False
+
+    @property
+    def fixed_num_workers(self) -> int:
+        """UserError where it is elastic, which only training is."""
+        if isinstance(self.num_workers, tuple):
+            raise UserError(
+                f"cluster.num_workers {list(self.num_workers)}: only training by gradient is elastic; give one number here"
+            )
+        return self.num_workers
 
 
 class Spec(BaseModel):
-    """A whole run. What `model` may hold depends on the family: see `spec_class`."""
+    """A whole run. What `model` and `fit` may hold depends on the family: see `spec_class`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -53,16 +78,31 @@ class Spec(BaseModel):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     model: BaseModel
     data: DataConfig = DataConfig()
-    fit: EMConfig = EMConfig()
+    fit: EMConfig | DeepConfig
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _only_training_is_elastic(self) -> Self:
+        if isinstance(self.fit, EMConfig) and isinstance(self.cluster.num_workers, tuple):
+            raise ValueError(
+                f"cluster.num_workers {list(self.cluster.num_workers)}: the family {self.family} is fitted in passes over the "
+                "data, which any number of workers share; give one number"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The resolved spec: every field with its value."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two specs the same run: all of it but the cluster, since any number of workers may go on."""
-        return self.model_dump(mode="json", exclude={"cluster"})
+        """What makes two specs the same run: all of it but where it computes, which may change from one start to the next.
+
+        Any number of workers may go on, and of a family that is trained by gradient any engine, in micro-batches of any size,
+        since its checkpoints are of none.
+        """
+        where: Any = {"cluster": True, "tracking": True, "fit": set(self.fit.MAY_CHANGE)}
+        return self.model_dump(mode="json", exclude=where)
 
 
 def families() -> list[str]:
@@ -77,6 +117,11 @@ def family_class(family: str) -> type[Any]:
     return model
 
 
+def is_trained(family: type[Any]) -> bool:
+    """Whether a family is fitted by gradient (a `DeepModel`), and not by expectation-maximization (a `StatisticsModel`)."""
+    return hasattr(family, "phases")
+
+
 class ScoreSpec(BaseModel):
     """What `score` reads of a YAML file: any spec of a fit will do, since other blocks are passed over."""
 
@@ -88,8 +133,10 @@ class ScoreSpec(BaseModel):
 
 @cache
 def spec_class(family: str) -> type[Spec]:
-    """The spec of a family, whose `model` block is the family's own Config."""
-    fields: Any = {"family": (Literal[family], ...), "model": (family_class(family).Config, ...)}
+    """The spec of a family, whose `model` block is the family's own Config, and `fit` that of how it is fitted."""
+    model = family_class(family)
+    fit = DeepConfig if is_trained(model) else EMConfig
+    fields: Any = {"family": (Literal[family], ...), "model": (model.Config, ...), "fit": (fit, fit())}
     return create_model("Spec", __base__=Spec, **fields)
 
 
@@ -113,6 +160,32 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     if family not in families():
         raise UserError(f"{name}: {nearest('family', str(family), families())}")
     return validated(spec_class(family), content, name)
+
+
+def overrides_it_knows(specs: Sequence[Path], overrides: Iterable[str]) -> list[tuple[Path, list[str]]]:
+    """Of overrides that are meant for several specs of different families, those that the family of each knows.
+
+    UserError where none knows one of them.
+    """
+    overrides = list(overrides)
+    known = {path: [each for each in overrides if _is_known(_spec_class_of(path), each)] for path in specs}
+    for override in overrides:
+        if not any(override in each for each in known.values()):
+            load_spec(specs[0], [override])  # which tells what is wrong with it
+    return list(known.items())
+
+
+def _spec_class_of(path: Path) -> type[Spec]:
+    return spec_class(str(read_yaml(path).get("family")))
+
+
+def _is_known(config: type[BaseModel], override: str) -> bool:
+    *parents, last = override.partition("=")[0].split(".")
+    for parent in parents:
+        if parent not in config.model_fields:
+            return False
+        config = _block_of(config.model_fields[parent].annotation)
+    return last in config.model_fields
 
 
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
@@ -201,6 +274,8 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{key} is missing"
     message = problem["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
     given = f", not {problem['input']!r}" if not isinstance(problem["input"], dict | list) else ""
     return f"{key}: {message[:1].lower()}{message[1:]}{given}"
 

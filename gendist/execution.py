@@ -19,11 +19,12 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
 
     UserError where there is an address, but no worker to send there.
     """
-    if cluster.num_workers == 0:
+    num_workers = cluster.fixed_num_workers
+    if num_workers == 0:
         if address is not None:
             raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
         if cluster.use_gpu:
-            _check_gpu_here()
+            check_gpu_here()
         yield LocalBlocks
         return
     # Only now: neither import needs to be paid for without Ray.
@@ -31,11 +32,12 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     from gendist.ray_cluster import ray_cluster
 
     num_gpus = 1 if cluster.use_gpu else 0
-    with ray_cluster(cluster.num_workers, address, num_gpus):
-        yield lambda load, leaves, most, keep: RayBlocks(load, leaves, cluster.num_workers, most, keep, num_gpus)
+    with ray_cluster(num_workers, address, num_gpus):
+        yield lambda load, leaves, most, keep: RayBlocks(load, leaves, num_workers, most, keep, num_gpus)
 
 
-def _check_gpu_here() -> None:
+def check_gpu_here() -> None:
+    """UserError where torch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():

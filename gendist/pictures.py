@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,21 @@ import numpy as np
 
 from gendist.data.schema import Schema
 
+NUM_PICTURED = 100
 MAX_SHOWN = 5_000  # samples, as points
 MAX_IMAGES = 400
 MAX_PANELS = 4
 TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
+
+logger = logging.getLogger("gendist")
+
+
+def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
+    """A picture of the first samples of a model, always those of the same noise; a warning where it cannot be drawn."""
+    try:
+        save_picture(model.sample(NUM_PICTURED, seed=seed), schema, path)
+    except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
+        logger.warning("%s could not be drawn (%s)", path.name, error)
 
 
 def save_picture(x_ND: Any, schema: Schema, path: Path) -> None:

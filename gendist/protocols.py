@@ -1,13 +1,13 @@
 """The contracts at the borders: what a block of data is, and what a family of models promises.
 
-Legend: N rows, D features, L latents (components, states or classes), S sequences.
+Legend: N rows, D features, L latents (components, states or classes), S sequences, B samples of a micro-batch.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,10 @@ M = TypeVar("M", covariant=True)
 
 class UserError(ValueError):
     """A mistake of the user: one line that says what was given, what is allowed and what to try."""
+
+
+class NotImportable(UserError):
+    """A class of the user's own, which a configuration names, cannot be imported here."""
 
 
 def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
@@ -53,10 +57,10 @@ class Mergeable(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A fixed run of rows: the unit that every kernel sees.
+    """A fixed run of rows: the unit that every kernel sees. A micro-batch of training is one, too.
 
-    x                (N, D) float64; entries that are missing hold 0
-    rows             (N,) int64, ascending: the row numbers in the whole data set
+    x                (N, D) float64, of a micro-batch float32; entries that are missing hold 0
+    rows             (N,) int64: the row numbers in the whole data set; ascending but in a micro-batch
     weights          (N,) float64 >= 0, or None: every row weighs 1
     evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
                      log p for a soft label
@@ -242,4 +246,84 @@ class StatisticsModel(GenerativeModel, Protocol):
 
     def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:
         """Numbers to compare models by, from the total log-likelihood of a fit; for the manifest."""
+        ...
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer step within a training step: one network is trained, all others are frozen.
+
+    name     what metrics call it; with two phases of one network, such as a lazy penalty, the names differ
+    network  the key of `DeepModel.networks` whose parameters it trains
+    """
+
+    name: str
+    network: str
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Random numbers that a loss needs for each sample: `width` of them, standard normal or uniform in (0, 1)."""
+
+    kind: Literal["normal", "uniform"]
+    width: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a phase makes of a micro-batch.
+
+    terms    sums over its samples, differentiable; what is minimised is the sum over the terms of
+             (sum over the global batch) / (count over the global batch), with the counts of `DeepModel.counts`
+    watched  sums over its samples that are only recorded, as means over the samples of the global batch
+    """
+
+    terms: Mapping[str, Tensor]
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class DeepModel(GenerativeModel, Protocol):
+    """A family fitted by gradient: all that the training loop and the engines know of it.
+
+    Networks are called as themselves; nobody but an engine calls backward or an optimizer. A loss reads no global random
+    state, no rank and no clock.
+    """
+
+    validation_objective: ClassVar[str | None]
+    """The value of `validate` whose lowest mean tells the best checkpoint; None where there is no such number."""
+
+    @classmethod
+    def create(cls, config: Any, x_shape: tuple[int, ...], labels: tuple[Any, ...], seed: int) -> Self:
+        """New networks for samples of this shape (an image's, or (D,)), whose weights are a function of the seed; UserError
+        where the configuration does not fit."""
+        ...
+
+    def networks(self) -> Mapping[str, torch.nn.Module]:
+        """Everything that is trained, one optimizer a network; no parameter belongs to two."""
+        ...
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        """The optimizer steps of a training step, in order: a function of its number alone."""
+        ...
+
+    def draws(self, phase: Phase) -> Mapping[str, Draw]:
+        """The noise that the phase's loss is given, by name: one row a sample, (B, width)."""
+        ...
+
+    def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
+        """Of each term of the phase's loss, over how many samples of this micro-batch it is a sum. It depends on the batch's
+        weights and evidence, not on networks, so that the counts of the whole global batch are known before any backward."""
+        ...
+
+    def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss: ...
+
+    def validation_draws(self) -> Mapping[str, Draw]: ...
+
+    def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Sums over the samples of what is to be known of held-out ones; empty where there is no such number."""
+        ...
+
+    def needs_whole_batch(self, phase: Phase) -> str | None:
+        """The reason why this phase's loss is not a sum over samples, so that a global batch may not be divided; or None."""
         ...

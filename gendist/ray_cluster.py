@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+CPU_WORKER: Mapping[str, float] = {"CPU": 1}
+GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
 logger = logging.getLogger("gendist")
@@ -41,12 +43,12 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
 
     num_gpus  that each worker needs
 
-    UserError where the address does not answer, or the cluster has fewer CPUs or GPUs than the workers need.
+    UserError where the address does not answer, or the cluster has no room for the workers.
     """
     address = address or os.environ.get("RAY_ADDRESS") or None
     ours = not ray.is_initialized()
     if ours:
-        with _uninterrupted():
+        with uninterrupted():
             _connect(num_workers, address)
     elif address is not None:
         check_reachable(address)
@@ -54,22 +56,34 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         if address not in (connected, "auto", "local"):
             raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")
     try:
-        for kind, each in (("CPU", 1), ("GPU", num_gpus)):
-            there = int(ray.cluster_resources().get(kind, 0))
-            if num_workers * each > there:
-                raise UserError(
-                    f"cluster.num_workers is {num_workers}, but the cluster has {there} {kind}s; ask for at most {there}"
-                    + (", or leave cluster.use_gpu out" if kind == "GPU" else "")
-                )
+        check_room(num_workers, GPU_WORKER if num_gpus else CPU_WORKER)
         yield
     finally:
         if ours:
-            with _uninterrupted():
+            with uninterrupted():
                 ray.shutdown()
 
 
+def room(each: Mapping[str, float]) -> int:
+    """How many workers the cluster could hold if nothing else ran there; each needs its resources on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
+
+
+def check_room(num_workers: int, each: Mapping[str, float]) -> None:
+    """UserError where the cluster has no room for the workers, which Ray would wait for without an end."""
+    there = room(each)
+    if num_workers > there:
+        raise UserError(
+            f"cluster.num_workers is {num_workers}, but the cluster has "
+            + (f"{there} GPUs with a CPU beside each" if "GPU" in each else f"{there} CPUs")
+            + f"; ask for at most {there}"
+            + (", or leave cluster.use_gpu out" if "GPU" in each else "")
+        )
+
+
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and SIGTERM: an interrupt in the middle of Ray's start or end can crash the process. And undo what
     Ray does to the handlers of both."""
     if threading.current_thread() is not threading.main_thread():

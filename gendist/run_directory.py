@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+import os
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
@@ -22,30 +22,9 @@ from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.folder_lock import locked
 from gendist.protocols import GenerativeModel, UserError
-
-KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
+from gendist.run import Run
 
 logger = logging.getLogger("gendist")
-
-
-M = TypeVar("M", bound=GenerativeModel)
-
-
-@dataclass(frozen=True)
-class Checkpoint(Generic[M]):
-    """The models that are fitted side by side, and all that is to be known to go on from them.
-
-    records           of the iterations or steps that led to them, as metrics.jsonl holds them
-    repairs_of_start  what had to be repaired where each model began
-    """
-
-    models: tuple[M, ...]
-    records: tuple[dict[str, Any], ...]
-    repairs_of_start: tuple[tuple[str, ...], ...]
-
-    @property
-    def iteration(self) -> int:
-        return self.records[-1]["iteration"] if self.records else 0
 
 
 @dataclass
@@ -96,6 +75,11 @@ class RunDirectory:
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of what an unfinished run goes on from; what stands in it is the affair of whoever fits."""
+        return self.path / "checkpoints"
+
     def check_same_data(self, manifest: dict[str, Any]) -> None:
         """UserError where the run that stands here began on other data, or from another model."""
         earlier = self.read_manifest()
@@ -112,7 +96,7 @@ class RunDirectory:
         self.check_same_data(manifest)
         earlier = self.read_manifest()
         if earlier:
-            manifest = {**manifest, "started": earlier["started"]}
+            manifest = {**manifest, "started": earlier["started"], "run_id": earlier.get("run_id", manifest["run_id"])}
             if earlier["machine"] != manifest["machine"]:
                 logger.warning("this run began on %s and goes on on %s: its last bits may differ from those of an "
                                "unbroken run", earlier["machine"], manifest["machine"])  # fmt: skip
@@ -125,52 +109,31 @@ class RunDirectory:
         file = self.path / "manifest.json"
         if not file.exists():
             return {}
-        return _parse(file, file.read_bytes())
+        return parse(file, file.read_bytes())
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
-    def append_metrics(self, records: Iterable[dict[str, Any]]) -> None:
+    def append_metrics(self, records: Iterable[dict[str, Any]], sync: bool = False) -> None:
+        """sync: wait until the disk has them, as before a checkpoint that does not hold them itself."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(_lines(records))
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_bytes().splitlines()
-        return [_parse(self.metrics_file, line) for line in lines]
+        return [parse(self.metrics_file, line) for line in lines]
 
-    def save_checkpoint(self, state: Checkpoint[Any], schema: Schema) -> None:
-        """Keep a state for an interrupted run to go on from; the oldest checkpoints are removed."""
-        folder = self.path / "checkpoints" / f"{state.iteration:08d}"
-        if folder.exists():
-            return
-        with new_folder(folder) as inside:
-            for index, model in enumerate(state.models):
-                save(Artifact(self.spec.family, model, schema), inside / str(index))
-            content = {"records": state.records, "repairs_of_start": state.repairs_of_start}
-            write_atomically(inside / "history.json", json.dumps(content))
-        for old in self._checkpoints()[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
-
-    def resume(self) -> Checkpoint[Any] | None:
-        """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none."""
-        for folder in reversed(self._checkpoints()):
-            try:
-                content = _parse(folder / "history.json", (folder / "history.json").read_bytes())
-                repairs = tuple(tuple(lines) for lines in content["repairs_of_start"])
-                models = tuple(load_artifact(folder / str(index)).model for index in range(len(repairs)))
-                state = Checkpoint(models, tuple(content["records"]), repairs)
-                if not models or state.iteration != int(folder.name):
-                    raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations or steps")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("a checkpoint cannot be read and is put aside: %s", error)
-                folder.rename(folder.with_name(f".{folder.name}.unreadable"))
-                continue
-            self.write_metrics(state.records)
-            return state
-        self.metrics_file.unlink(missing_ok=True)
-        return None
+    def cut_metrics(self, step: int) -> None:
+        """Take away the records of later steps, and a last line that was not written to its end."""
+        if self.metrics_file.exists():
+            lines = [line for line in self.metrics_file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            records = [parse(self.metrics_file, line) for line in lines]
+            self.write_metrics(record for record in records if record["step"] <= step)
 
     def finish(
         self, model: GenerativeModel, records: Iterable[dict[str, Any]], schema: Schema, manifest: dict[str, Any]
@@ -184,16 +147,25 @@ class RunDirectory:
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
         write_atomically(self.metrics_file, _lines(records))
 
-    def _checkpoints(self) -> list[Path]:
-        folder = self.path / "checkpoints"
-        return sorted(path for path in folder.glob("[0-9]*") if path.is_dir()) if folder.exists() else []
+
+def finished(directory: RunDirectory) -> Run:
+    """What a finished run has left."""
+    logger.info("%s is finished; nothing to do", directory.path)
+    return read_run(directory)
+
+
+def read_run(directory: RunDirectory) -> Run:
+    results = directory.read_manifest().get("results", {})
+    history = [record for record in directory.read_metrics() if record.get("restart") == results.get("restart")]
+    return Run(load_artifact(directory.path).model, history, directory.path, results)
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def _parse(file: Path, text: bytes) -> dict[str, Any]:
+def parse(file: Path, text: bytes) -> dict[str, Any]:
+    """The JSON object that a file of a run, or a line of it, holds."""
     try:
         content = json.loads(text)
         if not isinstance(content, dict):

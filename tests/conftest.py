@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["WANDB_MODE"] = "disabled"  # where it is installed, every fit would start it; its tests do without this
 
 import numpy as np
 import pytest
@@ -43,3 +45,18 @@ def blobs() -> np.ndarray:
     factors = rng.normal(size=(3, 3, 3)) * 0.5 + np.eye(3)
     which = rng.integers(0, 3, 600)
     return means[which] + np.einsum("nij,nj->ni", factors[which], rng.normal(size=(600, 3)))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a small family that is fitted by gradient, which is among the families for the tests of a module; the rows
+    that it is trained on lie in a folder of their own."""
+    from toy_family import FOLDER
+
+    import gendist.models
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
+        patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("rows")))
+        patched.setattr(tempfile, "tempdir", None)  # which is looked up again
+        yield "toy"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gendist.config import load_data_spec, load_spec
+from gendist.config import families, load_data_spec, load_spec, overrides_it_knows
+from gendist.execution import execution
 from gendist.protocols import UserError
 
 GOOD = {"name": "a", "family": "gmm", "model": {"num_components": 3}, "data": {"source": "digits"}}
@@ -67,7 +68,7 @@ def test_mistakes_are_told_with_the_nearest_key(override, expected, tmp_path):
         ("", "a mapping of keys and values is needed"),
         ("- 1", "a mapping of keys and values is needed"),
         ("a: [", "not YAML"),
-        ("name: a", "family is missing; allowed are gmm"),
+        ("name: a", f"family is missing; allowed are {', '.join(families())}"),
         ("family: gmm\nname: a", "model is missing"),
         ("family: gmm\nname: a\nmodel: 3", "model: input should be"),
     ],
@@ -91,3 +92,66 @@ def test_data_for_scoring_is_a_path_or_a_yaml_file(tmp_path):
     assert (spec.data.source, spec.data.weight, spec.cluster.num_workers) == ("digits", "w", 3)
     with pytest.raises(UserError, match="did you mean 'path'"):
         load_data_spec(str(path), ["data.pth=w"])
+
+
+TOY = {"name": "a", "family": "toy", "model": {}, "data": {"source": "digits"}}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("fit.max_iterations=3", "unknown key 'max_iterations' in fit; allowed are num_steps"),
+        ("fit.num_step=3", "unknown key 'num_step' in fit; did you mean 'num_steps'?"),
+        ("fit.engine.kind=dpp", "fit.engine.kind: input should be 'ddp' or 'deepspeed', not 'dpp'"),
+        ("fit.engine.zero=1", "unknown key 'zero' in fit.engine; did you mean 'zero_stage'?"),
+        ("fit.micro_batch_size=48", "fit: micro_batch_size 48 does not divide global_batch_size 128"),
+        ("fit.optimizer.lr=1", "unknown key 'lr' in fit.optimizer; allowed are kind, learning_rate"),
+        ("cluster.num_workers=[4,1]", "cluster.num_workers: a whole number from 0 on is needed, or [least, most], such as "),
+        ("cluster.num_workers=[0,2]", "such as [1, 4], not [0, 2]"),
+        ("cluster.num_workers=many", "such as [1, 4], not 'many'"),
+        ("cluster.num_workers=-1", "such as [1, 4], not -1"),
+        ("cluster.num_workers=true", "such as [1, 4], not True"),
+        ("tracking.wandb=of", "tracking.wandb: input should be 'offline', 'online' or 'disabled', not 'of'"),
+    ],
+)
+def test_mistakes_in_the_spec_of_a_family_that_is_trained(toy, override, expected):
+    with pytest.raises(UserError) as caught:
+        load_spec(TOY, [override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_how_a_family_is_fitted_tells_what_fit_may_say(toy):
+    spec = load_spec(TOY, ["cluster.num_workers=[1,4]", "fit.num_steps=7"])
+    assert spec.fit.num_steps == 7
+    assert spec.cluster.num_workers == (1, 4)
+    assert load_spec(yaml.safe_load(spec.to_yaml())) == spec
+    with pytest.raises(UserError, match=r"cluster.num_workers \[1, 4\]: the family gmm is fitted in passes over the data"):
+        load_spec(GOOD, ["cluster.num_workers=[1,4]"])
+
+
+def test_only_training_is_elastic():
+    spec = load_data_spec("digits", ["cluster.num_workers=[1,4]"])
+    with pytest.raises(UserError, match="only training by gradient is elastic"), execution(spec.cluster):
+        pass
+
+
+def test_where_training_computes_is_no_part_of_the_identity(toy):
+    plain = load_spec(TOY).identity()
+    for override in ("fit.engine.kind=deepspeed", "fit.micro_batch_size=4", "fit.keep_last=9", "tracking.wandb=disabled"):
+        assert load_spec(TOY, [override]).identity() == plain
+    for override in ("fit.num_steps=4", "fit.global_batch_size=4", "fit.ema=0.1", "fit.optimizer.learning_rate=1"):
+        assert load_spec(TOY, [override]).identity() != plain
+
+
+def test_overrides_for_several_families_reach_those_that_know_them(toy, tmp_path):
+    paths = [tmp_path / "gmm.yaml", tmp_path / "toy.yaml"]
+    for path, content in zip(paths, (GOOD, TOY), strict=True):
+        path.write_text(yaml.safe_dump(content))
+    overrides = ["fit.max_iterations=3", "fit.num_steps=3", "seed=4"]
+    assert dict(overrides_it_knows(paths, overrides)) == {
+        paths[0]: ["fit.max_iterations=3", "seed=4"],
+        paths[1]: ["fit.num_steps=3", "seed=4"],
+    }
+    with pytest.raises(UserError, match="unknown key 'nonsense' in fit"):
+        overrides_it_knows(paths, ["fit.nonsense=3"])

@@ -18,7 +18,8 @@ import yaml
 from power_cut import PowerCut, cut_power_at
 
 import gendist
-from gendist import fitting
+from gendist import em_fitting
+from gendist.em_checkpoints import resume
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import UserError
 from gendist.run_directory import RunDirectory
@@ -292,7 +293,7 @@ def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, blobs, tmp_
     """Before every single change that a fit makes to the disk; then the same command again."""
     fit = {"max_iterations": 3, "checkpoint_every": 1, "num_restarts": num_restarts, "init": "random"}
     spec = {**SPEC, "data": {}, "model": {"num_components": 3}, "fit": fit}
-    monkeypatch.setattr(fitting._Fitting, "_draw", lambda *_: None)
+    monkeypatch.setattr(em_fitting, "draw_samples", lambda *_: None)
     with monkeypatch.context() as counting:
         calls = cut_power_at(counting, 10**9)
         gendist.fit(spec, data=blobs, run_dir=tmp_path / "unbroken")
@@ -320,7 +321,7 @@ def test_an_interrupted_fit_goes_on_to_the_same_bytes(unbroken, tmp_path, stop_a
         gendist.fit(SPEC, run_dir=tmp_path / "run", watch=stop)
     assert not (tmp_path / "run" / "artifact").exists()
     if error is KeyboardInterrupt:  # nothing at all is lost
-        assert RunDirectory(tmp_path / "run", gendist.config.load_spec(SPEC)).resume().iteration == stop_at
+        assert resume(RunDirectory(tmp_path / "run", gendist.config.load_spec(SPEC))).iteration == stop_at
     run = gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert sha256(tmp_path / "run") == sha256(unbroken)
     assert trace(records(tmp_path / "run")) == trace(records(unbroken)) == trace(run.history)
@@ -396,7 +397,7 @@ def test_without_a_checkpoint_that_can_be_read_a_run_begins_again(unbroken, tmp_
 
     with pytest.raises(Stop):
         gendist.fit(SPEC, run_dir=path, watch=stop)
-    resumed = RunDirectory(path, gendist.config.load_spec(SPEC)).resume()
+    resumed = resume(RunDirectory(path, gendist.config.load_spec(SPEC)))
     assert resumed.iteration == 4, "the damaged checkpoints must not push out the good ones"
     gendist.fit(SPEC, run_dir=path)
     assert sha256(path) == sha256(unbroken)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import gendist
-from gendist import fitting
+from gendist import em_fitting
 from gendist.data import source_of
+from gendist.em_checkpoints import resume
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import VERBS, GenerativeModel, UserError
 from gendist.run_directory import RunDirectory
@@ -162,7 +163,7 @@ def test_a_run_that_stopped_goes_on_behind_the_transforms_of_its_checkpoint(unbr
 
     with pytest.raises(Stop):
         gendist.fit(DIGITS, run_dir=tmp_path / "run", watch=stop)
-    monkeypatch.setattr(fitting.Transforms, "fit", None)  # they are not fitted again
+    monkeypatch.setattr(em_fitting.Transforms, "fit", None)  # they are not fitted again
     gendist.fit(DIGITS, run_dir=tmp_path / "run")
     assert bytes_of(tmp_path / "run") == bytes_of(unbroken)
     manifest = [json.loads((run / "manifest.json").read_text()) for run in (unbroken, tmp_path / "run")]
@@ -271,6 +272,6 @@ def test_an_unreadable_checkpoint_is_put_aside(unbroken, tmp_path):
     from gendist.config import load_spec
 
     with RunDirectory(tmp_path / "run", load_spec(DIGITS)) as directory:
-        state = directory.resume()
+        state = resume(directory)
     assert isinstance(state.models[0], Transformed)
     assert state.iteration == int(newest.name) - 2

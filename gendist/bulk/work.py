@@ -20,7 +20,7 @@ from gendist.bulk.single_file import write_file
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, identity, open_source
 from gendist.data.dataset import MakeBlocks
-from gendist.evaluate.score import log_prob_of_rows
+from gendist.evaluate.score import density_of, scores_of_rows
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
@@ -102,10 +102,12 @@ def score(
 ) -> Written:
     """Write the log density of every row of the data, in nats, in the order of the rows; `sums` has the log-likelihood.
 
-    The arguments are those of `sample`.
+    Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
+    `sample`.
     """
     encode = encoder_of(Path(out))
     loaded = load_artifact(artifact)
+    verb = density_of(loaded.model)
     transforms = taken_apart(loaded.model)[1]
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
@@ -128,7 +130,7 @@ def score(
             "columns": list(schema.columns),
             "data": identity(source, config),
         },
-        layout=Layout(("log_prob",), array="log_prob", numbered=True),
+        layout=Layout((verb,), array=verb, numbered=True),
         parts=cut_into_parts(source.num_rows, 8 * schema.num_features, leaf_rows=leaves.bounds[1]),
         blocks=lambda make_blocks, parts: Dataset.open(source, config, schema, make_blocks).parts(parts),
         compute=_score,
@@ -136,7 +138,11 @@ def score(
         encode=encode,
     )
     written = work.write(Path(out), cluster, address, watch)
-    return replace(written, density=getattr(loaded.model, "density", None) or "")
+    described = [
+        getattr(loaded.model, "density", None),
+        "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
+    ]
+    return replace(written, density="; ".join(filter(None, described)))
 
 
 @dataclass(frozen=True)
@@ -203,12 +209,13 @@ def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
 
 def _draw(seed: int, given: Any, model: Any, rows: tuple[int, int]) -> tuple[int, Values, Mapping[str, float]]:
     start, stop = rows
-    return start, model.sample(stop - start, seed=seed, offset=start, given=given).numpy(), {}
+    # Files hold float64, in whatever precision a family computes.
+    return start, model.sample(stop - start, seed=seed, offset=start, given=given).double().numpy(), {}
 
 
 def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
-    log_prob_N = log_prob_of_rows(model, blocks).numpy()
-    return int(blocks[0].rows[0]), log_prob_N, {"log_likelihood": float(log_prob_N.sum())}
+    scores_N = scores_of_rows(model, blocks).numpy()
+    return int(blocks[0].rows[0]), scores_N, {"log_likelihood": float(scores_N.sum())}
 
 
 def _total(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,9 @@ class EMConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset()
+    """What may be another when a run is resumed."""
 
     max_iterations: int = Field(default=100, ge=1)
     tolerance: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -83,8 +84,11 @@ def fit(
         print(resolved.to_yaml(), end="")
         return
     run = _fit(resolved, run_dir or Path("runs") / resolved.name, address)
+    if _is_one_of_others():
+        return
     print(f"\nnext:  {_command()} sample {run.path} -n 64 --out samples.png")
-    print(f"       {_command()} score {run.path} DATA --out scores.parquet")
+    if "log_prob" not in run.model.not_offered:
+        print(f"       {_command()} score {run.path} DATA --out scores.parquet")
 
 
 @app.command()
@@ -147,15 +151,14 @@ def score(
 @app.command()
 def demo(overrides: Overrides = None) -> None:
     """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
-    from gendist.config import load_spec
+    from gendist.config import load_spec, overrides_it_knows
 
     # Beside the package in a checkout, inside it where it was installed.
     places = [Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"]
     folder = next(place for place in places if place.is_dir())
-    runs = [
-        _fit(load_spec(path, overrides or ()), Path("runs") / "demo" / path.stem, None)
-        for path in sorted(folder.glob("*_digits.yaml"))
-    ]
+    paths = sorted(folder.glob("*_digits.yaml"))
+    specs = [load_spec(path, known) for path, known in overrides_it_knows(paths, overrides or ())]
+    runs = [_fit(spec, Path("runs") / "demo" / path.stem, None) for spec, path in zip(specs, paths, strict=True)]
     print("\npictures of digits that no one has written:")
     for run in runs:
         print(f"  {run.path}/samples.png")
@@ -171,26 +174,37 @@ def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
     from gendist import fitting
     from gendist.launch.progress import fit_progress, log_to
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, quiet=_is_one_of_others())
     log_to(console)
-    with (
-        _interruptible(run_dir / "spec.yaml"),
-        fit_progress(console, spec.fit.max_iterations, spec.fit.num_restarts) as watch,
-    ):
+    with _interruptible(run_dir / "spec.yaml"), fit_progress(console, spec.fit) as watch:
         run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
+    if not _is_one_of_others():
+        _tell(spec, run)
+    return run
+
+
+def _tell(spec: Any, run: Any) -> None:
     results = run.results
-    print(f"{spec.name}: {results['stopped']} after {results['num_iterations']} iterations, in {run.path}")
+    how_many = f"{results['num_iterations']} iterations" if "num_iterations" in results else f"{results['num_steps']} steps"
+    print(f"{spec.name}: {results['stopped']} after {how_many}, in {run.path}")
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
-    print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
+    if "log_likelihood" in results:
+        print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
     if density := getattr(run.model, "density", None):
         print(f"  ({density})")
-    if spec.fit.num_restarts > 1:
-        print(f"  the best of {spec.fit.num_restarts} restarts; manifest.json says how each of them ended")
-    if results["repairs"]:
-        print(f"  {len(results['repairs'])} repairs, the last: {results['repairs'][-1]} (all in metrics.jsonl)")
-    if results["iterations_that_fell"]:
-        print(f"  the log-likelihood fell in iterations {results['iterations_that_fell']}; see metrics.jsonl")
-    return run
+    if results.get("artifact_step", results.get("num_steps")) != results.get("num_steps"):
+        print(f"  the artifact is that of step {results['artifact_step']}, the best in validation")
+    if len(results.get("restarts", ())) > 1:
+        print(f"  the best of {len(results['restarts'])} restarts; manifest.json says how each of them ended")
+    if repairs := results.get("repairs"):
+        print(f"  {len(repairs)} repairs, the last: {repairs[-1]} (all in metrics.jsonl)")
+    if fell := results.get("iterations_that_fell"):
+        print(f"  the log-likelihood fell in iterations {fell}; see metrics.jsonl")
+
+
+def _is_one_of_others() -> bool:
+    """Whether torchrun started this process beside the first one, which alone speaks."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
@@ -222,5 +236,6 @@ def _command() -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    if not _is_one_of_others():
+        print(f"error: {message}", file=sys.stderr)
     raise SystemExit(code)

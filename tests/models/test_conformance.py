@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from sklearn.datasets import load_digits
 import gendist
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.blocks import Leaves, LocalBlocks, reduce
-from gendist.config import families, load_spec
+from gendist.config import families, family_class, is_trained, load_spec
 from gendist.data import Schema
 from gendist.em.convergence import fell
-from gendist.protocols import VERBS, Block, GenerativeModel, StatisticsModel, UserError
+from gendist.noise import Noise
+from gendist.protocols import VERBS, Block, DeepModel, Draw, GenerativeModel, Phase, StatisticsModel, UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -36,13 +39,25 @@ class Case:
         return Block(x=self.x[rows], rows=rows, **{name: values[rows] for name, values in fields.items()})
 
 
-@pytest.fixture(scope="module", params=families())
-def case(request) -> Case:
+TRAINED = [family for family in families() if is_trained(family_class(family))]
+
+
+@cache
+def fitted(family: str) -> Case:
     """A family, fitted for a moment on the digits in this process."""
-    overrides = ["cluster.num_workers=0", "fit.max_iterations=2", "fit.tolerance=0", "data.validation_fraction=0"]
-    spec = load_spec(CONFIGS / f"{request.param}_digits.yaml", overrides)
+    overrides = ["cluster.num_workers=0", "data.validation_fraction=0"]
+    if family in TRAINED:
+        overrides += ["fit.num_steps=2", "fit.global_batch_size=32"]
+    else:
+        overrides += ["fit.max_iterations=2", "fit.tolerance=0"]
+    spec = load_spec(CONFIGS / f"{family}_digits.yaml", overrides)
     x = torch.from_numpy(load_digits().images.reshape(-1, 64) / 16.0)
-    return Case(request.param, spec, gendist.fit(spec).model, x)
+    return Case(family, spec, gendist.fit(spec).model, x)
+
+
+@pytest.fixture(params=families())
+def case(request) -> Case:
+    return fitted(request.param)
 
 
 def leaves_of(case: Case):
@@ -100,17 +115,24 @@ def test_global_random_state_is_neither_read_nor_written(case):
 
 
 def test_numpy_arrays_and_tensors_of_any_float_give_the_same(case):
-    if "log_prob" in case.model.not_offered:
-        return
-    expected = case.model.log_prob(case.x[:20])
-    assert torch.equal(case.model.log_prob(case.x[:20].numpy()), expected)
-    assert torch.equal(case.model.log_prob(case.x[:20].tolist()), expected)
-    assert torch.allclose(case.model.log_prob(case.x[:20].float()), expected, rtol=1e-3)
-    assert expected.shape == (20,)
+    for name in {"log_prob", "elbo", "log_prob_bound", "encode", "reconstruct"} - set(case.model.not_offered):
+        verb = getattr(case.model, name)
+        expected = verb(case.x[:20])
+        assert len(expected) == 20
+        assert torch.equal(verb(case.x[:20].numpy()), expected)
+        assert torch.equal(verb(case.x[:20].tolist()), expected)
+        assert torch.allclose(verb(case.x[:20].float()), expected, rtol=1e-3)
+
+
+def test_a_density_is_one_number_a_row(case):
+    for name in {"log_prob", "elbo", "log_prob_bound"} - set(case.model.not_offered):
+        density = getattr(case.model, name)(case.x[:20])
+        assert density.shape == (20,)
+        assert density.dtype == torch.float64
 
 
 def test_x_of_another_width_is_refused(case):
-    for verb in ("log_prob", "elbo", "encode", "classify"):
+    for verb in ("log_prob", "elbo", "log_prob_bound", "encode", "classify", "reconstruct"):
         if verb not in case.model.not_offered:
             with pytest.raises(UserError, match="64"):
                 getattr(case.model, verb)(np.zeros((3, 63)))
@@ -119,7 +141,13 @@ def test_x_of_another_width_is_refused(case):
 def test_representations_decode_to_x(case):
     if {"encode", "decode"} & set(case.model.not_offered):
         return
-    assert case.model.decode(case.model.encode(case.x[:7])).shape == (7, 64)
+    representation = case.model.encode(case.x[:7])
+    latent_dim = getattr(case.model.config, "latent_dim", representation.shape[1])
+    if representation.shape[1] != latent_dim:  # it is of another kind than what x is made from
+        with pytest.raises(UserError, match=f"{latent_dim}"):
+            case.model.decode(representation)
+        representation = torch.zeros(7, latent_dim)
+    assert case.model.decode(representation).shape == (7, 64)
 
 
 def test_saved_and_loaded_it_is_the_same_model(case, tmp_path):
@@ -143,11 +171,10 @@ def test_tensors_that_are_not_the_familys_are_refused(case):
 # Families fitted by sufficient statistics
 
 
-@pytest.fixture
-def em_case(case) -> Case:
-    if not isinstance(case.model, StatisticsModel):
-        pytest.skip("not fitted by sufficient statistics")
-    return case
+@pytest.fixture(params=[family for family in families() if family not in TRAINED])
+def em_case(request) -> Case:
+    assert isinstance(fitted(request.param).model, StatisticsModel)
+    return fitted(request.param)
 
 
 def test_statistics_are_the_same_bytes_for_every_run_of_leaves(em_case):
@@ -219,3 +246,140 @@ def test_the_log_likelihood_is_that_of_the_e_step(em_case):
     for fields in ({}, {"weights": weights}, {"weights": weights, "evidence": evidence}):
         block = em_case.block(**fields)
         assert em_case.model.log_likelihood(block) == em_case.model.e_step(block).log_likelihood
+
+
+# Families fitted by gradient
+
+
+@pytest.fixture(params=TRAINED)
+def deep_case(request) -> Case:
+    assert isinstance(fitted(request.param).model, DeepModel)
+    return fitted(request.param)
+
+
+def fresh(case: Case, seed: int = 0) -> DeepModel:
+    return type(case.model).create(case.model.config, (8, 8), (), seed)
+
+
+def all_phases(model: DeepModel) -> list[Phase]:
+    return list(dict.fromkeys(phase for step in range(100) for phase in model.phases(step)))
+
+
+def noise_of(draws: Mapping[str, Draw], num_rows: int) -> dict[str, torch.Tensor]:
+    return {name: getattr(Noise(0, name), draw.kind)(0, num_rows, draw.width).float() for name, draw in draws.items()}
+
+
+def micro_batch(case: Case, start: int, stop: int) -> Block:
+    return Block(x=case.x[start:stop].float(), rows=torch.arange(start, stop))
+
+
+def gradients(model: DeepModel, network: str, terms: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    parameters = list(model.networks()[network].parameters())
+    found = torch.autograd.grad(sum(terms), parameters, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+
+
+def test_every_network_is_trained_by_some_phase_and_shares_no_parameter(deep_case):
+    networks = deep_case.model.networks()
+    assert {phase.network for phase in all_phases(deep_case.model)} == set(networks)
+    parameters = [id(parameter) for network in networks.values() for parameter in network.parameters()]
+    assert len(set(parameters)) == len(parameters)
+    assert deep_case.model.phases(7) == deep_case.model.phases(7)
+
+
+def test_a_fresh_model_is_a_function_of_the_seed(deep_case):
+    torch.manual_seed(1)
+    state, first = torch.random.get_rng_state(), fresh(deep_case).tensors()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    again, other = fresh(deep_case).tensors(), fresh(deep_case, seed=1).tensors()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items())
+    assert first.keys() == deep_case.model.tensors().keys()
+
+
+def test_the_loss_and_its_gradient_add_up_over_micro_batches(deep_case):
+    """The exactness of training rests on it: a micro-batch knows nothing of the others, nor a sample of its neighbours."""
+    model, size = fresh(deep_case), 21
+    for phase in all_phases(model):
+        assert model.needs_whole_batch(phase) is None
+        noise = noise_of(model.draws(phase), size)
+        whole = model.loss(phase, micro_batch(deep_case, 0, size), noise, 0)
+        assert whole.terms.keys() == model.counts(phase, micro_batch(deep_case, 0, size)).keys()
+        parts, counts = [], []
+        for start, stop in ((0, 5), (5, 6), (6, size)):
+            batch = micro_batch(deep_case, start, stop)
+            parts.append(model.loss(phase, batch, {name: values[start:stop] for name, values in noise.items()}, 0))
+            counts.append(model.counts(phase, batch))
+        for values in ("terms", "watched"):
+            for name, value in getattr(whole, values).items():
+                torch.testing.assert_close(sum(getattr(part, values)[name] for part in parts), value, rtol=1e-4, atol=1e-4)
+        for name, count in model.counts(phase, micro_batch(deep_case, 0, size)).items():
+            assert sum(each[name] for each in counts) == count
+        expected = gradients(model, phase.network, whole.terms.values())
+        found = gradients(model, phase.network, [term for part in parts for term in part.terms.values()])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()) + 1e-9)
+
+
+def test_what_is_watched_has_no_gradient_and_a_batch_without_rows_adds_nothing(deep_case):
+    model = fresh(deep_case)
+    for phase in all_phases(model):
+        loss = model.loss(phase, micro_batch(deep_case, 0, 3), noise_of(model.draws(phase), 3), 0)
+        assert all(value.requires_grad for value in loss.terms.values())
+        assert not any(value.requires_grad for value in loss.watched.values())
+        empty = model.loss(phase, micro_batch(deep_case, 0, 0), noise_of(model.draws(phase), 0), 0)
+        assert all(float(value.detach()) == 0.0 for value in (*empty.terms.values(), *empty.watched.values()))
+        assert set(model.counts(phase, micro_batch(deep_case, 0, 0)).values()) == {0.0}
+
+
+def test_weights_of_one_change_nothing_and_double_weights_double(deep_case):
+    model = fresh(deep_case)
+    plain = micro_batch(deep_case, 0, 9)
+    for phase in all_phases(model):
+        noise = noise_of(model.draws(phase), 9)
+        losses = [
+            model.loss(phase, replace(plain, weights=weights), noise, 0).terms
+            for weights in (None, torch.ones(9), torch.full((9,), 2.0))
+        ]
+        counts = [model.counts(phase, replace(plain, weights=w)) for w in (None, torch.ones(9), torch.full((9,), 2.0))]
+        assert counts[0] == counts[1]
+        for name, value in losses[0].items():
+            torch.testing.assert_close(losses[1][name], value)
+            # Terms that do not hang on the rows of the data count every sample once, whatever the weights.
+            torch.testing.assert_close(losses[2][name] / counts[2][name], value / counts[0][name])
+
+
+def test_in_half_precision_sums_stay_in_float32(deep_case):
+    model, batch = fresh(deep_case), micro_batch(deep_case, 0, 64)
+    for phase in all_phases(model):
+        noise = noise_of(model.draws(phase), 64)
+        expected = model.loss(phase, batch, noise, 0).terms
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = model.loss(phase, batch, noise, 0).terms
+        for name, value in expected.items():
+            assert terms[name].dtype == torch.float32
+            torch.testing.assert_close(terms[name], value, rtol=0.1, atol=0.1)
+
+
+def test_validation_sums_over_samples(deep_case):
+    model, noise = deep_case.model, noise_of(deep_case.model.validation_draws(), 20)
+    whole = model.validate(micro_batch(deep_case, 0, 20), noise)
+    assert model.validation_objective is None or model.validation_objective in whole
+    parts = [
+        model.validate(micro_batch(deep_case, a, b), {name: values[a:b] for name, values in noise.items()})
+        for a, b in ((0, 7), (7, 20))
+    ]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=1e-4, atol=1e-3)
+
+
+def test_verbs_leave_networks_in_the_mode_that_they_had(deep_case):
+    model = fresh(deep_case)
+    for training in (True, False):
+        for network in model.networks().values():
+            network.train(training)
+        for name in {"sample", "elbo", "encode", "reconstruct"} - set(model.not_offered):
+            result = getattr(model, name)(2 if name == "sample" else deep_case.x[:2])
+            assert not result.requires_grad
+        assert all(network.training == training for network in model.networks().values())

@@ -1,0 +1,288 @@
+"""A fit by expectation-maximization: what to begin with, the iterations, and what is kept of them."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gendist.artifact import load_artifact
+from gendist.blocks import Blocks
+from gendist.config import Spec
+from gendist.data import Dataset, Schema, open_source, source_of
+from gendist.data.survey import Summary, survey
+from gendist.data.transforms import Transforms
+from gendist.em.config import STARTS, EMConfig
+from gendist.em.convergence import Decision
+from gendist.em.engine import expectation_maximization, mean_log_likelihood
+from gendist.em.restarts import Candidate, all_records, latest_records, leader, restart_seed
+from gendist.em.start import start_from_data
+from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
+from gendist.execution import execution
+from gendist.one_thread import one_thread
+from gendist.pictures import draw_samples
+from gendist.protocols import Block, Compute, GenerativeModel, StatisticsModel, Update, UserError
+from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
+from gendist.run import Run, Watch
+from gendist.run_directory import RunDirectory, finished
+from gendist.tracking import tracked
+from gendist.transformed import taken_apart, transformed
+
+logger = logging.getLogger("gendist")
+Candidates = tuple[Candidate[StatisticsModel], ...]
+
+
+def estimate(
+    spec: Spec,
+    family: type[StatisticsModel],
+    data: Any,
+    init: Any,
+    directory: RunDirectory | None,
+    address: str | None,
+    watch: Watch,
+) -> Run:
+    """What `gendist.fit` does with a family of this kind."""
+    with directory or nullcontext():
+        # The spec says nothing of what Python hands over, so that a finished run must look at it, too.
+        if directory and directory.is_finished and data is None and init is None:
+            return finished(directory)
+        assert isinstance(spec.fit, EMConfig)
+        start, start_features = _model_to_start_from(spec, spec.fit, family, init)
+        source = source_of(data) if data is not None else open_source(spec.data)
+        schema = Schema.of(source, spec.data)
+        if start_features not in (None, schema.feature_names):
+            there, here = ", ".join(start_features[:8]), ", ".join(schema.feature_names[:8])
+            raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
+        with execution(spec.cluster, address) as make_blocks, tracked(directory, watch) as watch:
+            dataset = Dataset.open(source, spec.data, schema, make_blocks)
+            return EMFitting(spec, spec.fit, family, dataset, start, directory, watch).run()
+
+
+@dataclass(frozen=True)
+class EMFitting:
+    """One fit.
+
+    start  behind the transforms that the spec declares, or None: the data say where to begin
+
+    A model stands behind the transforms everywhere but in the engine.
+    """
+
+    spec: Spec
+    config: EMConfig
+    family: type[StatisticsModel]
+    dataset: Dataset
+    start: GenerativeModel | None
+    directory: RunDirectory | None
+    watch: Watch
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(self.config.precision, "cuda" if self.spec.cluster.use_gpu else "cpu")
+
+    def run(self) -> Run:
+        began = time.monotonic()
+        spec, directory, dataset = self.spec, self.directory, self.dataset
+        training, validation = self._parts(dataset)
+        logger.info("reading %s: %d rows, %d features", dataset.source.name, dataset.source.num_rows,
+                    dataset.schema.num_features)  # fmt: skip
+        summary, held_out_summary = survey_parts(spec, dataset, training, validation)
+        self._check_start()
+        init = _digest(self.start) if self.start is not None else self.config.init
+        manifest = manifest_of(spec, dataset.labels, summary, held_out_summary, init)
+        if directory:
+            directory.check_same_data(manifest)
+            if directory.is_finished:
+                return finished(directory)
+        resumed = resume(directory) if directory else None
+        if resumed:
+            logger.info("resuming after iteration %d", resumed.iteration)
+        transforms = self._transforms(resumed, training, summary)
+        log_abs_det = {"training": 0.0, "validation": 0.0}
+        if transforms.steps:
+            log_abs_det["training"] = transforms.mean_log_abs_det(training)
+            if validation:
+                log_abs_det["validation"] = transforms.mean_log_abs_det(validation)
+            del training, validation  # so that the rows are not held twice: as they are and transformed
+            training, validation = self._parts(replace(dataset, transforms=transforms))
+            summary = survey(training)
+        self.family.check(spec.model, summary, transforms.feature_names)
+        if self.start is not None:
+            self._adopted(summary)  # a model that does not fit is told before anything is written
+        if directory:
+            manifest = directory.begin(manifest)
+        candidates = _candidates(resumed) if resumed else self._begin(training, summary, transforms)
+        iterations = expectation_maximization(candidates, training, summary.total_weight, self.config, validation, self.compute)
+        try:
+            # Models and records of an iteration come as one value, so that an interrupt finds them together.
+            for candidates in iterations:
+                records = latest_records(candidates)
+                if directory:
+                    directory.append_metrics(records)
+                    stopped = all(candidate.decision is not Decision.CONTINUE for candidate in candidates)
+                    if stopped or records[-1]["iteration"] % self.config.checkpoint_every == 0:
+                        self._save(candidates, transforms)
+                for record in records:
+                    self.watch(record)
+        except KeyboardInterrupt:
+            self._save(candidates, transforms)
+            if directory:
+                directory.write_metrics(all_records(candidates))  # the last line may be half-written
+            raise
+        results = self._results(candidates, training, validation, summary, log_abs_det)
+        if transforms.steps:
+            results["log_abs_det"] = log_abs_det["training"]
+        best = candidates[results["restart"]]
+        model = transformed(best.model, transforms)
+        if directory:
+            draw_samples(model, dataset.schema, directory.path / "samples.png", spec.seed)
+            manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
+            directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
+        return Run(model, list(best.history), directory.path if directory else None, results)
+
+    def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
+        return parts_of(self.spec, dataset, self.family.count_latents(self.spec.model, dataset.labels))
+
+    def _transforms(self, resumed: Checkpoint[Any] | None, blocks: Blocks[Block], summary: Summary) -> Transforms:
+        """Those that the model to go on from stands behind, since it means nothing behind others; else fitted now."""
+        names = self.dataset.schema.feature_names
+        model = resumed.models[0] if resumed else self.start
+        if model is None:
+            return Transforms.fit(self.spec.data.transforms, names, blocks, summary)
+        transforms = taken_apart(model)[1]
+        return Transforms(names) if transforms is None else replace(transforms, source_names=names)
+
+    def _check_start(self) -> None:
+        """UserError where the model to start from is of other data."""
+        if self.start is not None:
+            features, labels = self.dataset.schema.num_features, self.dataset.labels
+            if self.start.num_features != features:
+                raise UserError(f"the model to start from has {self.start.num_features} features, the data {features}")
+            if labels and self.start.labels not in ((), labels):
+                raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
+
+    def _adopted(self, summary: Summary) -> StatisticsModel:
+        """The given model, estimated from here on as the spec says."""
+        model = taken_apart(self.start)[0]
+        return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
+
+    def _begin(self, blocks: Blocks[Block], summary: Summary, transforms: Transforms) -> Candidates:
+        """The models to set out from."""
+        updates = [self._first_parameters(i, blocks, summary) for i in range(self.config.num_restarts)]
+        candidates = tuple(Candidate(update.model, (), update.repairs) for update in updates)
+        self._save(candidates, transforms)
+        return candidates
+
+    def _first_parameters(self, restart: int, blocks: Blocks[Block], summary: Summary) -> Update[StatisticsModel]:
+        if self.start is not None:
+            return Update(self._adopted(summary))
+        fit = self.config
+        logger.info("choosing where to start (%s, %d of %d)", fit.init, restart + 1, fit.num_restarts)
+        return start_from_data(
+            self.family, self.spec.model, blocks, summary, self.dataset.labels, fit.init, restart_seed(self.spec.seed, restart)
+        )
+
+    def _save(self, candidates: Candidates, transforms: Transforms) -> None:
+        if self.directory:
+            models = tuple(transformed(candidate.model, transforms) for candidate in candidates)
+            repairs = tuple(candidate.repairs_of_start for candidate in candidates)
+            save_checkpoint(self.directory, Checkpoint(models, tuple(all_records(candidates)), repairs), self.dataset.schema)
+
+    def _results(
+        self,
+        candidates: Candidates,
+        training: Blocks[Block],
+        validation: Blocks[Block] | None,
+        summary: Summary,
+        log_abs_det: Mapping[str, float],
+    ) -> dict[str, Any]:
+        """Of the best restart, by one pass more with its final parameters: the records hold those that each iteration
+        began with; and how all restarts ended.
+
+        Log-likelihoods are those of the rows as the data have them: log_abs_det, the transforms' mean a row, is what the
+        records, which are of the transformed rows, lack.
+        """
+        restart = leader(candidates)
+        model, history = candidates[restart].model, candidates[restart].history
+        log_likelihood = _shifted(mean_log_likelihood(model, training, self.compute), log_abs_det["training"])
+        results: dict[str, Any] = {
+            "stopped": candidates[restart].decision.value,
+            "num_iterations": len(history),
+            "log_likelihood": log_likelihood,
+            **({} if log_likelihood is None else model.criteria(log_likelihood * summary.total_weight, summary.total_weight)),
+            "repairs": [*candidates[restart].repairs_of_start, *(line for record in history for line in record["repairs"])],
+            "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
+        }
+        if validation is not None:
+            validated = mean_log_likelihood(model, validation, self.compute)
+            results["validation_log_likelihood"] = _shifted(validated, log_abs_det["validation"])
+        ends = [
+            {
+                "seed": restart_seed(self.spec.seed, i),
+                "log_likelihood": candidate.history[-1]["log_likelihood"],
+                "num_iterations": len(candidate.history),
+                "stopped": candidate.decision.value,
+            }
+            for i, candidate in enumerate(candidates)
+        ]
+        return results | {"restart": restart, "restarts": ends}
+
+
+def _candidates(resumed: Checkpoint[GenerativeModel]) -> Candidates:
+    """What an interrupted run had come to."""
+    return tuple(
+        Candidate(taken_apart(model)[0], tuple(record for record in resumed.records if record["restart"] == i), repairs)
+        for i, (model, repairs) in enumerate(zip(resumed.models, resumed.repairs_of_start, strict=True))
+    )
+
+
+def _shifted(log_likelihood: float | None, log_abs_det: float) -> float | None:
+    return None if log_likelihood is None else log_likelihood + log_abs_det
+
+
+def _model_to_start_from(
+    spec: Spec, config: EMConfig, family: type[StatisticsModel], init: Any
+) -> tuple[GenerativeModel | None, tuple[str, ...] | None]:
+    """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
+    features where they are known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
+    if init is None and config.init in STARTS:
+        return None, None
+    if init is None and not Path(config.init).exists():
+        raise UserError(f"fit.init '{config.init}': none of {', '.join(STARTS)}, and no artifact that exists")
+    if config.num_restarts > 1:
+        raise UserError(
+            f"fit.num_restarts is {config.num_restarts}, but every restart would begin with the one model that is given; "
+            f"leave it at 1, or start from the data with fit.init: {', '.join(STARTS)}"
+        )
+    features = None
+    if init is None:
+        artifact = load_artifact(config.init)
+        init, features = artifact.model, artifact.schema.feature_names
+    model, transforms = taken_apart(init)
+    if features is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
+        if not hasattr(model, "get_params"):
+            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
+        try:
+            with one_thread():
+                init = model = family.from_sklearn(model)
+        except ValueError as error:
+            raise UserError(f"init: {error}") from error
+    if not isinstance(model, family):
+        raise UserError(f"init: a {type(model).__name__}, but the spec is of family {spec.family}")
+    declared = transforms.declared if transforms else ()
+    if declared != spec.data.transforms:
+        there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))
+        raise UserError(f"the model to start from was fitted behind other transforms ({there}) than data.transforms ({here}); "
+                        "declare the same")  # fmt: skip
+    return init, features
+
+
+def _digest(model: GenerativeModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.tensors().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,56 @@
+"""Which rows a fit learns from and which it holds out: checked, and what the manifest says of them."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from typing import Any
+
+from gendist.blocks import Blocks
+from gendist.config import Spec
+from gendist.data import Dataset
+from gendist.data.survey import Summary, survey
+from gendist.machine import machine_type, versions
+from gendist.protocols import Block, UserError
+
+
+def parts_of(spec: Spec, dataset: Dataset, num_latents: int) -> tuple[Blocks[Block], Blocks[Block] | None]:
+    """The blocks to fit, and those held out, where the spec holds any out; num_latents is the width of the evidence."""
+    if spec.data.validation_fraction == 0.0:
+        return dataset.blocks(num_latents, "all", spec.seed), None
+    return dataset.blocks(num_latents, "training", spec.seed), dataset.blocks(num_latents, "validation", spec.seed)
+
+
+def survey_parts(
+    spec: Spec, dataset: Dataset, training: Blocks[Block], validation: Blocks[Block] | None
+) -> tuple[Summary, Summary | None]:
+    """A first look at both parts; UserError where one has no row that counts."""
+    summary, held_out = survey(training), survey(validation) if validation else None
+    name, fraction = dataset.source.name, spec.data.validation_fraction
+    for part, purpose in ((summary, "to fit"), (held_out, "to validate on")):
+        if part is not None and part.num_rows == 0:
+            raise UserError(
+                f"{name}: data.validation_fraction {fraction} of {dataset.source.num_rows} rows leaves none {purpose}"
+            )
+        if part is not None and part.total_weight <= 0.0:
+            raise UserError(f"{name}: all {part.num_rows} rows {purpose} have weight 0")
+    return summary, held_out
+
+
+def manifest_of(spec: Spec, labels: tuple[Any, ...], summary: Summary, held_out: Summary | None, init: str) -> dict[str, Any]:
+    """What tells a run from another beside its spec, and where it began. init: what it sets out from, in words or a digest."""
+    data: dict[str, Any] = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
+    if held_out is not None:
+        data |= {"num_validation_rows": held_out.num_rows, "validation_fingerprint": held_out.fingerprint.hex()}
+    if labels:
+        data |= {"labels": list(labels)}
+    return {
+        "name": spec.name,
+        "run_id": secrets.token_hex(8),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seed": spec.seed,
+        "data": data,
+        "init": init,
+        "machine": machine_type(),
+        "versions": versions(),
+    }

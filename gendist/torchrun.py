@@ -1,0 +1,73 @@
+"""A fit in processes that torchrun started: `torchrun --nproc-per-node 2 launch.py fit SPEC`.
+
+Rank 0 looks at the data and holds the run directory; the others learn from it what to do, and what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from gendist.config import Spec
+from gendist.protocols import UserError
+from gendist.run import Run, Watch
+from gendist.run_directory import RunDirectory
+from gendist.tracking import tracked
+from gendist.train.processes import Processes, joined
+from gendist.training import LocalLine, Training, held_back, kept
+
+
+def is_by_torchrun() -> bool:
+    """Whether this process is one of those."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address: str | None, watch: Watch) -> Run:
+    """What each of the processes calls; all return the same. Only rank 0 looks at `data`, and calls `watch`."""
+    if spec.cluster.num_workers != 0 or address is not None:
+        given = f"--address {address}" if address else f"cluster.num_workers is {spec.cluster.num_workers}"
+        raise UserError(f"{given}, but torchrun has started the processes; set cluster.num_workers=0, or leave torchrun out")
+    with joined(spec.cluster.use_gpu) as processes, ExitStack() as held:
+        training: list[Training] = []
+
+        def begin() -> Any:
+            training.append(held.enter_context(kept(spec, directory)))
+            return training[0].prepare(data)
+
+        prepared = _told_by_first(processes, begin)
+        if isinstance(prepared, Run):
+            return prepared
+        held.enter_context(held_back(Path(prepared.path)))
+        if training:
+            watch = held.enter_context(tracked(directory, watch))
+        try:
+            has_ended = prepared(LocalLine(watch))
+        except UserError:
+            if training:
+                training[0].undo()
+            raise
+        if not has_ended:
+            raise KeyboardInterrupt
+        run: Run = _told_by_first(processes, lambda: training[0].finish())
+        return run
+
+
+def _told_by_first(processes: Processes, function: Callable[[], Any]) -> Any:
+    """What the function returns in rank 0, in every process; a UserError there is one everywhere."""
+    told: list[Any] = [None, None]
+    if processes.rank == 0:
+        try:
+            told = [function(), None]
+        except UserError as error:
+            told = [None, str(error)]
+    if processes.world_size > 1:
+        dist.broadcast_object_list(told, src=0, device=processes.device)
+    value, mistake = told
+    if mistake is not None:
+        raise UserError(mistake)
+    return value

@@ -1,0 +1,153 @@
+"""Checkpoints of training: a folder for each, which any engine and any number of processes may go on from.
+
+00000100/training.json         how far training had come, and what the caller wants to know again
+00000100/training.safetensors  the tensors of `Engine.state`
+
+A folder appears whole or not at all. Writing happens in a thread of its own, beside the steps that follow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from gendist.atomic import new_folder, sync_file, write
+from gendist.protocols import UserError
+from gendist.train.decisions import Progress, kept
+
+FORMAT_VERSION = 1
+
+logger = logging.getLogger("gendist")
+
+
+@dataclass(frozen=True)
+class TrainingCheckpoint:
+    """
+    progress  how far training had come
+    state     as `Engine.state` returned it
+    extra     what the caller wants to know again, such as the length of a file of metrics; plain JSON
+    """
+
+    progress: Progress
+    state: Mapping[str, Tensor]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class CheckpointWriter:
+    """Used as `with CheckpointWriter(folder, keep_last) as writer:`, by one process; at the end all is on disk.
+
+    A checkpoint that cannot be written raises UserError at the next call, or at the end; those before it stay.
+    """
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder, self._keep_last = folder, keep_last
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._thread.shutdown(wait=True)
+        if error is None:
+            self.wait()
+
+    def save(self, checkpoint: TrainingCheckpoint) -> None:
+        """Begin to write; returns at once, unless the checkpoint before is being written still."""
+        self.wait()
+        self._writing = self._thread.submit(_write, self._folder, checkpoint, self._keep_last)
+
+    def check(self) -> None:
+        """Raise what went wrong in the meantime, without waiting."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _write(folder: Path, checkpoint: TrainingCheckpoint, keep_last: int) -> None:
+    step = checkpoint.progress.step
+    path = folder / f"{step:08d}"
+    try:
+        for other in _folders(folder):
+            if int(other.name) >= step:  # passed over as unreadable, or training would not have come here again
+                shutil.rmtree(other.with_name(f".{other.name}.unreadable"), ignore_errors=True)
+                other.rename(other.with_name(f".{other.name}.unreadable"))
+        with new_folder(path) as inside:
+            tensors = inside / "training.safetensors"
+            safetensors.torch.save_file(dict(checkpoint.state), tensors)
+            sync_file(tensors)
+            description = {
+                "format_version": FORMAT_VERSION,
+                "progress": asdict(checkpoint.progress),
+                "crc32": _crc32(tensors),
+                "extra": dict(checkpoint.extra),
+            }
+            write(inside / "training.json", (json.dumps(description, indent=2) + "\n").encode())
+        steps = {int(path.name): path for path in _folders(folder)}
+        for old in steps.keys() - kept(list(steps), checkpoint.progress.best_step, keep_last):
+            shutil.rmtree(steps[old])
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(
+            f"{path}: the checkpoint cannot be written ({error}); those before it are whole: make room, and run again"
+        ) from error
+
+
+def _crc32(path: Path) -> int:
+    digest = 0
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            digest = zlib.crc32(part, digest)
+    return digest
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("[0-9]*") if path.is_dir())
+
+
+def newest(folder: Path) -> TrainingCheckpoint | None:
+    """The newest checkpoint that can be read; None where there is none. What cannot be read stays and is said.
+
+    UserError where it was written by a newer gendist.
+    """
+    for path in reversed(_folders(folder)):
+        try:
+            return read(path)
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            reason = (str(error).strip().splitlines() or [""])[0]
+            logger.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, reason)
+    return None
+
+
+def read(path: Path) -> TrainingCheckpoint:
+    """The checkpoint in a folder."""
+    description = json.loads((path / "training.json").read_bytes())
+    if description["format_version"] > FORMAT_VERSION:
+        raise UserError(
+            f"{path}: written by a newer gendist (format {description['format_version']}; this one reads up to "
+            f"{FORMAT_VERSION}); upgrade gendist to go on from it"
+        )
+    progress = Progress(**description["progress"])
+    if progress.step != int(path.name):
+        raise ValueError(f"of step {progress.step}")
+    tensors = path / "training.safetensors"
+    if _crc32(tensors) != description["crc32"]:
+        raise ValueError("training.safetensors has other bytes than were written")
+    return TrainingCheckpoint(progress, safetensors.torch.load_file(tensors), description["extra"])

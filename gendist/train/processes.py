@@ -1,0 +1,57 @@
+"""Which process of how many this is, and on which device it computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from gendist.protocols import UserError
+
+TIMEOUT_S = 600.0  # of a collective: a process that has gone is noticed then, where its connection does not tell at once
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextmanager
+def joined(use_gpu: bool, device: torch.device | None = None, timeout_s: float = TIMEOUT_S) -> Iterator[Processes]:
+    """`with joined(use_gpu) as processes:` be one of a process group that somebody has made, such as Ray Train; of one that
+    torchrun's environment describes, which is made here and left at the end; or a process alone.
+
+    device  where somebody else deals them out; else the GPU of the local rank, or the CPU
+    """
+    device = device or _device(use_gpu)
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size(), device)
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        try:
+            yield Processes(dist.get_rank(), dist.get_world_size(), device)
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield Processes(0, 1, device)
+
+
+def _device(use_gpu: bool) -> torch.device:
+    if not use_gpu:
+        return torch.device("cpu")
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise UserError(f"cluster.use_gpu: process {local_rank} of this machine finds {num_gpus} GPUs; start as many processes "
+                        "as there are, or set use_gpu: false")  # fmt: skip
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,251 @@
+"""What every process of a training run does alike, wherever it was started: here, by torchrun, or by Ray Train.
+
+The run directory is what they share: each reads the newest checkpoint there, and rank 0 writes records, checkpoints and
+pictures. A process that is lost costs the steps since the newest checkpoint, and no more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gendist.config import Spec, family_class, load_spec
+from gendist.data import Dataset
+from gendist.data.rows import RowsOnDisk
+from gendist.one_thread import one_thread
+from gendist.pictures import draw_samples
+from gendist.protocols import DeepModel, UserError
+from gendist.run_directory import RunDirectory
+from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, newest
+from gendist.train.config import DeepConfig
+from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
+from gendist.train.engine import Engine
+from gendist.train.loop import NotFinite, Report, train
+from gendist.train.processes import Processes, joined
+from gendist.transformed import transformed
+
+STOP_FILE = ".stop"  # in the run directory: while it is there, the processes are asked to leave a checkpoint and stop
+SAMPLES = "samples"  # in the run directory: the pictures along the way
+PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
+WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
+
+
+class Line(Protocol):
+    """What a process says to whoever started it (`gendist.train.ray_trainer.Line`, say); rank 0 alone is heard."""
+
+    def record(self, record: Mapping[str, Any]) -> None: ...
+
+    def checkpoint(self) -> None:
+        """A checkpoint stands."""
+        ...
+
+    def alive(self) -> None:
+        """Called by every process, at least once in a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A function of one argument, which travels to the processes.
+
+    spec   as plain values, since the class of a spec is made when it is needed
+    path   of the run directory, which every process must see
+    rows   what is trained on, and held out
+    """
+
+    spec: Mapping[str, Any]
+    path: str
+    rows: RowsOnDisk
+
+    def __call__(self, line: Line) -> bool:
+        """Train from the newest checkpoint on, until there is nothing left to do, which is True, or somebody asks to stop."""
+        spec = load_spec(self.spec)
+        directory = RunDirectory(Path(self.path), spec)
+        if not (directory.path / "spec.yaml").exists():
+            raise UserError(
+                f"{directory.path}: {os.uname().nodename} does not see the run directory; choose one with --run-dir that all "
+                "machines share"
+            )
+        with joined(spec.cluster.use_gpu) as processes:
+            on_cpu = processes.device.type == "cpu"
+            with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
+                return _Process(spec, directory, self.rows.dataset, processes, line).train(rows)
+
+
+def new_model(spec: Spec, dataset: Dataset) -> Any:
+    """With its first weights. UserError where the configuration does not fit the data."""
+    names = dataset.transforms.feature_names if dataset.transforms else dataset.schema.feature_names
+    shape = None if dataset.transforms else dataset.schema.image_shape
+    return family_class(spec.family).create(spec.model, shape or (len(names),), dataset.labels, spec.seed)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """One of them."""
+
+    spec: Spec
+    directory: RunDirectory
+    dataset: Dataset
+    processes: Processes
+    line: Line
+
+    @property
+    def config(self) -> DeepConfig:
+        assert isinstance(self.spec.fit, DeepConfig)
+        return self.spec.fit
+
+    @property
+    def is_first(self) -> bool:
+        return self.processes.rank == 0
+
+    def train(self, rows: Mapping[Any, Any]) -> bool:
+        model: DeepModel = new_model(self.spec, self.dataset)
+        with _only_writer(self.directory) if self.is_first else nullcontext():
+            resumed = newest(self.directory.checkpoints)
+            progress = resumed.progress if resumed else Progress()
+            if self.is_first:
+                _cut_back(self.directory, progress.step)
+            engine = make_engine(self.processes, self.config)
+            engine.prepare(model.networks(), resumed.state if resumed else None)
+            del resumed
+            reports = train(
+                model,
+                engine,
+                _Heard(rows["training"], self.line),
+                self.config,
+                self.spec.seed,
+                progress,
+                rows.get("validation"),
+                _Asked(self.directory.path / STOP_FILE) if self.is_first else _nothing,
+            )
+            writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last) if self.is_first else None
+            with writer or nullcontext():
+                try:
+                    for report in reports:
+                        self._keep(report, model, engine, writer)
+                        progress = report.progress if report.is_checkpoint_due else progress
+                    return decide(progress, self.config) is not Decision.CONTINUE
+                except NotFinite as error:
+                    kept = f"that of step {progress.step} in {self.directory.checkpoints}" if progress.step else "none yet"
+                    raise UserError(f"{error}; the last good checkpoint is {kept}") from error
+
+    def _keep(self, report: Report, model: DeepModel, engine: Engine, writer: CheckpointWriter | None) -> None:
+        """What is due after a step; every process takes part."""
+        if writer and report.record:
+            self.directory.append_metrics([report.record], sync=report.is_checkpoint_due)
+            self.line.record(report.record)
+        if report.is_checkpoint_due:
+            state = engine.state()
+            if writer:
+                assert state is not None
+                writer.save(TrainingCheckpoint(report.progress, state))
+                self.line.checkpoint()
+        if writer:
+            writer.check()
+        if is_due(report.progress.step, self.config.eval_every, self.config):
+            self._draw(report.progress.step, model, engine)
+
+    def _draw(self, step: int, model: DeepModel, engine: Engine) -> None:
+        """Samples of always the same noise, from the averaged networks."""
+        networks = list(model.networks().values())
+        with engine.averaged(), torch.no_grad():
+            for network in networks:
+                network.eval()
+            if self.is_first:
+                folder = self.directory.path / SAMPLES
+                folder.mkdir(exist_ok=True)
+                pictured = transformed(model, self.dataset.transforms)
+                draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
+            for network in networks:
+                network.train()
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """Rows that are taken in every step, which is how a process shows that it is alive."""
+
+    rows: Any
+    line: Line
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.num_rows
+
+    def take(self, indices: torch.Tensor) -> Any:
+        self.line.alive()
+        return self.rows.take(indices)
+
+
+@dataclass
+class _Asked:
+    """To stop, while there is a file."""
+
+    path: Path
+    _since: float | None = None
+
+    def __call__(self) -> Asked:
+        if not self.path.exists():
+            return Asked.NOTHING
+        self._since = self._since or time.monotonic()
+        return Asked.TO_STOP_NOW if time.monotonic() - self._since > PATIENCE_S else Asked.TO_STOP_AT_A_RECORD
+
+
+def _nothing() -> Asked:
+    return Asked.NOTHING
+
+
+def make_engine(processes: Processes, config: DeepConfig) -> Engine:
+    """The engine that `fit.engine` names."""
+    if config.engine.kind == "deepspeed":
+        try:
+            from gendist.train.deepspeed_engine import DeepSpeedEngine
+        except ImportError as error:
+            raise UserError(
+                f"fit.engine.kind: deepspeed cannot be imported ({error}); pip install 'gendist[deepspeed]', or take ddp"
+            ) from error
+        return DeepSpeedEngine(processes, config)
+    from gendist.train.ddp_engine import DdpEngine
+
+    return DdpEngine(processes, config)
+
+
+def _cut_back(directory: RunDirectory, step: int) -> None:
+    """Take away what an earlier process left behind the checkpoint that is gone on from: records, pictures, and checkpoints,
+    which are those that could not be read."""
+    directory.cut_metrics(step)
+    for path in directory.checkpoints.glob("[0-9]*"):
+        if int(path.name) > step:
+            aside = path.with_name(f".{path.name}.unreadable")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for picture in (directory.path / SAMPLES).glob("[0-9]*.png"):
+        if int(picture.stem) > step:
+            picture.unlink()
+
+
+@contextmanager
+def _only_writer(directory: RunDirectory) -> Iterator[None]:
+    """Be the one process that writes into the folder. Whoever started the run holds it, but a worker that was given up may
+    still be about to end."""
+    began = time.monotonic()
+    with (directory.path / ".writer.lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() - began > WRITER_TIMEOUT_S:
+                    raise UserError(f"{directory.path}: an earlier worker of this run still writes there") from None
+                time.sleep(0.1)
+            except OSError:  # a file system without locks
+                break
+        yield

@@ -1,0 +1,221 @@
+"""The variational autoencoder against densities known in closed form, and against torch.distributions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
+
+from gendist.models import vae
+from gendist.models.ops import likelihoods
+from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
+from gendist.protocols import Block, UserError
+
+NUM_FEATURES, LATENT_DIM, SCALE = 5, 2, 0.6
+
+
+def small(x_shape=(4, 3), seed=0, **fields) -> VariationalAutoencoder:
+    fields = {"latent_dim": 3, "encoder": {"hidden_sizes": [16]}, "decoder": {"hidden_sizes": [16]}} | fields
+    return VariationalAutoencoder.create(VariationalAutoencoderConfig(**fields), x_shape, (), seed)
+
+
+def linear() -> tuple[VariationalAutoencoder, MultivariateNormal]:
+    """x = W z + b + scale noise, and p(x) = N(b, W W^T + scale^2 I) (PRML 12.35); the encoder is a wrong one."""
+    none = {"hidden_sizes": []}
+    model = small((NUM_FEATURES,), latent_dim=LATENT_DIM, encoder=none, decoder=none, likelihood="gaussian", scale=SCALE)
+    decoder = model.autoencoder.decoder[-1]
+    with torch.no_grad():
+        # Columns at right angles, so that the exact posterior has a diagonal covariance.
+        decoder.weight.copy_(torch.tensor([[1.0, 0.0], [0.5, 0.0], [0.0, -0.7], [0.0, 0.3], [0.0, 0.0]]))
+        decoder.bias.copy_(torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]))
+        w, b = decoder.weight.double(), decoder.bias.double()
+    covariance = w @ w.T + SCALE**2 * torch.eye(NUM_FEATURES, dtype=torch.float64)
+    return model, MultivariateNormal(b, covariance)
+
+
+def with_the_exact_posterior(model: VariationalAutoencoder) -> VariationalAutoencoder:
+    """q(z | x) = p(z | x) = N(M^-1 W^T (x - b), scale^2 M^-1), M = W^T W + scale^2 I (PRML 12.42)."""
+    encoder, decoder = model.autoencoder.encoder[-1], model.autoencoder.decoder[-1]
+    with torch.no_grad():
+        w, b = decoder.weight.double(), decoder.bias.double()
+        inverse = torch.linalg.inv(w.T @ w + SCALE**2 * torch.eye(LATENT_DIM, dtype=torch.float64))
+        encoder.weight.zero_()
+        encoder.weight[:LATENT_DIM] = inverse @ w.T
+        encoder.bias[:LATENT_DIM] = -inverse @ w.T @ b
+        encoder.bias[LATENT_DIM:] = (SCALE**2 * inverse.diagonal()).log()
+    return model
+
+
+def batch_of(x: torch.Tensor, weights: torch.Tensor | None = None) -> Block:
+    return Block(x.float(), torch.arange(len(x)), weights)
+
+
+def drawn(num_rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+def rows_of(exact: MultivariateNormal, num_rows: int) -> torch.Tensor:
+    return exact.loc.detach() + drawn(num_rows, NUM_FEATURES, 3).double() @ exact.scale_tril.detach().T
+
+
+def test_with_the_exact_posterior_every_bound_is_the_density():
+    model, exact = linear()
+    model, x = with_the_exact_posterior(model), rows_of(exact, 50)
+    expected = exact.log_prob(x)
+    # The importance weights are all the same: a single sample is enough (IWAE eq. 8).
+    torch.testing.assert_close(model.log_prob_bound(x, num_samples=1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.log_prob_bound(x, num_samples=7, seed=5), expected, rtol=0, atol=1e-4)
+    elbo = torch.stack([model.elbo(x, seed=seed) for seed in range(200)]).mean(0)
+    assert float((elbo - expected).mean().abs()) < 0.05
+
+
+def test_bounds_of_a_wrong_encoder_lie_in_order_and_come_to_the_density():
+    model, exact = linear()
+    model, x = with_the_exact_posterior(model), rows_of(exact, 60)
+    with torch.no_grad():
+        model.autoencoder.encoder[-1].bias += torch.tensor([0.3, -0.4, 0.8, 0.6])
+    expected = float(exact.log_prob(x).mean())
+    elbo = float(torch.stack([model.elbo(x, seed=seed) for seed in range(20)]).mean())
+    few, more, most = (float(model.log_prob_bound(x, num_samples=n).mean()) for n in (3, 30, 1000))
+    assert elbo + 0.1 < few < more < expected
+    assert most == pytest.approx(expected, abs=0.01)
+
+
+def test_the_kl_is_that_of_torch_and_of_monte_carlo():
+    mean, log_variance = drawn(6, 4), drawn(6, 4, 1)
+    posterior = Normal(mean, (0.5 * log_variance).exp())
+    ours = vae.kl(mean, log_variance)
+    torch.testing.assert_close(ours, kl_divergence(posterior, Normal(0.0, 1.0)).sum(1))
+    z = mean + (0.5 * log_variance).exp() * torch.randn(40_000, 6, 4, generator=torch.Generator().manual_seed(0))
+    sampled = posterior.log_prob(z).sum(2) - Normal(0.0, 1.0).log_prob(z).sum(2)
+    torch.testing.assert_close(ours, sampled.mean(0), rtol=0, atol=0.1)
+    torch.testing.assert_close(vae.log_normal(z[0]), Normal(0.0, 1.0).log_prob(z[0]).sum(1))
+
+
+def test_likelihoods_are_those_of_torch():
+    y = 3.0 * drawn(7, 5)
+    binary = (torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    bernoulli = likelihoods.Bernoulli()
+    torch.testing.assert_close(bernoulli(binary, y), Bernoulli(logits=y).log_prob(binary).sum(1))
+    torch.testing.assert_close(bernoulli.mean(y), Bernoulli(logits=y).mean)
+    x = drawn(7, 5, 1)
+    torch.testing.assert_close(likelihoods.Gaussian(0.3)(x, y), Normal(y, 0.3).log_prob(x).sum(1))
+    learned = likelihoods.Gaussian(None)
+    with torch.no_grad():
+        learned.log_scale_over_speed.fill_(0.4 / likelihoods.SPEED)
+    torch.testing.assert_close(learned(x, y), Normal(y, math.exp(0.4)).log_prob(x).sum(1))
+
+
+def test_the_learned_scale_is_best_at_the_root_mean_square_error():
+    x, y, gaussian = drawn(50, 4), torch.zeros(50, 4), likelihoods.Gaussian(None)
+    with torch.no_grad():
+        gaussian.log_scale_over_speed.fill_(x.square().mean().sqrt().log() / likelihoods.SPEED)
+    gaussian(x, y).sum().backward()
+    assert float(gaussian.log_scale_over_speed.grad.abs()) < 1e-2
+
+
+def test_samples_have_the_moments_of_the_density():
+    model, exact = linear()
+    x = model.sample(40_000, seed=1, mean=False).double()
+    np.testing.assert_allclose(x.mean(0), exact.mean, atol=0.03)
+    np.testing.assert_allclose(torch.cov(x.T), exact.covariance_matrix, atol=0.03)
+    means = model.sample(40_000, seed=1).double()
+    without_noise = exact.covariance_matrix - SCALE**2 * torch.eye(NUM_FEATURES, dtype=torch.float64)
+    np.testing.assert_allclose(torch.cov(means.T), without_noise, atol=0.03)
+
+
+def test_samples_of_a_bernoulli_are_binary_and_have_its_mean():
+    model = small()
+    x, means = model.sample(20_000, seed=1, mean=False), model.sample(20_000, seed=1)
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    np.testing.assert_allclose(x.mean(0), means.mean(0), atol=0.02)
+    parts = [model.sample(40, mean=False), model.sample(60, offset=40, mean=False)]
+    assert torch.equal(torch.cat(parts), model.sample(100, mean=False))
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("network", [{"hidden_sizes": [9]}, {"channels": [4, 5], "normalization": "layer"}])
+def test_the_loss_is_the_negative_elbo(network, likelihood):
+    model = small((4, 6), likelihood=likelihood, encoder=network, decoder=network, beta=0.5)
+    batch, noise = batch_of(torch.rand(11, 24)), drawn(11, 3)
+    (phase,) = model.phases(0)
+    loss = model.loss(phase, batch, {"latent": noise}, 0)
+    images = batch.x.reshape(-1, 1, 4, 6)
+    mean, log_variance = model.autoencoder.encoder(images).chunk(2, 1)
+    posterior = Normal(mean, (0.5 * log_variance).exp())
+    y = model.autoencoder.decoder(posterior.loc + posterior.scale * noise).flatten(1)
+    if likelihood == "bernoulli":
+        log_prob = torch.xlogy(batch.x, y.sigmoid()) + torch.xlogy(1 - batch.x, 1 - y.sigmoid())
+    else:
+        log_prob = Normal(y, likelihoods.FIRST_SCALE).log_prob(batch.x)
+    kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum()
+    torch.testing.assert_close(loss.terms["reconstruction"], -log_prob.sum())
+    torch.testing.assert_close(loss.terms["weighted_kl"], 0.5 * kl)
+    torch.testing.assert_close(loss.watched["kl"], kl.detach())
+    torch.testing.assert_close(loss.watched["negative_elbo"], (kl - log_prob.sum()).detach())
+    validated = model.validate(batch, {"latent": noise})
+    torch.testing.assert_close(validated["negative_elbo"], kl - log_prob.sum())
+    torch.testing.assert_close(validated[model.validation_objective], sum(loss.terms.values()))
+    sum(loss.terms.values()).backward()
+    assert all(bool((p.grad != 0).any()) for p in model.autoencoder.parameters())
+
+
+def test_weight_two_is_the_row_twice_and_weight_zero_no_row():
+    model, x, noise = small(), torch.rand(9, 12), drawn(9, 3)
+    weights = torch.tensor([0.0, 1.0, 2.0]).repeat(3)
+    index = torch.repeat_interleave(torch.arange(9), weights.long())
+    (phase,) = model.phases(0)
+    weighted, repeated = batch_of(x, weights), batch_of(x[index])
+    assert model.counts(phase, weighted) == model.counts(phase, repeated) == {"reconstruction": 9.0, "weighted_kl": 9.0}
+    first = model.loss(phase, weighted, {"latent": noise}, 0).terms
+    second = model.loss(phase, repeated, {"latent": noise[index]}, 0).terms
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name])
+    value, expected = model.validate(weighted, {"latent": noise}), model.validate(repeated, {"latent": noise[index]})
+    torch.testing.assert_close(value["negative_elbo"], expected["negative_elbo"])
+
+
+def test_bounds_of_parts_are_parts_of_the_bounds():
+    model, x = small(), torch.rand(100, 12)
+    for bound in (model.elbo, lambda x, **o: model.log_prob_bound(x, num_samples=3, **o)):
+        whole = bound(x, seed=4)
+        torch.testing.assert_close(torch.cat([bound(x[:30], seed=4), bound(x[30:], seed=4, offset=30)]), whole)
+        assert not torch.allclose(bound(x, seed=5), whole)
+    assert model.elbo(x[:0]).shape == (0,)
+
+
+def test_images_may_come_as_images():
+    model, x = small((4, 3)), torch.rand(5, 12)
+    assert torch.equal(model.encode(x.reshape(5, 4, 3)), model.encode(x))
+    torch.testing.assert_close(model.reconstruct(x), model.decode(model.encode(x)))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda m: m.elbo(np.zeros((2, 11))), r"\(2, 11\); \(N, 12\) is needed, or \(N, 4, 3\)"),
+        (lambda m: m.elbo(np.full((2, 12), 1.5)), "bernoulli takes 0 to 1"),
+        (lambda m: m.encode(np.full((2, 12), np.nan)), "missing or infinite"),
+        (lambda m: m.decode(np.zeros((2, 4))), r"\(N, 3\), not \(2, 4\)"),
+        (lambda m: m.log_prob_bound(np.zeros((2, 12)), num_samples=0), "num_samples 0; 1 or more"),
+        (lambda m: m.sample(3, given="a"), "without labels"),
+        (lambda m: m.sample(3, offset=-1), "must be 0 or more"),
+        (lambda m: m.loss(m.phases(0)[0], batch_of(torch.full((2, 12), 255.0)), {"latent": drawn(2, 3)}, 0), "from 255 to 255"),
+        (lambda m: VariationalAutoencoder.create(m.config, (4, 3), ("a",), 0), "data.label"),
+    ],
+)
+def test_mistakes_are_one_line(call, match):
+    with pytest.raises(UserError, match=match) as error:
+        call(small())
+    assert "\n" not in str(error.value)
+
+
+def test_a_scale_is_a_gaussians():
+    with pytest.raises(ValidationError, match="likelihood bernoulli has none"):
+        VariationalAutoencoderConfig(latent_dim=2, scale=0.1)
+    assert small(likelihood="gaussian", scale=0.1).tensors().keys() == small().tensors().keys()
+    assert "likelihood.log_scale_over_speed" in small(likelihood="gaussian").tensors()

@@ -1,0 +1,134 @@
+"""wandb beside the run directory: offline, quiet, the same run after a resume, and never at the price of a fit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gendist
+from gendist import tracking
+
+wandb = pytest.importorskip("wandb")
+
+SPEC = {
+    "name": "tracked",
+    "family": "gmm",
+    "model": {"num_components": 2},
+    "fit": {"max_iterations": 4, "tolerance": 0.0, "checkpoint_every": 1},
+}
+
+
+@pytest.fixture
+def x(monkeypatch) -> np.ndarray:
+    monkeypatch.delenv("WANDB_MODE")
+    return np.random.default_rng(0).normal(size=(200, 2))
+
+
+def runs(path: Path) -> list[str]:
+    """The ids of wandb's runs in a run directory."""
+    return [file.name.removeprefix("run-").removesuffix(".wandb") for file in path.glob("wandb/offline-run-*/run-*.wandb")]
+
+
+def history(path: Path) -> list[dict[str, str]]:
+    """All records that wandb has in a run directory, the oldest first."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for file in sorted(path.glob("wandb/offline-run-*/run-*.wandb")):
+        for content in leveldb_log(file.read_bytes()[7:]):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if record.HasField("history"):
+                found.append({item.key or ".".join(item.nested_key): item.value_json for item in record.history.item})
+    return found
+
+
+def leveldb_log(content: bytes) -> list[bytes]:
+    """The records of a log of LevelDB, in which wandb writes: blocks of 32 KiB, less the seven bytes before the first, of
+    pieces with a checksum (4 bytes), a length (2) and a type (1): whole, first, middle or last of a record."""
+    records, place, begun = [], 0, b""
+    while place + 7 <= len(content):
+        left = 32768 - (place + 7) % 32768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        begun += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):
+            records.append(begun)
+            begun = b""
+    return records
+
+
+class Stop(Exception):
+    pass
+
+
+def test_offline_it_continues_the_same_run_and_leaves_no_process(x, tmp_path, caplog):
+    def stop(record):
+        if record["iteration"] == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        gendist.fit(SPEC, data=x, run_dir=tmp_path / "run", watch=stop)
+    run = gendist.fit(SPEC, data=x, run_dir=tmp_path / "run")
+    (run_id,) = set(runs(tmp_path / "run"))
+    assert run_id in (tmp_path / "run" / "manifest.json").read_text()
+    logged = {int(record["iteration"]): float(record["log_likelihood"]) for record in history(tmp_path / "run")}
+    assert logged == {record["iteration"]: record["log_likelihood"] for record in run.history}
+    children = subprocess.run(["pgrep", "-f", f"wandb-core.*--pid {os.getpid()}"], capture_output=True, text=True)
+    assert children.stdout == ""
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_disabled_it_is_not_even_imported(tmp_path):
+    program = (
+        "import sys, os, numpy, gendist\nos.environ.pop('WANDB_MODE', None)\n"
+        f"gendist.fit({SPEC | {'tracking': {'wandb': 'disabled'}}!r}, data=numpy.random.rand(50, 2), run_dir='run')\n"
+        "assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    assert not (tmp_path / "run" / "wandb").exists()
+
+
+def test_a_failure_is_one_warning_and_costs_no_fit(x, monkeypatch, tmp_path, caplog):
+    def broken(**_):
+        raise wandb.errors.CommError("the network is gone\nand more")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    run = gendist.fit(SPEC, data=x, run_dir=tmp_path / "run")
+    assert len(run.history) == 4
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert warnings == ["wandb has failed (the network is gone); metrics.jsonl has everything"]
+
+
+def test_one_that_hangs_is_left_behind(x, monkeypatch, tmp_path, caplog):
+    import threading
+
+    let_go = threading.Event()
+    monkeypatch.setattr(wandb, "init", lambda **_: let_go.wait(60))
+    monkeypatch.setattr(tracking, "FINISH_TIMEOUT_S", 0.1)
+    gendist.fit(SPEC, data=x, run_dir=tmp_path / "run")
+    let_go.set()
+    assert "wandb has not finished" in caplog.text
+
+
+def test_without_wandb_only_who_asks_for_it_is_told(x, monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    gendist.fit(SPEC, data=x, run_dir=tmp_path / "offline")
+    assert "wandb" not in caplog.text
+    gendist.fit({**SPEC, "tracking": {"wandb": "online"}}, data=x, run_dir=tmp_path / "online")
+    assert "wandb is not installed: pip install 'gendist[wandb]'" in caplog.text
+
+
+def test_numbers_of_restarts_do_not_stand_for_each_other():
+    record = {"iteration": 3, "restart": 0, "gain": 0.5, "repairs": [], "stopped": "x", "fell": True, "inside": {"a": 1}}
+    assert tracking._numbers(record) == {"iteration": 3, "gain": 0.5, "inside.a": 1}
+    assert tracking._numbers({**record, "restart": 2})["restart_2.gain"] == 0.5
