@@ -93,6 +93,12 @@ def test_ray_is_imported_by_files_that_say_so(module):
     assert may or not any(inside(name, "ray") for name in imports(MODULES[module], module)), module
 
 
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_deepspeed_is_imported_by_one_file(module):
+    may = MODULES[module].name == "deepspeed_engine.py"
+    assert may or not any(inside(name, "deepspeed") for name in imports(MODULES[module], module)), module
+
+
 def test_importing_the_package_loads_neither_torch_nor_ray():
     program = "import sys, gendist; print(sorted({'torch', 'ray', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -87,7 +87,10 @@ def merged(
             enabled = bool(block.get("enabled", False)) if isinstance(block, dict) else bool(block)
             if enabled != (config.precision == precision):
                 raise _contradiction(f"{key}.enabled", enabled, f"fit.precision: {config.precision}")
-    places = {"optimizer": f"fit.optimizer.kind: {optimizer.kind}", "scheduler": f"fit.optimizer.schedule: {optimizer.schedule}"}
+    places = {
+        "optimizer": f"fit.optimizer.kind: {optimizer.kind}",
+        "scheduler": f"fit.optimizer.schedule: {optimizer.schedule}",
+    }
     for key, place in places.items():
         if key in own:
             raise _contradiction(key, own[key], place)

@@ -70,8 +70,7 @@ def assert_close(state, other, tolerance=1e-6):
 def test_a_state_goes_from_any_engine_to_any_other(stage, expected):
     half, end = ended(DeepSpeedEngine, zero(stage))
     assert_close(end, expected[1])
-    for other in {(stage + 1) % 4, (stage + 2) % 4}:
-        assert_close(ended(DeepSpeedEngine, zero(other), half)[1], end)
+    assert_close(ended(DeepSpeedEngine, zero((stage + 2) % 4), half)[1], end)
     assert_close(ended(DdpEngine, zero(0), half)[1], end)
     assert_close(ended(DeepSpeedEngine, zero(stage), expected[0])[1], end)
 
@@ -92,7 +91,7 @@ def test_offload_to_the_cpu_changes_no_number(stage, expected, tmp_path):
     assert_close(ended(DeepSpeedEngine, zero(stage, engine={"config": str(path)}), half)[1], end)
 
 
-@pytest.mark.parametrize("stage", (1, 3))
+@pytest.mark.parametrize("stage", [1, 3])
 def test_small_buckets_change_no_number(stage, expected, tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": 30, "allgather_bucket_size": 30}}))
@@ -109,7 +108,9 @@ def test_what_deepspeed_refuses_of_a_users_file_is_one_line(tmp_path):
 
 
 def convolutional(generator):
-    network = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1))
+    network = nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)
+    )
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
@@ -117,6 +118,16 @@ def convolutional(generator):
 
 
 CRITICS = {"deep": lambda generator: mlp([4, 8, 8, 8, 1], generator), "convolutional": convolutional}
+
+
+def test_a_loss_that_reaches_nothing_is_refused_where_processes_would_wait_for_each_other():
+    for stage in (2, 3):
+        engine = DeepSpeedEngine(ALONE, zero(stage))
+        engine.prepare({"network": mlp([4, 3, 1], torch.Generator().manual_seed(0))})
+        engine.begin_phase("network")
+        engine.begin_micro_batch("network", is_last=True)
+        with pytest.raises(UserError, match="depends on network"):
+            engine.backward("network", torch.zeros(()))
 
 
 @pytest.mark.parametrize("critic", CRITICS)
@@ -238,7 +249,7 @@ def trained_with_a_process_that_has_nothing(processes, stage):
 @pytest.fixture(scope="module")
 def of_two():
     jobs = [worlds.Job(("observed", stage), 2, trained_with_an_observer, (stage,)) for stage in STAGES]
-    jobs += [worlds.Job(("nothing", stage), 2, trained_with_a_process_that_has_nothing, (stage,)) for stage in STAGES[:3]]
+    jobs += [worlds.Job(("nothing", stage), 2, trained_with_a_process_that_has_nothing, (stage,)) for stage in STAGES[:2]]
     return worlds.run(jobs, timeout_s=120.0)
 
 
@@ -251,23 +262,23 @@ def test_one_process_may_call_the_averaged_networks_alone(stage, of_two):
         torch.testing.assert_close(one, other, rtol=0.0, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", STAGES[:3])
+@pytest.mark.parametrize("stage", STAGES[:2])
 def test_a_process_without_a_sample_in_a_micro_batch(stage, of_two):
     assert_close(of_two["nothing", stage][0], ended(DdpEngine, zero(0, global_batch_size=5, micro_batch_size=1))[1])
 
 
 @pytest.mark.parametrize(
-    ("changes", "num_processes", "words"),
+    ("stage", "changes", "num_processes", "words"),
     [
-        ({"precision": "float16"}, 1, ["float16", "GPU"]),
-        ({"channels_last": True}, 1, ["channels_last", "ddp"]),
-        ({"compile": True}, 1, ["compile", "stage 2"]),
-        ({"global_batch_size": 5, "micro_batch_size": 1}, 2, ["5", "2", "stage 2"]),
+        (0, {"precision": "float16"}, 1, ["float16", "GPU"]),
+        (1, {"channels_last": True}, 1, ["channels_last", "ddp"]),
+        (3, {"compile": True}, 1, ["compile", "stage 2"]),
+        (2, {"global_batch_size": 5, "micro_batch_size": 1}, 2, ["5", "2", "stage 1"]),
     ],
 )
-def test_what_stage_3_cannot_do_is_refused(changes, num_processes, words):
+def test_what_a_stage_cannot_do_is_refused(stage, changes, num_processes, words):
     with pytest.raises(UserError) as raised:
-        DeepSpeedEngine(Processes(0, num_processes, torch.device("cpu")), zero(3, **changes))
+        DeepSpeedEngine(Processes(0, num_processes, torch.device("cpu")), zero(stage, **changes))
     assert all(word in str(raised.value) for word in words)
     assert "\n" not in str(raised.value)
 
@@ -279,10 +290,8 @@ def test_without_deepspeed_the_extra_is_named(monkeypatch):
 
 
 QUIET = """
-import torch
-from gendist.train.deepspeed_engine import DeepSpeedEngine
-from test_deepspeed_engine import ALONE, ended, zero
-for stage in range(4):
+from test_deepspeed_engine import DeepSpeedEngine, ended, zero
+for stage in (1, 3):
     ended(DeepSpeedEngine, zero(stage))
 """
 
