@@ -162,22 +162,28 @@ def test_a_fit_that_fails_anywhere_goes_on_to_the_same_bytes(unbroken, tmp_path,
     assert trace(run.history) == trace(records(tmp_path / "run")) == trace(records(unbroken))
 
 
-def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, tmp_path):
-    """Before every single change that a fit makes to the disk; then the same command again."""
-    spec = with_fit(num_steps=4, eval_every=2, checkpoint_every=2, record_every=1)
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Of samples that are no images, which take longer than to make them."""
     for module in (training, training_job):
         monkeypatch.setattr(module, "draw_samples", lambda *_: None)
+
+
+def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, no_pictures, tmp_path):
+    """Before every single change that a fit makes to the disk; then the same command again."""
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    spec = {**with_fit(num_steps=4, eval_every=2, checkpoint_every=2, record_every=1), "data": {"validation_fraction": 0.2}}
     with monkeypatch.context() as counting:
         calls = cut_power_at(counting, 10**9)
-        gendist.fit(spec, run_dir=tmp_path / "unbroken")
+        gendist.fit(spec, data=x, run_dir=tmp_path / "unbroken")
     assert calls[0] > 40
     for number in range(1, calls[0] + 1):
         path = tmp_path / str(number)
         with monkeypatch.context() as dying:
             cut_power_at(dying, number)
             with pytest.raises(PowerCut):
-                gendist.fit(spec, run_dir=path)
-        gendist.fit(spec, run_dir=path)
+                gendist.fit(spec, data=x, run_dir=path)
+        gendist.fit(spec, data=x, run_dir=path)
         assert sha256(path) == sha256(tmp_path / "unbroken"), number
         assert trace(records(path)) == trace(records(tmp_path / "unbroken"))
 
@@ -263,9 +269,10 @@ def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_pa
         answers = iter([*[asked.NOTHING] * 13, asked.TO_STOP_NOW])
         return lambda: next(answers)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(training_job, "_Asked", and_after_three_steps_more)
-        gendist.fit(SPEC, run_dir=tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert steps_kept(tmp_path / "run") == [10, 13]
     gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert sha256(tmp_path / "run") == sha256(unbroken)
@@ -361,7 +368,7 @@ def test_what_may_change_between_a_run_and_its_resume(unbroken, tmp_path):
             gendist.fit(with_fit(**change), run_dir=unbroken)
 
 
-def test_other_data_are_refused_in_a_resumed_run(tmp_path):
+def test_other_data_are_refused_in_a_resumed_run(no_pictures, tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 3))
     spec = {**SPEC, "data": {}}
     with pytest.raises(Stop):
@@ -373,7 +380,7 @@ def test_other_data_are_refused_in_a_resumed_run(tmp_path):
         gendist.fit(spec, data=x + 1, run_dir=tmp_path / "run")
 
 
-def test_labels_and_weights_reach_the_loss(tmp_path):
+def test_labels_and_weights_reach_the_loss(no_pictures, tmp_path):
     """Rows of weight 0 are as if they were not there: the mean that is learned is that of the others."""
     x = np.concatenate([np.full((100, 2), 3.0), np.full((100, 2), -50.0)])
     data = {"x": x, "w": np.repeat([1.0, 0.0], 100), "y": np.repeat(["a", "b"], 100)}
@@ -383,7 +390,7 @@ def test_labels_and_weights_reach_the_loss(tmp_path):
     assert float((model.sample(50) - 3.0).abs().max()) < 1.0
 
 
-def test_behind_transforms(tmp_path):
+def test_behind_transforms(no_pictures, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 4)) * [1, 10, 100, 1000] + 5000.0
     spec = {**SPEC, "data": {"transforms": ["standardize"], "validation_fraction": 0.2}}

@@ -50,6 +50,9 @@ _group: dist.ProcessGroup | None = None  # that DeepSpeed knows
 class DeepSpeedEngine:
     """`Engine` of networks whose moments (stage 1), gradients (2) and parameters (3) are shared out over the processes.
 
+    At stages 2 and 3 processes exchange gradients within every backward pass, as these are completed: a loss must reach the
+    same parameters in the same order on all of them, so it may not branch on the data.
+
     UserError where DeepSpeed is not installed, or cannot do what the spec asks for.
     """
 
@@ -63,7 +66,8 @@ class DeepSpeedEngine:
         if not dist.is_initialized():
             # DeepSpeed speaks to a group even where there is one process.
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
         _forget_former_groups()
         self._trained: dict[str, _Trained] = {}
 
@@ -156,11 +160,11 @@ class _Trained:
         self.name, self.network, self.engine = name, network, engine
         self.parameters = trained
         self.config = optimizers.config_of(config, name)
+        self.stage = config.engine.zero_stage
         self.gamma = ema.gamma_of_width(config.ema) if config.ema else None
         self.scales_loss = config.precision == "float16"
         self.loss_scale = LossScale() if self.scales_loss else LossScale(1.0)
         self.num_steps = 0
-        self.is_backward_due = False
         # The moving average lies with the moments, so that it is shared out, offloaded and gathered as they are.
         self.kinds = (*optimizers.MOMENTS[self.config.kind], *((AVERAGE,) if config.ema else ()))
         if state is not None:
@@ -200,17 +204,9 @@ class _Trained:
             parameter.requires_grad_(not is_frozen)
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        self._make_up_for_backward()
         self.engine.set_gradient_accumulation_boundary(is_last)
-        self.is_backward_due = True
-
-    def _make_up_for_backward(self) -> None:
-        """Where a micro-batch had no sample here: other processes may exchange gradients that they have of theirs."""
-        if self.is_backward_due:
-            self.backward(torch.zeros(()))
 
     def backward(self, loss: Tensor) -> None:
-        self.is_backward_due = False
         if not loss.requires_grad:
             loss = self._nothing()
         # Micro-batches are added up, not averaged.
@@ -220,14 +216,18 @@ class _Trained:
         """After that of any network."""
 
     def _nothing(self) -> Tensor:
-        """0, with a gradient of 0 for every parameter."""
+        """0, with a gradient of 0 for every parameter, for a loss that happens to depend on none."""
+        if self.stage >= 2:
+            raise UserError(
+                f"fit.engine.zero_stage: {self.stage} needs a loss that depends on {self.name} in every micro-batch; write it "
+                "without a branch on the data, or take stage 1"
+            )
         return torch.stack([p.flatten()[0] * 0.0 for p in self.parameters.values() if p.numel()]).sum()
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss * self.loss_scale.scale
 
     def step(self, learning_rate: float) -> float:
-        self._make_up_for_backward()
         for group in self.engine.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._step()
@@ -304,17 +304,15 @@ class _Sharded(_Trained):
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def get(self, kind: str, parameter: torch.nn.Parameter) -> Tensor:
-        value: Tensor = self._utils.safe_get_full_optimizer_state(parameter, kind)
+        from deepspeed import utils
+
+        value: Tensor = utils.safe_get_full_optimizer_state(parameter, kind)
         return value
 
     def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
-        self._utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
+        from deepspeed import utils
 
-    @property
-    def _utils(self) -> Any:
-        import deepspeed.utils
-
-        return deepspeed.utils
+        utils.safe_set_full_optimizer_state(parameter, value.to(parameter.device), kind)
 
     def begin_micro_batch(self, is_last: bool) -> None:
         super().begin_micro_batch(is_last)
@@ -376,16 +374,12 @@ class _ShardedParameters(_Sharded):
             self.engine.optimizer._partition_all_parameters()
 
     def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
-        size = parameter.partition_numel()  # type: ignore[operator]
+        from deepspeed import utils
+
+        size = parameter.partition_numel()  # type: ignore[attr-defined]
         mine = value.flatten()[dist.get_rank() * size :][:size]
         padded = torch.nn.functional.pad(mine, (0, size - len(mine)))
-        self._utils.safe_set_local_optimizer_state(parameter, padded, kind)
-
-    def _nothing(self) -> Tensor:
-        raise UserError(
-            f"fit.engine.zero_stage: 3 needs a loss that depends on {self.name} in every micro-batch; take stage 2, or write "
-            "it without a branch on the data"
-        )
+        utils.safe_set_local_optimizer_state(parameter, padded, kind)
 
     def whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         import deepspeed
@@ -419,18 +413,23 @@ _TRAINED = {0: _Trained, 1: _Sharded, 2: _Sharded, 3: _ShardedParameters}
 
 
 def _refuse(processes: Processes, config: DeepConfig) -> None:
-    stage, division = config.engine.zero_stage, Division(config.global_batch_size, processes.world_size, config.micro_batch_size)
+    stage, division = (
+        config.engine.zero_stage,
+        Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
+    )
     if config.precision == "float16" and processes.device.type != "cuda":
         raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
     if config.channels_last and stage:
-        raise UserError(f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp")
+        raise UserError(
+            f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
+        )
     if config.compile and stage == 3:
         raise UserError("fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2")
-    if stage == 3 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
+    if stage >= 2 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
         raise UserError(
-            f"fit.engine.zero_stage: 3 needs a sample in every micro-batch of every process, which global_batch_size "
+            f"fit.engine.zero_stage: {stage} needs a sample in every micro-batch of every process, which global_batch_size "
             f"{config.global_batch_size} over {processes.world_size} processes in micro-batches of {config.micro_batch_size} "
-            "has not; take stage 2, or a batch that divides"
+            "has not; take stage 1, or a batch that divides"
         )
 
 
@@ -446,7 +445,9 @@ def _imported(device: torch.device) -> Any:
         ) from error
     found = deepspeed.get_accelerator().device_name()
     if found.split(":")[0] != device.type:
-        raise UserError(f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}")
+        raise UserError(
+            f"DeepSpeed computes on {found} in this process, not on {device.type}: set DS_ACCELERATOR={device.type}"
+        )
     # An all-reduce for inference; to build it takes a C++ compiler and a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").addFilter(_is_news)
