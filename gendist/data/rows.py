@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gendist.atomic import new_folder
-from gendist.blocks import Blocks, merge_in_tree_order
+from gendist.blocks import Blocks, reduce
 from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
 from gendist.protocols import Block, UserError
@@ -136,7 +136,7 @@ def _written(blocks: Blocks[Block], transformed: Callable[[Block], Block], folde
     with ExitStack() as opened:
         files: dict[str, _NpyFile] = {}
 
-        def write(block: Block) -> Summary:
+        def write(_: None, block: Block) -> Summary:
             behind = transformed(block)
             columns = {"x": behind.x, "rows": behind.rows, "weights": behind.weights, "evidence": behind.evidence}
             for name, values in columns.items():
@@ -149,11 +149,7 @@ def _written(blocks: Blocks[Block], transformed: Callable[[Block], Block], folde
             alive()
             return summarize(None, block)
 
-        return merge_in_tree_order(value for run in blocks.map_runs(_each_with(write), None) for value in run)
-
-
-def _each_with(write: Callable[[Block], Summary]) -> Callable[[Any, Any], list[Summary]]:
-    return lambda _, leaves: [write(block) for block in leaves]
+        return reduce(write, blocks, None)  # in this process, leaf by leaf, so that rows come in order
 
 
 def _narrow(values: Array, block: Block) -> Array:
