@@ -223,8 +223,8 @@ class LocalLine:
 
 @contextmanager
 def held_back(path: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or in
-    a few seconds. Asked again, after a while, this process ends at once."""
+    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or
+    in a few seconds. Asked again, after a while, this process ends at once."""
     asked_at: list[float] = []
 
     def ask(number: int, frame: Any) -> None:
