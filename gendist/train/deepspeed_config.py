@@ -41,7 +41,7 @@ _FIXED_IN_ZERO: Mapping[str, Any] = {
 }
 
 # Elements. DeepSpeed's own default allocates buffers of 500 million, however small the network.
-_BUCKET_NUMEL = 50_000_000
+_BUCKET_NUMEL = 8_000_000
 _BUCKET_ALIGNMENT = 1000  # an even number will do
 
 

@@ -284,5 +284,5 @@ def test_the_demo_draws_digits(monkeypatch, capsys, tmp_path):
         assert f"runs/demo/{picture.parent.name}/samples.png" in out
         with Image.open(picture) as image:
             values = np.asarray(image)
-        assert values.min() == 0
-        assert values.max() == 255
+        assert values.min() < 40
+        assert values.max() > 215
