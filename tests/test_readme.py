@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 import gendist
 from gendist.config import load_spec
@@ -30,12 +31,13 @@ def test_its_python_runs(blobs, tmp_path, monkeypatch):
     np.testing.assert_array_equal(names["run"].model.sample(60, seed=1, offset=40), names["run"].model.sample(100, seed=1)[40:])
 
 
-def test_its_spec_is_a_spec(tmp_path):
-    (content,) = blocks("yaml")
+@pytest.mark.parametrize("content", blocks("yaml"), ids=lambda content: yaml.safe_load(content)["name"])
+def test_its_specs_are_specs_and_say_what_there_is(content, tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text(content)
     spec = load_spec(path)
-    for name, block in (("data", spec.data), ("fit", spec.fit), ("model", spec.model), ("cluster", spec.cluster)):
+    for name in set(yaml.safe_load(content)) - {"name", "family", "seed"}:
+        block = getattr(spec, name)
         unsaid = set(type(block).model_fields) - block.model_fields_set - {"source"}
         assert not unsaid, f"README does not say what {name}.{unsaid} is"
 
