@@ -392,7 +392,8 @@ class _ShardedParameters(_Sharded):
         # The whole ones are copies, which are thrown away at the end: nothing need be put back.
         with self._without_hooks(), self.whole(list(self.network.parameters())):
             for parameter in self.parameters.values() if self.gamma is not None else ():
-                parameter.data.copy_(self.get(AVERAGE, parameter))
+                # In memory of its own: one process alone has the shard for the whole.
+                parameter.data = self.get(AVERAGE, parameter).clone()
             yield
 
     @contextmanager
