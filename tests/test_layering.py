@@ -28,7 +28,7 @@ ALLOWED = {
     "gendist.data": (*BASE, "gendist.blocks"),
     "gendist.models": BASE,
     "gendist.em": (*BASE, "gendist.blocks"),
-    "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic"),
+    "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic", "gendist.ray_cluster"),
     "gendist.evaluate": (*BASE, "gendist.blocks", "gendist.data.transforms"),
     "gendist.transformed": (*BASE, "gendist.data.transforms"),
     "gendist.bulk": (
