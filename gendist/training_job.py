@@ -40,7 +40,7 @@ WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
 
 
 class Line(Protocol):
-    """What a process says to whoever started it (`gendist.train.ray_trainer.Line`, say); rank 0 alone is heard."""
+    """What a process says to whoever started it (`gendist.train.ray_line.Line`, say); rank 0 alone is heard."""
 
     def record(self, record: Mapping[str, Any]) -> None: ...
 

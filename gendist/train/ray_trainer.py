@@ -10,22 +10,19 @@ waits for the controller to have read the report before. Here rank 0 alone speak
 
 from __future__ import annotations
 
-import faulthandler
 import fcntl
 import logging
 import os
 import shutil
 import socket
 import struct
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -37,13 +34,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from gendist.protocols import UserError
 from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, check_room, room, uninterrupted
 from gendist.train.processes import TIMEOUT_S
+from gendist.train.ray_line import Line, log_over
+from gendist.train.ray_listener import Listener
 from gendist.train.ray_mailbox import Mailbox
 
 NO_ROOM_LIMIT_S = 300.0
 NUM_STARTS = 30  # of a group that does not get as far as the function; each waits 10 s for a cluster that is busy
-WAITING_S = 30.0
 RESIZE_INTERVAL_S = 60.0
-FLUSH_INTERVAL_S = 0.2
 CAUSE_FIRST_S = 1.0  # for the death of another worker, which may be why this one failed, to be noticed
 ABORT_LIMIT_S = 10.0
 
@@ -59,7 +56,6 @@ SETTINGS = {
 }
 
 logger = logging.getLogger("gendist")
-Message = tuple[str, Any]
 
 
 def train_on_ray(
@@ -115,7 +111,7 @@ def train_on_ray(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    listener = _Listener(mailbox, watch, lambda: room(each), least, no_room_limit_s, trainer.stop)
+    listener = Listener(mailbox, watch, lambda: room(each), least, no_room_limit_s, trainer.stop)
     try:
         with _settings(), listener:
             return trainer.fit().return_value
@@ -134,76 +130,13 @@ def train_on_ray(
             shutil.rmtree(storage, ignore_errors=True)
 
 
-class Line:
-    """What a worker says to the driver, and that it is alive. The messages of rank 0 alone are heard, in their order."""
-
-    def __init__(self, mailbox: Any, rank: int, silence_limit_s: float):
-        self._mailbox, self._is_heard, self._limit_s = mailbox, rank == 0, silence_limit_s
-        self._messages: list[Message] = []
-        self._lock = threading.Lock()
-        self._flushing = threading.Lock()
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._flush_now_and_then, daemon=True)
-        self._alive_at = float("-inf")
-
-    def record(self, record: Mapping[str, Any]) -> None:
-        self._say(("record", dict(record)))
-
-    def started(self, world_size: int) -> None:
-        self._say(("started", world_size))
-
-    def log(self, level: int, text: str) -> None:
-        self._say(("log", (level, text)))
-
-    def checkpoint(self) -> None:
-        """A checkpoint stands: the losses of workers before it no longer count."""
-        if self._is_heard:
-            self._flush(num_checkpoints=1)  # at once: this worker may be the next to be lost
-
-    def alive(self) -> None:
-        """To be called by every worker, at least once in a step."""
-        now = time.monotonic()
-        if now - self._alive_at > min(1.0, self._limit_s / 10):
-            self._alive_at = now
-            # A thread of C's, which a process that hangs in whatever place does not hinder, ends it when this is not called
-            # again in time; where each thread was is written to the worker's log.
-            faulthandler.dump_traceback_later(self._limit_s, exit=True)
-
-    def _say(self, message: Message) -> None:
-        if self._is_heard:
-            with self._lock:
-                self._messages.append(message)
-
-    def __enter__(self) -> Line:
-        self.alive()
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._closed.set()
-        self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
-
-    def _flush_now_and_then(self) -> None:
-        while not self._closed.wait(FLUSH_INTERVAL_S):
-            self._flush()
-        self._flush()
-
-    def _flush(self, num_checkpoints: int = 0) -> None:
-        with self._flushing:
-            with self._lock:
-                messages, self._messages = self._messages, []
-            if messages or num_checkpoints:
-                ray.get(self._mailbox.put.remote(messages, num_checkpoints))
-
-
 def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_limit_s: float) -> Any:
     """In the worker: the function, and around it what a process of the group needs."""
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     if not use_gpu:
         torch.set_num_threads(1)
-    with Line(mailbox, rank, silence_limit_s) as line, _log_over(line):
+    with Line(mailbox, rank, silence_limit_s) as line, log_over(line):
         line.started(world_size)
         try:
             if world_size > 1:
@@ -222,25 +155,6 @@ def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_
         if world_size > 1:
             torch.distributed.destroy_process_group()
         return result
-
-
-@contextmanager
-def _log_over(line: Line) -> Iterator[None]:
-    """What gendist logs in this worker is logged by the driver."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            line.log(record.levelno, record.getMessage())
-
-    handler = Handler(logging.INFO)
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
 
 
 @dataclass
@@ -365,75 +279,6 @@ def _cause(error: Exception) -> Exception:
         return cause
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
     return UserError(f"no workers could be started ({reason}); see the logs of Ray; the same command goes on where it can")
-
-
-@dataclass
-class _Listener:
-    """On the driver, in a thread: hands messages on while the workers are at work, and looks whether there is room for them.
-
-    error  why the run was stopped from here
-    """
-
-    mailbox: Any
-    watch: Callable[[dict[str, Any]], None]
-    room: Callable[[], int]
-    least: int
-    no_room_limit_s: float
-    stop_run: Callable[[], None]
-    error: BaseException | None = None
-    _ended: threading.Event = field(default_factory=threading.Event)
-    _without_room_since: float | None = None
-    _waiting_since: float | None = field(default_factory=time.monotonic)
-
-    def __enter__(self) -> _Listener:
-        self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _listen(self) -> None:
-        try:
-            messages = None
-            while messages or not self._ended.is_set():
-                messages = ray.get(self.mailbox.take.remote())
-                for message in messages:
-                    self._hear(*message)
-                if not messages:
-                    self._look_for_room()
-        except BaseException as error:
-            self.error = error
-            self.stop_run()
-
-    def _hear(self, kind: str, content: Any) -> None:
-        if kind == "record":
-            self.watch(content)
-        elif kind == "started":
-            self._waiting_since = None
-            logger.info("training with %d worker%s", content, "" if content == 1 else "s")
-        elif kind == "lost":
-            self._waiting_since = time.monotonic()
-            logger.warning(content)
-        else:
-            logger.log(*content)
-
-    def _look_for_room(self) -> None:
-        there, now = self.room(), time.monotonic()
-        if self._waiting_since is not None and now - self._waiting_since > WAITING_S:
-            self._waiting_since = now
-            free = int(ray.available_resources().get("CPU", 0))
-            logger.info("waiting for workers: %d CPUs of the cluster are free, it has room for %d workers", free, there)
-        if there >= self.least:
-            self._without_room_since = None
-        elif self._without_room_since is None:
-            self._without_room_since = now
-        elif now - self._without_room_since > self.no_room_limit_s:
-            raise UserError(
-                f"the cluster has had room for {there} of {self.least} workers for {self.no_room_limit_s:.0f} s; add nodes "
-                "and run the command again: it goes on from the last checkpoint"
-            )
 
 
 @contextmanager
