@@ -134,10 +134,10 @@ def test_a_worker_is_set_up_as_torchrun_does(cluster, tmp_path, leaves_nothing):
     def tell(line):
         import torch
 
-        return dict(os.environ), os.getcwd(), torch.get_num_threads(), torch.distributed.get_world_size()
+        return dict(os.environ), os.getcwd(), torch.get_num_threads()
 
-    environment, folder, num_threads, world_size = train_on_ray(tell, 1, tmp_path)
-    assert (num_threads, world_size, folder) == (1, 1, os.getcwd())
+    environment, folder, num_threads = train_on_ray(tell, 1, tmp_path, max_failures=0)
+    assert (num_threads, folder) == (1, os.getcwd())
     address = ray.util.get_node_ip_address()
     assert environment["MASTER_ADDR"] == address
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
