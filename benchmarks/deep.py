@@ -6,8 +6,9 @@ All train the same networks on MNIST's images, 128 a step over all processes, wi
 malloc settings of `gendist.ray_cluster.WORKER_ENVIRONMENT`. Starting and the first steps are not counted.
 
 loop  gendist's loop against loops that are written by hand (`deep_cases.py`), in one process and in two, and against pythae's
-      trainer in one. The contenders take turns in the same processes, 20 steps of the VAE or 5 of the GAN each, so that whatever else the machine does
-      meets all alike: a ratio is the median over the turns of one run; printed is the median (range) over the runs
+      trainer in one. The contenders take turns in the same processes, 20 steps of the VAE or 5 of the GAN each, so that
+      whatever else the machine does meets all alike: a ratio is the median over the turns of one run; printed is the median
+      (range) over the runs. Ratios of processor time are disturbed less by what others do on the machine
 ray   `gendist.fit` on Ray with one and two workers (the median `samples_per_s` of its records) against
       DistributedDataParallel in as many processes, started as torchrun does; and pythae's trainer as it comes, with as many
       threads as there are cores and without malloc settings, since it trains in one process only on CPUs. Runs are interleaved
@@ -107,8 +108,9 @@ def _answer(sender: Any, function: Callable[..., Any], arguments: Sequence[Any],
 
 def race(
     names: Sequence[str], case: Case, x_NHW: np.ndarray, seconds: float, is_wrapped: bool, rank: int, world_size: int
-) -> dict[str, list[float]]:
-    """Of each contender the seconds of every turn. They take turns until all have had `seconds` together.
+) -> dict[str, list[tuple[float, float]]]:
+    """Of each contender the seconds of every turn, by the clock and of processor time in rank 0. They take turns until all
+    have had `seconds` together.
 
     is_wrapped  whether a plain loop is that of DistributedDataParallel, as it is of several processes
     """
@@ -120,14 +122,14 @@ def race(
     for contender in contenders.values():
         for _ in range(NUM_WARM_UP):
             next(contender)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     is_over = torch.zeros(1)
     while not is_over:
         for name, contender in contenders.items():
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             next(contender)
-            taken[name].append(time.perf_counter() - began)
-        is_over += sum(map(sum, taken.values())) > seconds
+            taken[name].append((time.perf_counter() - began, time.process_time() - began_cpu))
+        is_over += sum(by_clock for turns in taken.values() for by_clock, _ in turns) > seconds
         if is_wrapped:
             torch.distributed.broadcast(is_over, 0)
     if is_wrapped:
@@ -135,8 +137,8 @@ def race(
     return taken
 
 
-def images_per_s(case: Case, seconds: Sequence[float]) -> float:
-    return case.steps_at_once * BATCH_SIZE / statistics.median(seconds)
+def images_per_s(case: Case, turns: Sequence[tuple[float, float]]) -> float:
+    return case.steps_at_once * BATCH_SIZE / statistics.median(by_clock for by_clock, _ in turns)
 
 
 def compare_loops(case: Case, x_NHW: np.ndarray, repeats: int, seconds: float, num_processes: int, with_pythae: bool) -> None:
@@ -144,16 +146,18 @@ def compare_loops(case: Case, x_NHW: np.ndarray, repeats: int, seconds: float, n
     plain = "plain PyTorch" if num_processes == 1 else "plain PyTorch, DistributedDataParallel"
     titles = {"gendist": "gendist's loop", "plain": plain, "pythae": "pythae's trainer"}
     rates: dict[str, list[float]] = {name: [] for name in names}
-    ratios: dict[str, list[float]] = {name: [] for name in names}
+    by_clock: dict[str, list[float]] = {name: [] for name in names}
+    by_cpu: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(repeats):
         taken = in_processes(num_processes, race, names, case, x_NHW, seconds, num_processes > 1)
         for name in names:
             rates[name].append(images_per_s(case, taken[name]))
-            turns = zip(taken["gendist"], taken[name], strict=True)
-            ratios[name].append(statistics.median(theirs / ours for ours, theirs in turns))
+            turns = list(zip(taken["gendist"], taken[name], strict=True))
+            for kind, ratios in enumerate((by_clock, by_cpu)):
+                ratios[name].append(statistics.median(theirs[kind] / ours[kind] for ours, theirs in turns))
     title = f"{case.title}; {num_processes} process{'es' * (num_processes > 1)} of one thread"
-    rows = [[titles[name], with_range(rates[name], 0), with_range(ratios[name])] for name in names]
-    print_table([title, "images/s", "gendist's speed, of this one's"], rows)
+    rows = [[titles[name], *map(with_range, (rates[name], by_clock[name], by_cpu[name]), (0, 3, 3))] for name in names]
+    print_table([title, "images/s", "gendist's speed, of this one's", "by processor time"], rows)
 
 
 def rate_on_ray(case: Case, x_NHW: np.ndarray, num_steps: int, num_workers: int) -> float:
