@@ -287,7 +287,7 @@ def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (tmp_path / "run" / "checkpoints" / "00000010").exists():
             assert time.monotonic() < deadline
             assert first.poll() is None, first.stderr.read()
