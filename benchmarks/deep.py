@@ -6,7 +6,7 @@ All train the same networks on MNIST's images, 128 a step over all processes, wi
 malloc settings of `gendist.ray_cluster.WORKER_ENVIRONMENT`. Starting and the first steps are not counted.
 
 loop  gendist's loop against loops that are written by hand (`deep_cases.py`), in one process and in two, and against pythae's
-      trainer in one. The contenders take turns in the same processes, 20 steps of the VAE or 5 of the GAN each, so that
+      trainer in one. The contenders take turns in the same processes, 10 steps of the VAE or 5 of the GAN each, so that
       whatever else the machine does meets all alike: a ratio is the median over the turns of one run; printed is the median
       (range) over the runs. Ratios of processor time are disturbed less by what others do on the machine
 ray   `gendist.fit` on Ray with one and two workers (the median `samples_per_s` of its records) against
@@ -38,7 +38,7 @@ NUM_WARM_UP = 2  # turns
 CONTENDERS = {"gendist": gendist_loop, "plain": plain_loop, "pythae": pythae_trainer}
 ANSWER_TIMEOUT_S = 600.0
 WARM_UP_RECORDS = 3
-STEPS_OF_A_FIT = {"vae": 800, "gan": 200}
+STEPS_OF_A_FIT = {"vae": 300, "gan": 60}
 
 
 @contextmanager
