@@ -1,6 +1,7 @@
 """A fitted model on disk: `model.json`, `model.safetensors` and, behind transforms, `transforms.safetensors` in a folder.
 
-Nothing in it is executed when it is read.
+Nothing in it is executed when it is read. A model with networks of the user's own names their classes, and only what is
+importable here and derived from torch.nn.Module is called.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from gendist.atomic import write
 from gendist.config import families, family_class, validated
 from gendist.data.schema import Schema
 from gendist.data.transforms import Step, Transforms
-from gendist.protocols import GenerativeModel, UserError
+from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.transformed import taken_apart, transformed
 
 FORMAT_VERSION = 2  # 2 has transforms; a model without them is written as 1, which any gendist reads
@@ -124,6 +125,8 @@ def load_artifact(path: str | Path) -> Artifact:
         return Artifact(family, model, schema)
     except _NotThisGendist:
         raise
+    except NotImportable as error:
+        raise UserError(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

@@ -22,6 +22,10 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what was given, what is allowed and what to try."""
 
 
+class NotImportable(UserError):
+    """A class of the user's own, which a configuration names, cannot be imported here."""
+
+
 def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     """A tensor of what a caller handed over: a tensor, an array of any layout, or lists.
 

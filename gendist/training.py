@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gendist.blocks import LocalBlocks
 from gendist.config import Spec
 from gendist.data import Dataset, Schema, open_source, source_of
@@ -32,6 +34,7 @@ from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks
 from gendist.training_job import STOP_FILE, TrainingJob, new_model
 from gendist.transformed import transformed
 
+NO_RESULTS = ("seconds", "samples_per_s", "gradient_norm", "learning_rate")  # of the last record
 INSIST_S = 2.0  # after a first Ctrl-C, another one ends the process at once; torchrun sends SIGTERM right behind it
 
 logger = logging.getLogger("gendist")
@@ -163,8 +166,7 @@ class Training:
         directory = self.directory
         last = newest(directory.checkpoints)
         assert last is not None, "training ends with a checkpoint"
-        best_step = last.progress.best_step
-        chosen = last if best_step in (None, last.progress.step) else read(directory.checkpoints / f"{best_step:08d}")
+        chosen = self._best(last)
         fitted = transformed(self._averaged_model(chosen), self._dataset.transforms)
         records = directory.read_metrics()
         at_best = next((record for record in records if record["step"] == chosen.progress.step), records[-1])
@@ -172,7 +174,7 @@ class Training:
             "stopped": records[-1]["stopped"],
             "num_steps": last.progress.step,
             "artifact_step": chosen.progress.step,
-            **{key: value for key, value in records[-1].items() if isinstance(value, float) and key not in TIMES},
+            **{key: value for key, value in records[-1].items() if isinstance(value, float) and not key.endswith(NO_RESULTS)},
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
@@ -180,6 +182,17 @@ class Training:
         directory.finish(fitted, records, self._dataset.schema, self._manifest)
         run = read_run(directory)
         return run if self.is_asked_for else replace(run, path=None)
+
+    def _best(self, last: TrainingCheckpoint) -> TrainingCheckpoint:
+        """The checkpoint of the best validation; the last one where there was none, or the disk has lost it."""
+        best_step = last.progress.best_step
+        if best_step is None or best_step == last.progress.step:
+            return last
+        try:
+            return read(self.directory.checkpoints / f"{best_step:08d}")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("the checkpoint of the best validation cannot be read, and the last one is taken (%s)", error)
+            return last
 
     def _averaged_model(self, checkpoint: TrainingCheckpoint) -> Any:
         """The model with the moving average of the parameters, where there is one, else with the parameters."""
@@ -190,9 +203,6 @@ class Training:
                 state[entry(network, PARAMETER, name)] = average
         load_networks(model.networks(), state)
         return model
-
-
-TIMES = ("seconds", "samples_per_s")
 
 
 @dataclass(frozen=True)
@@ -213,13 +223,15 @@ class LocalLine:
 
 @contextmanager
 def held_back(path: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop after the step that
-    they are at. Asked again, after a while, this process ends at once."""
+    """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or
+    in a few seconds. Asked again, after a while, this process ends at once."""
     asked_at: list[float] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
             raise KeyboardInterrupt
+        if not asked_at:
+            logger.info("stopping at the next record, or in a few seconds; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
         (path / STOP_FILE).touch()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -26,13 +27,15 @@ from gendist.protocols import DeepModel, UserError
 from gendist.run_directory import RunDirectory
 from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, newest
 from gendist.train.config import DeepConfig
-from gendist.train.decisions import Decision, Progress, decide, is_due
+from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
 from gendist.train.engine import Engine
 from gendist.train.loop import NotFinite, Report, train
 from gendist.train.processes import Processes, joined
 from gendist.transformed import transformed
 
 STOP_FILE = ".stop"  # in the run directory: while it is there, the processes are asked to leave a checkpoint and stop
+SAMPLES = "samples"  # in the run directory: the pictures along the way
+PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
 
 
@@ -76,10 +79,6 @@ class TrainingJob:
             on_cpu = processes.device.type == "cpu"
             with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
                 return _Process(spec, directory, self.rows.dataset, processes, line).train(rows)
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.rows.dataset
 
 
 def new_model(spec: Spec, dataset: Dataset) -> Any:
@@ -126,7 +125,7 @@ class _Process:
                 self.spec.seed,
                 progress,
                 rows.get("validation"),
-                (self.directory.path / STOP_FILE).exists if self.is_first else lambda: False,
+                _Asked(self.directory.path / STOP_FILE) if self.is_first else _nothing,
             )
             writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last) if self.is_first else None
             with writer or nullcontext():
@@ -162,7 +161,7 @@ class _Process:
             for network in networks:
                 network.eval()
             if self.is_first:
-                folder = self.directory.path / "samples"
+                folder = self.directory.path / SAMPLES
                 folder.mkdir(exist_ok=True)
                 pictured = transformed(model, self.dataset.transforms)
                 draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
@@ -186,6 +185,24 @@ class _Heard:
         return self.rows.take(indices)
 
 
+@dataclass
+class _Asked:
+    """To stop, while there is a file."""
+
+    path: Path
+    _since: float | None = None
+
+    def __call__(self) -> Asked:
+        if not self.path.exists():
+            return Asked.NOTHING
+        self._since = self._since or time.monotonic()
+        return Asked.TO_STOP_NOW if time.monotonic() - self._since > PATIENCE_S else Asked.TO_STOP_AT_A_RECORD
+
+
+def _nothing() -> Asked:
+    return Asked.NOTHING
+
+
 def make_engine(processes: Processes, config: DeepConfig) -> Engine:
     """The engine that `fit.engine` names."""
     if config.engine.kind == "deepspeed":
@@ -202,13 +219,17 @@ def make_engine(processes: Processes, config: DeepConfig) -> Engine:
 
 
 def _cut_back(directory: RunDirectory, step: int) -> None:
-    """Take away what an earlier process left behind the checkpoint that is gone on from: records, pictures, what could not
-    be read."""
+    """Take away what an earlier process left behind the checkpoint that is gone on from: records, pictures, and checkpoints,
+    which are those that could not be read."""
     directory.cut_metrics(step)
-    for folder, suffix in ((directory.checkpoints, ""), (directory.path / "samples", ".png")):
-        for path in folder.glob(f"[0-9]*{suffix}"):
-            if int(path.name.removesuffix(suffix)) > step:
-                path.rename(path.with_name(f".{path.name}.unreadable")) if path.is_dir() else path.unlink()
+    for path in directory.checkpoints.glob("[0-9]*"):
+        if int(path.name) > step:
+            aside = path.with_name(f".{path.name}.unreadable")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+    for picture in (directory.path / SAMPLES).glob("[0-9]*.png"):
+        if int(picture.stem) > step:
+            picture.unlink()
 
 
 @contextmanager

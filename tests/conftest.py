@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -47,12 +48,15 @@ def blobs() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def toy() -> Iterator[str]:
-    """The name of a small family that is fitted by gradient, which is among the families for the tests of a module."""
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The name of a small family that is fitted by gradient, which is among the families for the tests of a module; the rows
+    that it is trained on lie in a folder of their own."""
     from toy_family import FOLDER
 
     import gendist.models
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
+        patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("rows")))
+        patched.setattr(tempfile, "tempdir", None)  # which is looked up again
         yield "toy"

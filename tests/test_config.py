@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from gendist.config import load_data_spec, load_spec, overrides_it_knows
+from gendist.config import families, load_data_spec, load_spec, overrides_it_knows
 from gendist.execution import execution
 from gendist.protocols import UserError
 
@@ -68,7 +68,7 @@ def test_mistakes_are_told_with_the_nearest_key(override, expected, tmp_path):
         ("", "a mapping of keys and values is needed"),
         ("- 1", "a mapping of keys and values is needed"),
         ("a: [", "not YAML"),
-        ("name: a", "family is missing; allowed are gmm"),
+        ("name: a", f"family is missing; allowed are {', '.join(families())}"),
         ("family: gmm\nname: a", "model is missing"),
         ("family: gmm\nname: a\nmodel: 3", "model: input should be"),
     ],

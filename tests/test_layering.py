@@ -25,7 +25,7 @@ ALLOWED = {
     "gendist.one_thread": (),
     "gendist.blocks": ("gendist.protocols", "gendist.one_thread"),
     "gendist.ray_cluster": ("gendist.protocols", "gendist.machine"),
-    "gendist.data": (*BASE, "gendist.blocks"),
+    "gendist.data": (*BASE, "gendist.blocks", "gendist.atomic"),
     "gendist.models": BASE,
     "gendist.em": (*BASE, "gendist.blocks"),
     "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic", "gendist.ray_cluster"),
@@ -44,6 +44,8 @@ ALLOWED = {
         "gendist.machine",
         "gendist.transformed",
     ),
+    "gendist.run": (),
+    "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
     "gendist.pictures": ("gendist.data.schema",),
 }
@@ -91,6 +93,20 @@ def test_families_do_not_know_each_other(module):
 def test_ray_is_imported_by_files_that_say_so(module):
     may = MODULES[module].name.startswith("ray_") or inside(module, "gendist.serve") or inside(module, "gendist.launch")
     assert may or not any(inside(name, "ray") for name in imports(MODULES[module], module)), module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_deepspeed_is_imported_by_one_file(module):
+    may = MODULES[module].name == "deepspeed_engine.py"
+    assert may or not any(inside(name, "deepspeed") for name in imports(MODULES[module], module)), module
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_only_what_knows_ray_connects_to_it(module):
+    """`gendist.ray_cluster` imports ray: whoever does without ray must not import it before it is needed."""
+    tree = ast.parse(MODULES[module].read_text())
+    at_once = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert "gendist.ray_cluster" not in at_once or MODULES[module].name.startswith("ray_"), module
 
 
 def test_importing_the_package_loads_neither_torch_nor_ray():

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -161,22 +162,28 @@ def test_a_fit_that_fails_anywhere_goes_on_to_the_same_bytes(unbroken, tmp_path,
     assert trace(run.history) == trace(records(tmp_path / "run")) == trace(records(unbroken))
 
 
-def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, tmp_path):
-    """Before every single change that a fit makes to the disk; then the same command again."""
-    spec = with_fit(num_steps=6, eval_every=3, checkpoint_every=2, record_every=1)
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Of samples that are no images, which take longer than to make them."""
     for module in (training, training_job):
         monkeypatch.setattr(module, "draw_samples", lambda *_: None)
+
+
+def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, no_pictures, tmp_path):
+    """Before every single change that a fit makes to the disk; then the same command again."""
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    spec = {**with_fit(num_steps=4, eval_every=2, checkpoint_every=2, record_every=1), "data": {"validation_fraction": 0.2}}
     with monkeypatch.context() as counting:
         calls = cut_power_at(counting, 10**9)
-        gendist.fit(spec, run_dir=tmp_path / "unbroken")
+        gendist.fit(spec, data=x, run_dir=tmp_path / "unbroken")
     assert calls[0] > 40
     for number in range(1, calls[0] + 1):
         path = tmp_path / str(number)
         with monkeypatch.context() as dying:
             cut_power_at(dying, number)
             with pytest.raises(PowerCut):
-                gendist.fit(spec, run_dir=path)
-        gendist.fit(spec, run_dir=path)
+                gendist.fit(spec, data=x, run_dir=path)
+        gendist.fit(spec, data=x, run_dir=path)
         assert sha256(path) == sha256(tmp_path / "unbroken"), number
         assert trace(records(path)) == trace(records(tmp_path / "unbroken"))
 
@@ -219,7 +226,7 @@ def test_a_checkpoint_that_a_disk_lost_is_passed_over(unbroken, tmp_path, name, 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how):
-    """Between two steps, however far the next checkpoint is; and the bytes are those of a fit that was left alone."""
+    """At a record, however far the next checkpoint is; and the bytes are those of a fit that was left alone."""
     spec = with_fit(num_steps=100_000, checkpoint_every=100_000, eval_every=0, record_every=100)
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
     run = tmp_path / "run"
@@ -240,6 +247,7 @@ def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how)
     (step,) = steps_kept(run)
     assert records(run)[-1]["step"] == step, "no step is lost"
     assert newest(run / "checkpoints").progress.step == step
+    assert step % 100 == 0
     kept = newest(run / "checkpoints").state
     short = {**spec, "fit": {**spec["fit"], "num_steps": step}}
     gendist.fit(short, run_dir=tmp_path / "alone")
@@ -247,6 +255,28 @@ def test_told_to_end_it_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path, how)
     assert kept.keys() == alone.keys()
     for name, tensor in kept.items():
         assert torch.equal(tensor, alone[name]), name
+    assert trace(records(run)) == [
+        {key: value for key, value in record.items() if key != "stopped" and not key.startswith("validation/")}
+        for record in trace(records(tmp_path / "alone"))
+    ]
+
+
+def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_path):
+    """Then there is a record more, and the rest is what it would have been."""
+
+    def and_after_three_steps_more(path):
+        asked = training_job.Asked
+        answers = iter([*[asked.NOTHING] * 13, asked.TO_STOP_NOW])
+        return lambda: next(answers)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training_job, "_Asked", and_after_three_steps_more)
+        with pytest.raises(KeyboardInterrupt):
+            gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert steps_kept(tmp_path / "run") == [10, 13]
+    gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+    assert [record["step"] for record in records(tmp_path / "run")] == [5, 10, 13, 15, 20, 25, 30, 35, 40]
 
 
 def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):
@@ -277,6 +307,40 @@ def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):
         torch.testing.assert_close(tensor, alone[name], rtol=1e-5, atol=1e-5)
 
 
+VAE = {
+    "name": "digits",
+    "family": "vae",
+    "model": {"latent_dim": 2, "encoder": {"hidden_sizes": [16]}, "decoder": {"hidden_sizes": [16]}},
+    "data": {"source": "digits", "validation_fraction": 0.1},
+    "fit": {**SPEC["fit"], "optimizer": {"learning_rate": 1e-3}},
+}
+
+
+@pytest.mark.ray
+def test_workers_of_ray_come_to_what_one_process_comes_to(cluster, tmp_path):
+    """Two at first, which are told to stop; then one, then none at all: the same run directory serves them all."""
+    alone = gendist.fit(VAE, run_dir=tmp_path / "alone")
+    path = tmp_path / "run"
+    seen = []
+
+    def ask_to_stop(record):
+        seen.append(record)
+        if record["step"] == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        gendist.fit({**VAE, "cluster": {"num_workers": 2}}, run_dir=path, watch=ask_to_stop)
+    reached = max(steps_kept(path))
+    assert 15 <= reached <= 40
+    assert seen[0]["step"] == 5
+    run = gendist.fit({**VAE, "cluster": {"num_workers": [1, 1]}}, run_dir=path)
+    for name, tensor in run.model.tensors().items():
+        torch.testing.assert_close(tensor, alone.model.tensors()[name], rtol=1e-4, atol=1e-5)
+    assert records(path)[-1]["step"] == 40
+    again = gendist.fit(VAE, run_dir=path)
+    assert again.results == run.results
+
+
 def test_torchrun_beside_workers_of_ray_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
@@ -304,7 +368,7 @@ def test_what_may_change_between_a_run_and_its_resume(unbroken, tmp_path):
             gendist.fit(with_fit(**change), run_dir=unbroken)
 
 
-def test_other_data_are_refused_in_a_resumed_run(tmp_path):
+def test_other_data_are_refused_in_a_resumed_run(no_pictures, tmp_path):
     x = np.random.default_rng(0).normal(size=(200, 3))
     spec = {**SPEC, "data": {}}
     with pytest.raises(Stop):
@@ -316,7 +380,7 @@ def test_other_data_are_refused_in_a_resumed_run(tmp_path):
         gendist.fit(spec, data=x + 1, run_dir=tmp_path / "run")
 
 
-def test_labels_and_weights_reach_the_loss(tmp_path):
+def test_labels_and_weights_reach_the_loss(no_pictures, tmp_path):
     """Rows of weight 0 are as if they were not there: the mean that is learned is that of the others."""
     x = np.concatenate([np.full((100, 2), 3.0), np.full((100, 2), -50.0)])
     data = {"x": x, "w": np.repeat([1.0, 0.0], 100), "y": np.repeat(["a", "b"], 100)}
@@ -326,7 +390,7 @@ def test_labels_and_weights_reach_the_loss(tmp_path):
     assert float((model.sample(50) - 3.0).abs().max()) < 1.0
 
 
-def test_behind_transforms(tmp_path):
+def test_behind_transforms(no_pictures, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 4)) * [1, 10, 100, 1000] + 5000.0
     spec = {**SPEC, "data": {"transforms": ["standardize"], "validation_fraction": 0.2}}
@@ -440,6 +504,17 @@ def test_a_bar_of_training_shows_losses_and_what_is_left(unbroken):
     assert lines[0].startswith(f"step 5/40  place {first['place/loss']:.4g}  spread {first['spread/loss']:.4g}")
     # 20 steps of 32 samples at 16 a second
     assert half.endswith(f"validation/distance {records(unbroken)[3]['validation/distance']:.4g}  16 samples/s  0:00:40 left")
+
+
+def test_samples_of_float32_are_written_as_any_others(monkeypatch, unbroken, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for out in ("samples.parquet", "samples.npy"):
+        monkeypatch.setattr(sys, "argv", ["gendist", "sample", str(unbroken), "-n", "20", "--out", out])
+        cli.main()
+    expected = gendist.load(unbroken).sample(20)
+    assert expected.dtype == torch.float32
+    np.testing.assert_array_equal(np.load("samples.npy"), expected)
+    np.testing.assert_array_equal(pd.read_parquet("samples.parquet").to_numpy(), expected)
 
 
 def test_it_is_scored_by_the_bound_that_it_has(monkeypatch, capsys, unbroken, tmp_path):

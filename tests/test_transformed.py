@@ -14,6 +14,7 @@ import torch
 import gendist
 from gendist import em_fitting
 from gendist.data import source_of
+from gendist.em_checkpoints import resume
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import VERBS, GenerativeModel, UserError
 from gendist.run_directory import RunDirectory
@@ -271,6 +272,6 @@ def test_an_unreadable_checkpoint_is_put_aside(unbroken, tmp_path):
     from gendist.config import load_spec
 
     with RunDirectory(tmp_path / "run", load_spec(DIGITS)) as directory:
-        state = directory.resume()
+        state = resume(directory)
     assert isinstance(state.models[0], Transformed)
     assert state.iteration == int(newest.name) - 2

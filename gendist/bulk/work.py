@@ -209,7 +209,8 @@ def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
 
 def _draw(seed: int, given: Any, model: Any, rows: tuple[int, int]) -> tuple[int, Values, Mapping[str, float]]:
     start, stop = rows
-    return start, model.sample(stop - start, seed=seed, offset=start, given=given).numpy(), {}
+    # Files hold float64, in whatever precision a family computes.
+    return start, model.sample(stop - start, seed=seed, offset=start, given=given).double().numpy(), {}
 
 
 def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:

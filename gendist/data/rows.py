@@ -33,7 +33,7 @@ from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
 from gendist.protocols import Block, UserError
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files; part of the key
 
 Array = np.ndarray[Any, Any]
 
@@ -165,8 +165,8 @@ def _narrow(values: Array, block: Block) -> Array:
         where = tuple(np.argwhere(too_large)[0])
         what = f"feature {where[1]}" if values.ndim == 2 else "the weight"
         raise UserError(
-            f"row {int(block.rows[where[0]])}: {what} is {values[where]:g}, which float32 does not hold; rescale it, such as with "
-            "data.transforms: [standardize]"
+            f"row {int(block.rows[where[0]])}: {what} is {values[where]:g}, which float32 does not hold; rescale it, such as "
+            "with data.transforms: [standardize]"
         )
     return narrow
 

@@ -18,8 +18,7 @@ from gendist.run import Watch
 from gendist.train.config import DeepConfig
 
 SECONDS_A_LINE = 10.0
-NO_LOSSES = ("gradient_norm", "learning_rate")
-MAX_LOSSES = 4  # on one line
+MAX_TERMS = 2  # of a loss, on one line
 
 
 def log_to(console: Console) -> None:
@@ -76,17 +75,18 @@ def _steps(console: Console, config: DeepConfig) -> Iterator[Watch]:
             step = record["step"]
             for skipped in record.get("skipped", ()):
                 console.print(f"step {skipped['step']}: {skipped['phase']} was not finite and is skipped", highlight=False)
-            validation.update({key: value for key, value in record.items() if key.startswith("validation/")})
+            held_out = {key: value for key, value in record.items() if key.startswith("validation/")}
+            validation.update(list(held_out.items())[:1])
             seconds_left = (config.num_steps - step) * config.global_batch_size / record["samples_per_s"]
             state = "  ".join(
                 [
-                    *(f"{_short(name)} {value:.4g}" for name, value in (_losses(record) | validation).items()),
+                    *(f"{name} {value:.4g}" for name, value in (_losses(record) | validation).items()),
                     f"{record['samples_per_s']:,.0f} samples/s",
                     f"{timedelta(seconds=round(seconds_left))} left",
                 ]
             )
-            show(f"step {step}/{config.num_steps}  {state}", description="training", completed=step,
-                 total=config.num_steps, state=state)  # fmt: skip
+            line = f"step {step}/{config.num_steps}  {state}"
+            show(line, description="training", completed=step, total=config.num_steps, state=state)
 
         yield watch
 
@@ -94,17 +94,15 @@ def _steps(console: Console, config: DeepConfig) -> Iterator[Watch]:
 def _losses(record: dict[str, Any]) -> dict[str, float]:
     """What each phase minimises; of a single phase its terms, too."""
     values = {
-        key: value
+        tuple(key.split("/")): value
         for key, value in record.items()
-        if "/" in key and not key.startswith("validation/") and key.rpartition("/")[2] not in NO_LOSSES and value is not None
+        if "/" in key and not key.startswith("validation/") and value is not None
     }
-    if len({key.partition("/")[0] for key in values}) > 1:
-        return {key: value for key, value in values.items() if key.endswith("/loss")}
-    return dict(list(values.items())[:MAX_LOSSES])
-
-
-def _short(name: str) -> str:
-    return name.removesuffix("/loss")
+    losses = {phase: value for (phase, name), value in values.items() if name == "loss"}
+    if len(losses) != 1:
+        return losses
+    terms = {name: value for (_, name), value in values.items() if name not in ("loss", "gradient_norm", "learning_rate")}
+    return {"loss": next(iter(losses.values())), **dict(list(terms.items())[:MAX_TERMS])}
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """Generative adversarial network: a generator G makes x of noise z, and a discriminator D learns to tell it from data.
 
-Goodfellow et al. 2014, "Generative Adversarial Nets"; Radford, Metz & Chintala 2016 (DCGAN). Losses: Goodfellow et al. 2014,
-section 3 (non-saturating); Lim & Ye 2017, Miyato et al. 2018 (hinge); Arjovsky, Chintala & Bottou 2017 (Wasserstein).
-Penalties of D's gradient: Mescheder, Geiger & Nowozin 2018 (R1); Gulrajani et al. 2017 (WGAN-GP).
+Goodfellow et al. 2014, "Generative Adversarial Nets"; Radford, Metz & Chintala 2016 (DCGAN). Losses and penalties, with their
+sources, are in `ops/adversarial.py`.
 Legend: N samples, B samples of a micro-batch, D features, L latent dimensions, F features of the discriminator.
 """
 
@@ -15,9 +14,9 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import relu, softplus
 
 from gendist.models.ops import networks
+from gendist.models.ops.adversarial import LossName, discriminator_loss, generator_loss, gradient_penalty, r1
 from gendist.models.ops.layout import Layout, check_between_0_and_1
 from gendist.models.ops.networks import Activation, NetworkConfig
 from gendist.models.ops.sums import total_weight, weighted_sum
@@ -28,8 +27,6 @@ from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor
 DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
 GENERATOR = Phase("generator", "generator")
-
-LossName = Literal["non_saturating", "hinge", "wasserstein"]
 
 
 class DiscriminatorConfig(NetworkConfig):
@@ -71,44 +68,6 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
         if self.loss == "wasserstein" and self.penalty == "none":
             raise ValueError("penalty none: loss wasserstein has no minimum without one; choose gradient_penalty")
         return self
-
-
-def discriminator_loss(name: LossName, real_B: Tensor, fake_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) and (B,): what each sample of the data and each of the generator adds to what D minimises, from D's logits."""
-    match name:
-        case "non_saturating":  # -log sigmoid(real), -log(1 - sigmoid(fake)) (Goodfellow et al. 2014, eq. 1)
-            return softplus(-real_B), softplus(fake_B)
-        case "hinge":  # Miyato et al. 2018, eq. 16
-            return relu(1.0 - real_B), relu(1.0 + fake_B)
-        case "wasserstein":  # Gulrajani et al. 2017, eq. 3
-            return -real_B, fake_B
-
-
-def generator_loss(name: LossName, fake_B: Tensor) -> Tensor:
-    """(B,) what each sample of the generator adds to what G minimises."""
-    # -log sigmoid(fake) (Goodfellow et al. 2014, section 3); for hinge, too, the plain mean (Miyato et al. 2018, eq. 17)
-    return softplus(-fake_B) if name == "non_saturating" else -fake_B
-
-
-def squared_gradient(discriminator: nn.Module, x: Tensor) -> Tensor:
-    """(B,) |grad_x D(x)|^2, differentiable in the parameters of D."""
-    x = x.detach().requires_grad_()
-    # A logit depends on its own sample alone, so the gradient of their sum is every sample's own.
-    (gradient,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
-    return gradient.square().flatten(1).sum(1)
-
-
-def r1(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """(B,) 1/2 |grad_x D(x)|^2 at the data (Mescheder et al. 2018, eq. 9)."""
-    return 0.5 * squared_gradient(discriminator, real)
-
-
-def gradient_penalty(discriminator: nn.Module, real: Tensor, fake: Tensor, uniform_B1: Tensor) -> Tensor:
-    """(B,) (|grad_x D(x)| - 1)^2 somewhere between a sample of the data and one of the generator (Gulrajani et al., eq. 3)."""
-    share = uniform_B1.reshape(-1, *(1,) * (real.ndim - 1))
-    squares_B = squared_gradient(discriminator, share * real + (1.0 - share) * fake)
-    # The root has no finite slope at 0, where D is flat.
-    return (torch.sqrt(squares_B + 1e-12) - 1.0).square()
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,7 +97,7 @@ class VariationalAutoencoder:
     labels: tuple[Any, ...] = ()
 
     Config: ClassVar[type[BaseModel]] = VariationalAutoencoderConfig
-    validation_objective: ClassVar[str | None] = "negative_elbo"
+    validation_objective: ClassVar[str | None] = "loss"
     not_offered: ClassVar[Mapping[str, str]] = {
         "log_prob": "the integral over z has no closed form: use elbo, or log_prob_bound, which comes as close as one likes",
         "classify": "it is fitted without labels",
@@ -237,24 +237,27 @@ class VariationalAutoencoder:
         return self.validation_draws()
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
-        return dict.fromkeys(("reconstruction", "kl"), total_weight(batch))
+        return dict.fromkeys(("reconstruction", "weighted_kl"), total_weight(batch))
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         """The negative ELBO (AEVB eq. 10) with one z a sample and, where beta is not 1, its KL divergence weighed."""
         self.autoencoder.likelihood.check(batch.x)
         log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        terms = {
-            "reconstruction": weighted_sum(-log_prob_B, batch),
-            "kl": self.config.beta * weighted_sum(kl_B, batch),
-        }
-        return Loss(terms, {"negative_elbo": (kl_B - log_prob_B).detach().sum()})
+        terms = {"reconstruction": -log_prob_B, "weighted_kl": self.config.beta * kl_B}
+        watched = {"kl": kl_B, "negative_elbo": kl_B - log_prob_B}
+        return Loss(
+            {name: weighted_sum(value_B, batch) for name, value_B in terms.items()},
+            {name: value_B.detach().sum() for name, value_B in watched.items()},
+        )
 
     def validation_draws(self) -> Mapping[str, Draw]:
         return {"latent": Draw("normal", self.config.latent_dim)}
 
     def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """loss: what is minimised, which is the negative ELBO where beta is 1."""
         log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        values = {"negative_elbo": kl_B - log_prob_B, "reconstruction": -log_prob_B, "kl": kl_B}
+        loss_B = self.config.beta * kl_B - log_prob_B
+        values = {"loss": loss_B, "negative_elbo": kl_B - log_prob_B, "reconstruction": -log_prob_B, "kl": kl_B}
         return {name: weighted_sum(value_B, batch) for name, value_B in values.items()}
 
     def needs_whole_batch(self, phase: Phase) -> str | None:

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 
 from gendist.train.config import DeepConfig
 
 MAX_SKIPPED_IN_A_ROW = 50  # updates of one network, after which on_nan: skip_batch gives up too
+
+
+class Asked(IntEnum):
+    """What one of the processes may be asked from outside."""
+
+    NOTHING = 0
+    TO_STOP_AT_A_RECORD = 1
+    TO_STOP_NOW = 2
 
 
 class Decision(Enum):

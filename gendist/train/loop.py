@@ -17,7 +17,7 @@ from gendist.protocols import Block, DeepModel, Phase, UserError
 from gendist.train import optimizers, restrictions
 from gendist.train.batches import Division, Rows, moved, noise, training_batches
 from gendist.train.config import DeepConfig
-from gendist.train.decisions import MAX_SKIPPED_IN_A_ROW, Decision, Progress, decide, gives_up, is_due
+from gendist.train.decisions import MAX_SKIPPED_IN_A_ROW, Asked, Decision, Progress, decide, gives_up, is_due
 from gendist.train.engine import Engine
 from gendist.train.global_draws import GlobalDraws
 from gendist.train.networks import explained
@@ -62,11 +62,12 @@ def train(
     seed: int,
     progress: Progress = START,
     validation: Rows | None = None,
-    is_asked_to_stop: Callable[[], bool] = lambda: False,
+    asked: Callable[[], Asked] = lambda: Asked.NOTHING,
 ) -> Iterator[Report]:
     """Train the networks that `engine.prepare` was given, from `progress` on, until a decision to stop.
 
-    is_asked_to_stop  asked before every step; where one process says so, all end with a report of the steps so far
+    asked  called before every step; where one process is asked to stop, all end with a report from which to go on. What is
+           stopped between two records has one record more than an unbroken run; nothing else is changed
 
     A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples, and PHASE/loss, what is minimised;
     PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out rows;
@@ -85,8 +86,8 @@ def train(
         step = progress.step
         batches = training_batches(rows, seed, step, division, engine.rank)
         phases = model.phases(step)
-        counts, is_stopped = _total_counts(model, engine, phases, [batch for _, batch in batches], is_asked_to_stop())
-        if is_stopped:
+        counts, request = _total_counts(model, engine, phases, [batch for _, batch in batches], asked())
+        if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
             yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
             return
         batches = [(start, moved(batch, engine.device)) for start, batch in batches]
@@ -134,19 +135,19 @@ def train(
 
 
 def _total_counts(
-    model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block], is_asked_to_stop: bool
-) -> tuple[dict[Phase, dict[str, float]], bool]:
-    """Of each term of each phase, over how many samples of the global batch it is a sum; and whether any process is asked to
-    stop, which costs no exchange of its own."""
+    model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block], asked: Asked
+) -> tuple[dict[Phase, dict[str, float]], float]:
+    """Of each term of each phase, over how many samples of the global batch it is a sum; and what is asked, over all processes,
+    which costs no exchange of its own."""
     mine = {phase: Counter[str]() for phase in phases}
     for phase, counts in mine.items():
         for batch in batches:
             counts.update(model.counts(phase, batch))
     names = [(phase, name) for phase, counts in mine.items() for name in counts]
-    values = [*(mine[phase][name] for phase, name in names), float(is_asked_to_stop)]
-    *totals, num_asked = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+    values = [*(mine[phase][name] for phase, name in names), float(asked)]
+    *totals, request = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
     total_of = dict(zip(names, totals, strict=True))
-    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, num_asked > 0
+    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, request
 
 
 def _explanation(step: int, phase: Phase, not_finite: Mapping[str, float], norm: float, config: DeepConfig) -> str:

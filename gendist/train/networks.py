@@ -12,7 +12,10 @@ from gendist.train.config import DeepConfig
 
 
 def arrange(networks: Mapping[str, torch.nn.Module], device: torch.device, config: DeepConfig) -> None:
-    """On the device, laid out and compiled as the spec has it: the same modules and parameters, called as before."""
+    """On the device, laid out and compiled as the spec has it: the same modules and parameters, called as before.
+
+    torch compiles modules of classes of one's own; a bare torch.nn.Sequential it leaves as it is.
+    """
     for network in networks.values():
         network.to(device)
         if config.channels_last:
@@ -27,7 +30,7 @@ def explained(config: DeepConfig) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if config.compile and "double backward" in str(error):
+        if config.compile and ("double backward" in str(error) or "create_graph=False" in str(error)):
             raise UserError(
                 "fit.compile: this loss differentiates a gradient, which compiled networks cannot; set it to false, or train "
                 "without the penalty"

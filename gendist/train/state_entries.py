@@ -61,17 +61,20 @@ def _shapes(networks: Mapping[str, torch.nn.Module], config: DeepConfig) -> Iter
 
 def check(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
     """UserError where the state is of other networks, or of another `fit` block."""
+    other_shape = {name for name in expected.keys() & state.keys() if tuple(state[name].shape) != expected[name]}
     for problem, names in (
         ("is missing", expected.keys() - state.keys()),
         ("is unknown here", state.keys() - expected.keys()),
-        ("has another shape", {name for name in expected if name in state and tuple(state[name].shape) != expected[name]}),
+        ("has another shape", other_shape),
     ):
         if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
-            shape = f" ({list(state[first].shape)}, not {list(expected[first])})" if "shape" in problem else ""
+            first = min(names, key=lambda name: (f"/{PARAMETER}/" not in name, name))
+            if names is other_shape:
+                problem = f"is {list(state[first].shape)}, not {list(expected[first])}"
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise UserError(
-                f"the checkpoint is of another model: {first}{shape}{more} {problem}; resume with the spec that it was "
-                "written by, or choose another folder"
+                f"the checkpoint is of another model: {first} {problem}{more}; resume with the spec that it was written by, or "
+                "choose another folder"
             )
 
 

@@ -64,7 +64,7 @@ class Toy:
 
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         with torch.no_grad():
-            return self.line(Noise(seed, "toy").normal(offset, num_samples).float()).double()
+            return self.line(Noise(seed, "toy").normal(offset, num_samples).float())
 
     def log_prob_bound(self, x: Any, seed: int = 0, offset: int = 0) -> Tensor:
         """(N,) no bound at all, but numbers that are addressed by row."""

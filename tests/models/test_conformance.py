@@ -350,6 +350,18 @@ def test_weights_of_one_change_nothing_and_double_weights_double(deep_case):
             torch.testing.assert_close(losses[2][name] / counts[2][name], value / counts[0][name])
 
 
+def test_in_half_precision_sums_stay_in_float32(deep_case):
+    model, batch = fresh(deep_case), micro_batch(deep_case, 0, 64)
+    for phase in all_phases(model):
+        noise = noise_of(model.draws(phase), 64)
+        expected = model.loss(phase, batch, noise, 0).terms
+        with torch.autocast("cpu", torch.bfloat16):
+            terms = model.loss(phase, batch, noise, 0).terms
+        for name, value in expected.items():
+            assert terms[name].dtype == torch.float32
+            torch.testing.assert_close(terms[name], value, rtol=0.1, atol=0.1)
+
+
 def test_validation_sums_over_samples(deep_case):
     model, noise = deep_case.model, noise_of(deep_case.model.validation_draws(), 20)
     whole = model.validate(micro_batch(deep_case, 0, 20), noise)

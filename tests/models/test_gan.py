@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from gendist.models import gan
 from gendist.models.gan import DISCRIMINATOR, GENERATOR, PENALTY, GenerativeAdversarialNetwork
+from gendist.models.ops import adversarial
 from gendist.protocols import Block, Phase, UserError
 
 WGAN_GP = {"loss": "wasserstein", "penalty": "gradient_penalty"}
@@ -38,11 +38,11 @@ def one(value: float) -> torch.Tensor:
 def test_non_saturating_is_cross_entropy_with_the_generators_labels_turned():
     real, fake = torch.linspace(-4, 4, 9), torch.linspace(3, -5, 9)
     ones, zeros = torch.ones(9), torch.zeros(9)
-    of_real, of_fake = gan.discriminator_loss("non_saturating", real, fake)
+    of_real, of_fake = adversarial.discriminator_loss("non_saturating", real, fake)
     torch.testing.assert_close(of_real, binary_cross_entropy_with_logits(real, ones, reduction="none"))
     torch.testing.assert_close(of_fake, binary_cross_entropy_with_logits(fake, zeros, reduction="none"))
     torch.testing.assert_close(
-        gan.generator_loss("non_saturating", fake), binary_cross_entropy_with_logits(fake, ones, reduction="none")
+        adversarial.generator_loss("non_saturating", fake), binary_cross_entropy_with_logits(fake, ones, reduction="none")
     )
 
 
@@ -56,8 +56,8 @@ def test_non_saturating_is_cross_entropy_with_the_generators_labels_turned():
     ],
 )
 def test_hinge_and_wasserstein_by_hand(name, real, fake, of_real, of_fake, of_generator):
-    assert gan.discriminator_loss(name, one(real), one(fake)) == (one(of_real), one(of_fake))
-    assert gan.generator_loss(name, one(fake)) == one(of_generator)
+    assert adversarial.discriminator_loss(name, one(real), one(fake)) == (one(of_real), one(of_fake))
+    assert adversarial.generator_loss(name, one(fake)) == one(of_generator)
 
 
 def numeric_gradient_norms(discriminator: nn.Module, x: torch.Tensor, step: float = 1e-6) -> torch.Tensor:
@@ -76,7 +76,7 @@ def discriminator(request) -> nn.Module:
 def test_r1_is_half_the_squared_gradient_at_the_data(discriminator):
     real = torch.rand(6, 1, 4, 5, dtype=torch.float64)
     expected = 0.5 * numeric_gradient_norms(discriminator, real).square()
-    torch.testing.assert_close(gan.r1(discriminator, real), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(adversarial.r1(discriminator, real), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_the_gradient_penalty_is_taken_between_data_and_samples(discriminator):
@@ -84,13 +84,13 @@ def test_the_gradient_penalty_is_taken_between_data_and_samples(discriminator):
     share = torch.rand(6, 1, dtype=torch.float64)
     between = torch.stack([u * r + (1 - u) * f for u, r, f in zip(share, real, fake, strict=True)])
     expected = (numeric_gradient_norms(discriminator, between) - 1).square()
-    torch.testing.assert_close(gan.gradient_penalty(discriminator, real, fake, share), expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(adversarial.gradient_penalty(discriminator, real, fake, share), expected, rtol=1e-6, atol=1e-9)
 
 
 def test_a_discriminator_of_no_slope_has_a_penalty_with_a_gradient():
     flat = nn.Linear(3, 1)
     nn.init.zeros_(flat.weight)
-    penalty = gan.gradient_penalty(flat, torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 1))
+    penalty = adversarial.gradient_penalty(flat, torch.rand(2, 3), torch.rand(2, 3), torch.rand(2, 1))
     torch.testing.assert_close(penalty, torch.ones(2), rtol=1e-5, atol=0)
     penalty.sum().backward()
     assert bool(flat.weight.grad.isfinite().all())
@@ -104,8 +104,8 @@ def test_penalties_move_the_discriminator_as_their_slope_says(discriminator, pen
 
     def value() -> torch.Tensor:
         if penalty == "r1":
-            return gan.r1(discriminator, real).sum()
-        return gan.gradient_penalty(discriminator, real, fake, share).sum()
+            return adversarial.r1(discriminator, real).sum()
+        return adversarial.gradient_penalty(discriminator, real, fake, share).sum()
 
     parameters = list(discriminator.parameters())
     gradients = torch.autograd.grad(value(), parameters, allow_unused=True)  # none of the last bias
@@ -165,7 +165,7 @@ def test_the_loss_is_of_images_as_networks_see_them():
     real_logits, fake_logits = model.discriminator(real).flatten(), model.discriminator(fake).flatten()
     torch.testing.assert_close(loss.terms["real"], -real_logits.sigmoid().log().sum())
     torch.testing.assert_close(loss.terms["fake"], -(1 - fake_logits.sigmoid()).log().sum())
-    torch.testing.assert_close(loss.terms["penalty"], 10 * gan.r1(model.discriminator, real).sum())
+    torch.testing.assert_close(loss.terms["penalty"], 10 * adversarial.r1(model.discriminator, real).sum())
     right = (real_logits > 0).float().mean() / 2 + (fake_logits < 0).float().mean() / 2
     assert float(loss.watched["accuracy"]) / 7 == pytest.approx(float(right))
     torch.testing.assert_close(model.decode(noise["latent"]), (fake.flatten(1).detach() + 1) / 2)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from gendist.artifact import Artifact, load, save
+from gendist.data import Schema
 from gendist.models.ops import networks
 from gendist.models.ops.layout import Layout
 from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles
+from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
 from gendist.protocols import UserError
 
 OWN = """
@@ -140,6 +145,20 @@ def test_a_module_of_the_users_own_is_built_with_its_options_and_drawn_from_the_
     networks.load(rebuilt, first.state_dict())
     x = torch.rand(4, 1, 8, 8)
     assert torch.equal(rebuilt.eval()(x), first.eval()(x))
+
+
+def test_an_artifact_with_networks_of_the_users_own_is_loaded_where_they_can_be_imported(own, tmp_path, monkeypatch):
+    chosen = VariationalAutoencoderConfig(latent_dim=2, encoder={"module": f"{own}:Net", "options": {"width": 5}})
+    schema = Schema(columns=("image",), feature_names=tuple(f"p{i}" for i in range(64)), image_shape=(8, 8))
+    save(Artifact("vae", VariationalAutoencoder.create(chosen, (8, 8), (), 0), schema), tmp_path / "artifact")
+    x = torch.rand(3, 64)
+    first = load(tmp_path / "artifact").encode(x)
+    assert torch.equal(load(tmp_path / "artifact").encode(x), first)
+    (tmp_path / "ownnets.py").unlink()
+    monkeypatch.delitem(sys.modules, own)
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=r"artifact: model.encoder.module 'ownnets:Net': cannot be imported"):
+        load(tmp_path / "artifact")
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,12 @@ def test_the_loss_is_the_negative_elbo(network, likelihood):
         log_prob = Normal(y, likelihoods.FIRST_SCALE).log_prob(batch.x)
     kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum()
     torch.testing.assert_close(loss.terms["reconstruction"], -log_prob.sum())
-    torch.testing.assert_close(loss.terms["kl"], 0.5 * kl)
+    torch.testing.assert_close(loss.terms["weighted_kl"], 0.5 * kl)
+    torch.testing.assert_close(loss.watched["kl"], kl.detach())
     torch.testing.assert_close(loss.watched["negative_elbo"], (kl - log_prob.sum()).detach())
     validated = model.validate(batch, {"latent": noise})
     torch.testing.assert_close(validated["negative_elbo"], kl - log_prob.sum())
-    assert model.validation_objective in validated
+    torch.testing.assert_close(validated[model.validation_objective], sum(loss.terms.values()))
     sum(loss.terms.values()).backward()
     assert all(bool((p.grad != 0).any()) for p in model.autoencoder.parameters())
 
@@ -169,7 +170,7 @@ def test_weight_two_is_the_row_twice_and_weight_zero_no_row():
     index = torch.repeat_interleave(torch.arange(9), weights.long())
     (phase,) = model.phases(0)
     weighted, repeated = batch_of(x, weights), batch_of(x[index])
-    assert model.counts(phase, weighted) == model.counts(phase, repeated) == {"reconstruction": 9.0, "kl": 9.0}
+    assert model.counts(phase, weighted) == model.counts(phase, repeated) == {"reconstruction": 9.0, "weighted_kl": 9.0}
     first = model.loss(phase, weighted, {"latent": noise}, 0).terms
     second = model.loss(phase, repeated, {"latent": noise[index]}, 0).terms
     for name, value in first.items():

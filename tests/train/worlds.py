@@ -7,7 +7,6 @@ other in the same processes, each with a process group of its own.
 
 from __future__ import annotations
 
-import faulthandler
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,7 +30,7 @@ COLLECTIVE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Job:
-    """key tells its results from those of others; environment is set before anything but torch is imported."""
+    """One thing to be done by every process of a world; `key` is the name of its results."""
 
     key: Hashable
     world_size: int
@@ -40,10 +39,14 @@ class Job:
 
 
 def run(jobs: Sequence[Job], timeout_s: float, environment: dict[str, str] | None = None) -> dict[Hashable, list[Any]]:
-    """The results of all jobs, by key and rank. AssertionError with the trace where a process failed or took too long."""
+    """The results of all jobs, by key and rank. AssertionError with the trace where a process failed or took too long.
+
+    environment  variables of the processes, set before the first job
+    """
     assert len({job.key for job in jobs}) == len(jobs)
-    jobs = sorted(jobs, key=lambda job: job.world_size)  # so that processes that have no more to do are the last ranks
-    context = multiprocessing.get_context("spawn")
+    # Forked from a process that has no threads and has imported what takes seconds, for each of them at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed"])
     with tempfile.TemporaryDirectory() as folder:
         size = max(job.world_size for job in jobs)
         children = [context.Process(target=_work, args=(rank, jobs, folder, environment or {})) for rank in range(size)]
@@ -72,10 +75,11 @@ def run(jobs: Sequence[Job], timeout_s: float, environment: dict[str, str] | Non
 def _work(rank: int, jobs: Sequence[Job], folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(40, file=(Path(folder) / f"{rank}.trace").open("w"))
     results: dict[Hashable, Any] = {}
     try:
-        for world_size in sorted({job.world_size for job in jobs}):
+        # The largest first, so that all processes of a world have done the same before: DeepSpeed numbers modules for as long
+        # as a process lives, and compares the numbers.
+        for world_size in sorted({job.world_size for job in jobs}, reverse=True):
             if rank < world_size:
                 store = f"file://{folder}/store-{world_size}"
                 timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from gendist.noise import derived_seed
-from gendist.protocols import UserError
+from gendist.protocols import NotImportable, UserError
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh"]
 ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
@@ -211,7 +211,7 @@ def _imported(config: NetworkConfig, input_shape: tuple[int, ...], output_shape:
     try:
         cls = getattr(importlib.import_module(module_name), name)
     except Exception as error:  # whatever the user's own code raises while it is imported
-        raise UserError(
+        raise NotImportable(
             f"{where}: cannot be imported ({type(error).__name__}: {error}); it must be installed or on PYTHONPATH, on "
             "every node"
         ) from error
