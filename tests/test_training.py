@@ -312,7 +312,14 @@ VAE = {
     "family": "vae",
     "model": {"latent_dim": 2, "encoder": {"hidden_sizes": [16]}, "decoder": {"hidden_sizes": [16]}},
     "data": {"source": "digits", "validation_fraction": 0.1},
-    "fit": {**SPEC["fit"], "optimizer": {"learning_rate": 1e-3}},
+    # Steps enough for word of one of the first to come back while there are others, and so small that rounding stays rounding.
+    "fit": {
+        **SPEC["fit"],
+        "num_steps": 1500,
+        "eval_every": 500,
+        "checkpoint_every": 250,
+        "optimizer": {"kind": "sgd", "learning_rate": 1e-4},
+    },
 }
 
 
@@ -331,12 +338,12 @@ def test_workers_of_ray_come_to_what_one_process_comes_to(cluster, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         gendist.fit({**VAE, "cluster": {"num_workers": 2}}, run_dir=path, watch=ask_to_stop)
     reached = max(steps_kept(path))
-    assert 15 <= reached <= 40
+    assert 15 <= reached < 1500
     assert seen[0]["step"] == 5
     run = gendist.fit({**VAE, "cluster": {"num_workers": [1, 1]}}, run_dir=path)
     for name, tensor in run.model.tensors().items():
         torch.testing.assert_close(tensor, alone.model.tensors()[name], rtol=1e-4, atol=1e-5)
-    assert records(path)[-1]["step"] == 40
+    assert records(path)[-1]["step"] == 1500
     again = gendist.fit(VAE, run_dir=path)
     assert again.results == run.results
 
