@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import wandb
 
 import gendist
 from gendist import tracking
-
-wandb = pytest.importorskip("wandb")
 
 SPEC = {
     "name": "tracked",
