@@ -26,7 +26,7 @@ from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_samples
-from gendist.protocols import Block, Compute, GenerativeModel, StatisticsModel, Update, UserError
+from gendist.protocols import Block, Compute, Feature, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished
@@ -110,7 +110,8 @@ class EMFitting:
             del training, validation  # so that the rows are not held twice: as they are and transformed
             training, validation = self._parts(replace(dataset, transforms=transforms))
             summary = survey(training)
-        self.family.check(spec.model, summary, transforms.feature_names)
+        summary = replace(summary, features=self._features(transforms))
+        self.family.check(spec.model, summary, dataset.labels)
         if self.start is not None:
             self._adopted(summary)  # a model that does not fit is told before anything is written
         if directory:
@@ -156,6 +157,12 @@ class EMFitting:
         transforms = taken_apart(model)[1]
         return Transforms(names) if transforms is None else replace(transforms, source_names=names)
 
+    def _features(self, transforms: Transforms) -> tuple[Feature, ...]:
+        """What x holds behind the transforms."""
+        if not transforms.steps:
+            return self.dataset.schema.features
+        return tuple(Feature(name, name) for name in transforms.feature_names)
+
     def _check_start(self) -> None:
         """UserError where the model to start from is of other data."""
         if self.start is not None:
@@ -181,10 +188,12 @@ class EMFitting:
         if self.start is not None:
             return Update(self._adopted(summary))
         fit = self.config
-        logger.info("choosing where to start (%s, %d of %d)", fit.init, restart + 1, fit.num_restarts)
-        return start_from_data(
-            self.family, self.spec.model, blocks, summary, self.dataset.labels, fit.init, restart_seed(self.spec.seed, restart)
-        )
+        labels, method = self.dataset.labels, fit.init
+        if method == "auto":
+            method = self.family.default_start(self.spec.model, labels)
+        logger.info("choosing where to start (%s, %d of %d)", method, restart + 1, fit.num_restarts)
+        seed = restart_seed(self.spec.seed, restart)
+        return start_from_data(self.family, self.spec.model, blocks, summary, labels, method, seed)
 
     def _save(self, candidates: Candidates, transforms: Transforms) -> None:
         if self.directory:

@@ -59,7 +59,8 @@ class Mergeable(Protocol):
 class Block:
     """A fixed run of rows: the unit that every kernel sees. A micro-batch of training is one, too.
 
-    x                (N, D) float64, of a micro-batch float32; entries that are missing hold 0
+    x                (N, D) float64, of a micro-batch float32; entries that are missing hold 0. In torch's CSR layout where the
+                     data are sparse: then nothing is missing, and only a family with `takes_sparse` is given it
     rows             (N,) int64: the row numbers in the whole data set; ascending but in a micro-batch
     weights          (N,) float64 >= 0, or None: every row weighs 1
     evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
@@ -83,9 +84,19 @@ class Block:
     def num_features(self) -> int:
         return self.x.shape[1]
 
+    @property
+    def is_sparse(self) -> bool:
+        return self.x.layout is torch.sparse_csr
+
     def weights_or_ones(self) -> Tensor:
         """(N,) the weights, ones where none were given."""
         return torch.ones(self.num_rows, dtype=self.x.dtype) if self.weights is None else self.weights
+
+    def weighted_sum(self, values_N: Tensor) -> float:
+        """Sum of weight times value; a row of weight 0 adds nothing, whatever its value."""
+        if self.weights is not None:
+            values_N = torch.where(self.weights > 0, values_N * self.weights, 0.0)
+        return float(values_N.sum())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As NumPy arrays, whose buffers pickle 5 hands over without a copy: a task maps its block straight from Ray's
@@ -127,9 +138,39 @@ class Compute:
 EXACT = Compute()
 
 
-class DataSummary(Protocol):
-    """What a family may know of the whole data set before it starts (`gendist.data.survey.Summary`)."""
+@dataclass(frozen=True)
+class Feature:
+    """One column of x.
 
+    name            what messages and tables call it
+    column          of the source, that it comes from: several features come from a column of lists
+    type            what that column holds. Of a "category" (a column of text), x is the index of the value among those that
+                    the data have, 0 to num_categories - 1, and num_categories for any other value
+    num_categories  of a category, else 0
+    """
+
+    name: str
+    column: str
+    type: Literal["real", "integer", "boolean", "category"] = "real"
+    num_categories: int = 0
+
+
+class DataSummary(Protocol):
+    """What a family may know of the whole data set before it starts (`gendist.data.survey.Summary`).
+
+    features          (D,) of the columns of x
+    minimum, maximum  (D,) of the entries that are there, of rows of any weight; inf and -inf of a column without entries
+    all_integers      (D,) bool
+    """
+
+    @property
+    def features(self) -> Sequence[Feature]: ...
+    @property
+    def minimum(self) -> Tensor: ...
+    @property
+    def maximum(self) -> Tensor: ...
+    @property
+    def all_integers(self) -> Tensor: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -192,12 +233,14 @@ class Update(Generic[M]):
                 another number where the step maximises the likelihood plus a penalty, as regularization does
     redo        None, or the model that the step began with, prepared for another pass that keeps the digits which this
                 step's statistics had too few of
+    is_final    whether no further iteration can change anything: every row's latent was known, and all was counted
     """
 
     model: M
     repairs: tuple[str, ...] = ()
     least_gain: float = 0.0
     redo: M | None = None
+    is_final: bool = False
 
 
 class Statistics(Mergeable, Protocol):
@@ -222,8 +265,13 @@ class StatisticsModel(GenerativeModel, Protocol):
         ...
 
     @classmethod
-    def check(cls, config: Any, summary: DataSummary, feature_names: Sequence[str]) -> None:
+    def check(cls, config: Any, summary: DataSummary, labels: tuple[Any, ...]) -> None:
         """UserError where this data cannot be fitted by this configuration."""
+        ...
+
+    @classmethod
+    def default_start(cls, config: Any, labels: tuple[Any, ...]) -> str:
+        """Where `fit.init: auto` begins: one of `gendist.em.config.STARTS`."""
         ...
 
     @classmethod
@@ -238,8 +286,8 @@ class StatisticsModel(GenerativeModel, Protocol):
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> Statistics: ...
 
-    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
-        """The weighted sum of log p over a block's rows, given what is known of their latents: the E-step's."""
+    def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
+        """(N,) log p of a block's rows, given what is known of their latents: what the E-step sums."""
         ...
 
     def m_step(self, statistics: Any) -> Update[Self]: ...

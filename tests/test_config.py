@@ -14,7 +14,7 @@ GOOD = {"name": "a", "family": "gmm", "model": {"num_components": 3}, "data": {"
 
 def test_defaults_are_resolved_and_read_back():
     spec = load_spec(GOOD)
-    assert spec.fit.init == "kmeans||"
+    assert spec.fit.init == "auto"
     assert spec.model.covariance_type == "full"
     assert load_spec(yaml.safe_load(spec.to_yaml())) == spec
 

@@ -80,7 +80,7 @@ def test_what_a_run_leaves(unbroken):
     assert len(manifest["data"]["fingerprint"]) == 64
     assert [record["iteration"] for record in records(unbroken)] == list(range(1, 13))
     spec = yaml.safe_load((unbroken / "spec.yaml").read_text())
-    assert spec["fit"]["init"] == "kmeans||"
+    assert spec["fit"]["init"] == "auto"
     model = gendist.load(unbroken)
     assert model.log_prob(np.zeros((1, 64))).shape == (1,)
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from gendist.data.matrix import entry_shape, is_image, is_numeric
 from gendist.data.sources import DataConfig, Source
-from gendist.protocols import UserError
+from gendist.protocols import Feature, UserError
 
 
 class Schema(BaseModel):
@@ -38,6 +38,11 @@ class Schema(BaseModel):
     @property
     def num_features(self) -> int:
         return len(self.feature_names)
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """What each column of x is."""
+        return tuple(Feature(name, name) for name in self.feature_names)
 
     @classmethod
     def of(cls, source: Source, config: DataConfig) -> Schema:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gendist.blocks import Blocks, reduce
-from gendist.protocols import Block
+from gendist.protocols import Block, Feature
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,10 +17,12 @@ class Summary:
     """Moments of the columns and the fingerprint of the data, over some rows. D features.
 
     feature_weight  (D,) the weight of the rows that have the entry
+    minimum, maximum, all_integers   (D,) of the entries, whatever the rows weigh
     mean            (D,) weighted, over these rows
     scatter         (D,) weighted sum of squares about the mean
     num_missing     (D,)
     fingerprint     SHA-256 of the content of the leaves, combined as the tree of the reduction combines them
+    features        what the columns are, where it is known
     """
 
     num_rows: int
@@ -30,7 +32,11 @@ class Summary:
     mean: Tensor
     scatter: Tensor
     num_missing: Tensor
+    minimum: Tensor
+    maximum: Tensor
+    all_integers: Tensor
     fingerprint: bytes
+    features: tuple[Feature, ...] = ()
 
     @property
     def variance(self) -> Tensor:
@@ -50,6 +56,9 @@ class Summary:
             mean=self.mean + delta * share,
             scatter=self.scatter + other.scatter + delta.square() * self.feature_weight * share,
             num_missing=self.num_missing + other.num_missing,
+            minimum=torch.minimum(self.minimum, other.minimum),
+            maximum=torch.maximum(self.maximum, other.maximum),
+            all_integers=self.all_integers & other.all_integers,
             fingerprint=hashlib.sha256(self.fingerprint + other.fingerprint).digest(),
         )
 
@@ -68,6 +77,11 @@ def summarize(_: None, block: Block) -> Summary:
     reference = block.x[:1].sum(0)  # the first row, or zeros of an empty block; keeps the digits of data far from 0
     centred_ND = block.x - reference
     shift = (weights_ND * centred_ND).sum(0) / feature_weight.clamp_min(torch.finfo(torch.float64).tiny)
+    minimum, maximum = torch.full_like(reference, torch.inf), torch.full_like(reference, -torch.inf)
+    if block.num_rows:
+        absent = block.missing
+        minimum = (block.x if absent is None else block.x.masked_fill(absent, torch.inf)).amin(0)
+        maximum = (block.x if absent is None else block.x.masked_fill(absent, -torch.inf)).amax(0)
     digest = hashlib.sha256(repr(tuple(block.x.shape)).encode())
     for values in (block.x, block.weights, block.evidence, block.missing):
         digest.update(b"-" if values is None else values.numpy().data)
@@ -79,5 +93,8 @@ def summarize(_: None, block: Block) -> Summary:
         mean=reference + shift,
         scatter=(weights_ND * (centred_ND - shift).square()).sum(0),
         num_missing=(present_ND == 0).sum(0),
+        minimum=minimum,
+        maximum=maximum,
+        all_integers=(block.x == block.x.round()).all(0),  # where an entry is missing there is a 0
         fingerprint=digest.digest(),
     )

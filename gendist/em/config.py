@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-STARTS = ("kmeans||", "kmeans++", "random", "random_responsibilities")
+STARTS = ("auto", "kmeans||", "kmeans++", "random", "random_responsibilities", "labels")
 
 
 class EMConfig(BaseModel):
@@ -14,9 +14,10 @@ class EMConfig(BaseModel):
     max_iterations    EM iterations at most
     tolerance         stop when the mean log-likelihood of a row gains less than this; 0 runs all iterations
     time_budget_s     stop after the iteration in which this many seconds are used up; a resumed run counts on
-    init              "kmeans||" (k-means from a seeding of few passes, however many centers), "kmeans++" (k-means from a
-                      seeding of a pass a center), "random" (rows drawn at random), "random_responsibilities" (rows shared
-                      out at random: all latents begin almost alike), or an artifact or run directory to start from
+    init              "auto" (what suits the family and the labels), "kmeans||" (k-means from a seeding of few passes, however
+                      many centers), "kmeans++" (k-means from a seeding of a pass a center), "random" (rows drawn at random),
+                      "random_responsibilities" (rows shared out at random: all latents begin almost alike), "labels" (from the
+                      labelled rows alone), or an artifact or run directory to start from
     num_restarts      starts from as many seeds, fitted side by side in the same passes; the best is kept, hopeless ones are
                       given up early
     precision         of the products over the rows, "float64" or "float32"; sums over blocks are float64
@@ -31,7 +32,7 @@ class EMConfig(BaseModel):
     max_iterations: int = Field(default=100, ge=1)
     tolerance: float = Field(default=1e-3, ge=0.0, allow_inf_nan=False)
     time_budget_s: float | None = Field(default=None, gt=0.0)
-    init: str = Field(default="kmeans||", min_length=1)
+    init: str = Field(default="auto", min_length=1)
     num_restarts: int = Field(default=1, ge=1)
     precision: Literal["float64", "float32"] = "float64"
     checkpoint_every: int = Field(default=10, ge=1)

@@ -18,6 +18,7 @@ ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 
 class Decision(Enum):
     CONTINUE = "continue"
+    COUNTED = "counted: every row's latent is known"
     CONVERGED = "converged"
     MAX_ITERATIONS = "reached max_iterations"
     TIME_BUDGET = "used up time_budget_s"
@@ -34,6 +35,8 @@ def decide(history: Sequence[dict[str, Any]], config: EMConfig, best: float = -m
     if not history:
         return Decision.CONTINUE
     last = history[-1]
+    if last.get("final"):
+        return Decision.COUNTED
     gain = last["gain"]
     if gain is not None and abs(gain) < config.tolerance and not last.get("fell"):
         return Decision.CONVERGED

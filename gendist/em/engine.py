@@ -36,8 +36,8 @@ def expectation_maximization(
     A record: iteration, restart (the candidate's index), log_likelihood (the mean a row, of the parameters that the
     iteration began with), gain, least_gain (what the M-step guarantees of the next gain), repairs,
     validation_log_likelihood, seconds (of the iteration, of all candidates together); `fell` where the log-likelihood is
-    less than was guaranteed; and `stopped`, the reason, in the last. A candidate whose log-likelihood is not finite is lost,
-    and its last record has None for it; UserError where none is left.
+    less than was guaranteed; `final` where every row's latent was known; and `stopped`, the reason, in the last. A candidate
+    whose log-likelihood is not finite is lost, and its last record has None for it; UserError where none is left.
     """
     while running := [i for i, candidate in enumerate(candidates) if candidate.decision is Decision.CONTINUE]:
         began = time.monotonic()
@@ -66,6 +66,8 @@ def expectation_maximization(
                 "least_gain": update.least_gain / total_weight,
                 "repairs": list(update.repairs),
             }
+            if update.is_final:
+                record["final"] = True
             if fell(log_likelihood, history[-1] if history else None, compute.precision):
                 record["fell"] = True
             if held_out:
@@ -141,4 +143,4 @@ def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block], compute: 
 
 
 def _log_likelihood(compute: Compute, model: StatisticsModel, block: Block) -> _LogLikelihood:
-    return _LogLikelihood(model.log_likelihood(block, compute), float(block.weights_or_ones().sum()))
+    return _LogLikelihood(block.weighted_sum(model.log_prob_of(block, compute)), float(block.weights_or_ones().sum()))

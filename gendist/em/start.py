@@ -14,7 +14,7 @@ from gendist.blocks import Blocks
 from gendist.em.centers import find_centers, nearest_allowed
 from gendist.em.engine import em_steps, not_finite
 from gendist.noise import Noise
-from gendist.protocols import Block, DataSummary, StatisticsModel, Update
+from gendist.protocols import Block, DataSummary, StatisticsModel, Update, UserError
 
 M = TypeVar("M", bound=StatisticsModel)
 
@@ -32,10 +32,16 @@ def start_from_data(
 
     method   "random_responsibilities": each row is shared out among the latents at random, as its evidence allows.
              Otherwise each row is counted for its nearest center, or for the latent that its evidence leaves it, and the
-             centers are found by `find_centers`
+             centers are found by `find_centers`.
+             "labels": rows whose evidence says nothing do not count, the others do as their evidence says
     """
     num_latents = family.count_latents(config, labels)
     evidence: Callable[[Block], Tensor]
+    if method == "labels":
+        if not labels:
+            raise UserError("fit.init: labels: there are none; name their column with data.label, or start otherwise")
+        blank = family.start(config, summary, summary.mean.repeat(num_latents, 1), labels)
+        return _first_step(_e_step_of_labelled, blocks, blank)
     if method == "random_responsibilities":
         # About one center all latents are alike, so that the responsibilities are what the evidence says.
         centers_LD = summary.mean.repeat(num_latents, 1)
@@ -44,7 +50,11 @@ def start_from_data(
         centers_LD = find_centers(blocks, summary, num_latents, method, seed, has_labels=bool(labels))
         evidence = partial(_all_for_the_nearest, centers_LD)
     blank = family.start(config, summary, centers_LD, labels)
-    ((total, update),) = em_steps(partial(_e_step_given, evidence), blocks, [blank])
+    return _first_step(partial(_e_step_given, evidence), blocks, blank)
+
+
+def _first_step(function: Callable[[M, Block], Any], blocks: Blocks[Block], blank: M) -> Update[M]:
+    ((total, update),) = em_steps(function, blocks, [blank])
     if update is None:
         raise not_finite(total)
     return update
@@ -52,6 +62,12 @@ def start_from_data(
 
 def _e_step_given(evidence: Callable[[Block], Tensor], model: StatisticsModel, block: Block) -> Any:
     return model.e_step(replace(block, evidence=evidence(block)))
+
+
+def _e_step_of_labelled(model: StatisticsModel, block: Block) -> Any:
+    if block.evidence is None or bool((is_labelled := (block.evidence != 0).any(1)).all()):
+        return model.e_step(block)
+    return model.e_step(replace(block, weights=block.weights_or_ones() * is_labelled))
 
 
 def _all_for_the_nearest(centers_LD: Tensor, block: Block) -> Tensor:

@@ -7,7 +7,7 @@ Legend: N samples, D features, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
 from gendist.models.distributions.gaussian_kernel import GaussianKernel, GaussianStatistics, Reference
+from gendist.models.ops.independent_latent import draw_latents, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
@@ -224,8 +225,10 @@ class GaussianMixture:
             raise UserError(f"x has shape {tuple(x_ND.shape)}; (N, {self.num_features}) is needed")
         if not bool(x_ND.isfinite().all()):
             raise UserError("x has missing or infinite entries; a Gaussian mixture takes complete rows only")
-        kernel, log_weights_K = GaussianKernel(self.gaussian, EXACT), self.weights.log()
-        parts = [function(kernel.log_prob(x_ND[rows], log_weights_K)) for rows in kernel.slices(max(len(x_ND), 1))]
+        kernel, log_weights_K, parts = GaussianKernel(self.gaussian, EXACT), self.weights.log(), []
+        for rows in kernel.portions(x_ND, None):
+            kernel.load(x_ND[rows], None)
+            parts.append(function(kernel.log_prob(log_weights_K)))
         return torch.cat(parts)
 
     # Sampling
@@ -236,13 +239,11 @@ class GaussianMixture:
         given   a component's index, or one of `labels`: draw from this component alone
         """
         component = None if given is None else self._component_of(given)
-        cumulative_K = self.weights.cumsum(0)
         x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
         for first in range(0, num_samples, ROWS_AT_ONCE):
             start, size = offset + first, min(ROWS_AT_ONCE, num_samples - first)
             if component is None:
-                u_N = Noise(seed, "sample.component").uniform(start, size)[:, 0] * cumulative_K[-1]
-                component_N = torch.searchsorted(cumulative_K, u_N, right=True).clamp_max(self.num_components - 1)
+                component_N = draw_latents(self.weights, seed, "sample.component", start, size)
             else:
                 component_N = torch.full((size,), component)
             noise_ND = Noise(seed, "sample.x").normal(start, size, self.num_features)
@@ -309,13 +310,17 @@ class GaussianMixture:
         return NormalInverseWishart.of(config.prior, config.covariance_type, summary, config.num_components)
 
     @classmethod
-    def check(cls, config: GaussianMixtureConfig, summary: DataSummary, feature_names: Sequence[str]) -> None:
+    def default_start(cls, config: GaussianMixtureConfig, labels: tuple[Any, ...]) -> str:
+        return "kmeans||"
+
+    @classmethod
+    def check(cls, config: GaussianMixtureConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
         if bool(summary.num_missing.any()):
             worst = int(torch.argmax(summary.num_missing))
             raise UserError(
                 f"{int(summary.num_missing.sum()):,} entries of the rows to fit are missing, "
-                f"{int(summary.num_missing[worst]):,} of them in '{feature_names[worst]}'; a Gaussian mixture takes complete "
-                "rows only: drop or fill them, or choose other columns with data.columns"
+                f"{int(summary.num_missing[worst]):,} of them in '{summary.features[worst].name}'; a Gaussian mixture takes "
+                "complete rows only: drop or fill them, or choose other columns with data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(
@@ -329,30 +334,14 @@ class GaussianMixture:
         Evidence multiplies p(x, component): with all but one component excluded, the row is counted, not guessed.
         """
         kernel = GaussianKernel(self.gaussian, compute, self.reference)
-        log_prob_N = self._pass(block, kernel, lambda responsibilities_KN: kernel.add(responsibilities_KN))
+        log_prob_N = log_prob_of_rows(block, kernel, self.weights.log(), kernel.add)
         return GaussianMixtureStatistics(
-            log_likelihood=_weighted_sum(log_prob_N, block), gaussian=kernel.statistics(), worst=_worst(log_prob_N, block)
+            log_likelihood=block.weighted_sum(log_prob_N), gaussian=kernel.statistics(), worst=_worst(log_prob_N, block)
         )
 
-    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
-        """Weighted sum of log p(x, evidence) over a block's rows."""
-        return _weighted_sum(self._pass(block, GaussianKernel(self.gaussian, compute, self.reference)), block)
-
-    def _pass(self, block: Block, kernel: GaussianKernel, use: Callable[[Tensor], None] | None = None) -> Tensor:
-        """(N,) log p(x, evidence); `use` is called with the (K, n) weighted responsibilities of some rows after the other."""
-        log_prob_N = torch.empty(block.num_rows, dtype=torch.float64)
-        log_weights_K = self.weights.log()
-        for rows in kernel.slices(block.num_rows):
-            joint_KN = kernel.log_prob(block.x[rows], log_weights_K)
-            if block.evidence is not None:
-                joint_KN += block.evidence[rows].T.to(joint_KN.device)
-            log_prob_N[rows] = responsibilities_(joint_KN)
-            if use is not None:
-                if block.weights is not None:
-                    weights_N = block.weights[rows].to(joint_KN.device)
-                    joint_KN.mul_(weights_N).masked_fill_(weights_N == 0, 0.0)  # absent, even where no density is known
-                use(joint_KN)
-        return log_prob_N
+    def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
+        """(N,) log p(x, evidence) of a block's rows."""
+        return log_prob_of_rows(block, GaussianKernel(self.gaussian, compute, self.reference), self.weights.log())
 
     def m_step(self, statistics: GaussianMixtureStatistics) -> Update[GaussianMixture]:
         """New weights (PRML 9.26), means and covariances.
@@ -456,12 +445,6 @@ class GaussianMixture:
         estimator.precisions_ = squared.numpy()
         estimator.converged_, estimator.n_features_in_ = True, self.num_features
         return estimator
-
-
-def _weighted_sum(log_prob_N: Tensor, block: Block) -> float:
-    if block.weights is not None:
-        log_prob_N = torch.where(block.weights > 0, log_prob_N * block.weights, 0.0)
-    return float(log_prob_N.sum())
 
 
 def _worst(log_prob_N: Tensor, block: Block) -> WorstRows:

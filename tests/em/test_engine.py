@@ -34,13 +34,12 @@ class TwoCoins:
     step: float = 1.0
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> Counts:
-        heads = block.x[:, 0]
-        fair = torch.full_like(heads, 0.5 * self.share)
-        probability = fair + (1 - self.share) * heads
-        return Counts(float(probability.log().sum()), float((fair / probability).sum()), float(len(heads)))
+        probability = self.log_prob_of(block).exp()
+        fair = 0.5 * self.share / probability
+        return Counts(float(probability.log().sum()), float(fair.sum()), float(len(fair)))
 
-    def log_likelihood(self, block: Block, compute: Compute = EXACT) -> float:
-        return self.e_step(block).log_likelihood
+    def log_prob_of(self, block: Block, compute: Compute = EXACT) -> torch.Tensor:
+        return (0.5 * self.share + (1 - self.share) * block.x[:, 0]).log()
 
     def m_step(self, statistics: Counts) -> Update[TwoCoins]:
         exact = statistics.first / statistics.total

@@ -34,7 +34,7 @@ def first_parameters(blocks, method="kmeans++", seed=0, labels=()) -> GaussianMi
     return start.start_from_data(GaussianMixture, config, blocks, survey(blocks), labels, method, seed).model
 
 
-@pytest.mark.parametrize("method", STARTS)
+@pytest.mark.parametrize("method", [start for start in STARTS if start not in ("auto", "labels")])
 def test_the_start_is_the_same_for_every_run_of_leaves(method, blobs):
     models = [first_parameters(blocks_of(blobs, most), method) for most in (1, 2, 16)]
     for model in models[1:]:

@@ -186,7 +186,7 @@ def test_a_dry_run_prints_the_resolved_spec_and_does_nothing(monkeypatch, capsys
     code, out, _ = call(monkeypatch, capsys, folder, "fit", "spec.yaml", "seed=5", "--dry-run", "--run-dir", "other")
     assert code == 0
     assert yaml.safe_load(out)["seed"] == 5
-    assert yaml.safe_load(out)["fit"]["init"] == "kmeans||"
+    assert yaml.safe_load(out)["fit"]["init"] == "auto"
     assert not (folder / "other").exists()
 
 

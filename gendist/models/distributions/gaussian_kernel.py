@@ -249,10 +249,7 @@ def _tables(gaussian: Gaussian, compute: Compute, reference: Reference | None) -
 
 
 class GaussianKernel:
-    """One pass over the samples of a block, some rows at a time: `log_prob` of the rows, then `add` what they weigh.
-
-    Its tensors are buffers: they hold until the next rows.
-    """
+    """One pass over samples, some at a time: the `Kernel` of `ops/independent_latent.py`."""
 
     def __init__(self, gaussian: Gaussian, compute: Compute, reference: Reference | None = None):
         self._gaussian, self._compute = gaussian, compute
@@ -267,21 +264,23 @@ class GaussianKernel:
         second = (num_features, num_features) if kind == "tied" else (len(self._tables.own), *shape)
         self._second = torch.zeros(second, dtype=torch.float64, device=compute.torch_device)
 
-    def slices(self, num_rows: int) -> Iterator[slice]:
-        """The rows to be taken at once, which depend on shapes alone."""
-        least, most = ROWS_AT_ONCE
+    def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[slice]:
+        num_rows, (least, most) = max(len(x_ND), 1), ROWS_AT_ONCE
         entries = max(self._tables.weights.shape)
         size = min(max(1 << (ENTRIES_AT_ONCE // entries).bit_length() - 1, least), most)
         return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
-    def log_prob(self, x_ND: Tensor, offset_K: Tensor) -> Tensor:
-        """(K, N) log N(x | mean_k, covariance_k) + offset_k."""
-        tables, dtype, device = self._tables, self._compute.dtype, self._compute.torch_device
-        self._x = x_ND.to(device)
-        offset_K = offset_K.to(device)
-        log_prob_KN = buffer("log_prob", (len(tables.offset), len(x_ND)), dtype, device)
+    def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
+        self._x = x_ND.to(self._compute.torch_device)
         if not self._all_own:
             self._features = self._sufficient_statistics(self._x)
+
+    def log_prob(self, offset_K: Tensor) -> Tensor:
+        """(K, N) log N(x | mean_k, covariance_k) + offset_k."""
+        tables, dtype, device = self._tables, self._compute.dtype, self._compute.torch_device
+        offset_K = offset_K.to(device)
+        log_prob_KN = buffer("log_prob", (len(tables.offset), len(self._x)), dtype, device)
+        if not self._all_own:
             offset_K1 = (tables.offset + offset_K).to(dtype)[:, None]
             torch.addmm(offset_K1, tables.weights, self._features, out=log_prob_KN)
         for i, k in enumerate(tables.own):
@@ -296,7 +295,7 @@ class GaussianKernel:
         return log_prob_KN
 
     def add(self, responsibilities_KN: Tensor) -> None:
-        """Add the moments of the rows that `log_prob` was asked for last, whose responsibilities include their weights."""
+        """Add the moments of the rows, whose responsibilities include their weights."""
         tables, kind = self._tables, self._gaussian.covariance_type
         self._counts += responsibilities_KN.sum(1)
         if not self._all_own:
