@@ -1,0 +1,79 @@
+"""A latent that is independent from row to row (a component, a class), and a distribution of x given each of its values.
+
+log p(x, latent) = log weight + log p(x | latent) (PRML section 9.2). Evidence is added to it: where it excludes all latents
+but one, the row is counted, not guessed.
+Legend: N samples, D features, K latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gendist.models.ops.responsibilities import responsibilities_
+from gendist.noise import Noise
+from gendist.protocols import Block
+
+Rows = slice | Tensor
+
+
+class Kernel(Protocol):
+    """One pass of K distributions over rows, some at a time: `load` them, ask for `log_prob`, `add` what they weigh.
+
+    Tensors that it returns are buffers: they hold until the next rows.
+    """
+
+    def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[Rows]:
+        """Which rows are to be loaded together, each once: a function of their shapes and of what is missing."""
+        ...
+
+    def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
+        """The rows that the next calls are about; True where an entry is missing."""
+        ...
+
+    def log_prob(self, offset_K: Tensor) -> Tensor:
+        """(K, N) log p(x | latent) + offset of the latent."""
+        ...
+
+    def add(self, responsibilities_KN: Tensor) -> None:
+        """Add the sufficient statistics of the rows, weighed."""
+        ...
+
+    def statistics(self) -> Any:
+        """What was added."""
+        ...
+
+
+def take(values: Tensor, rows: Rows) -> Tensor:
+    """These rows; of a sparse matrix only all of them can be asked for."""
+    return values if isinstance(rows, slice) and rows == slice(0, len(values)) else values[rows]
+
+
+def log_prob_of_rows(
+    block: Block, kernel: Kernel, log_weights_K: Tensor, use: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """(N,) log p(x, evidence); `use` is called with the (K, n) weighted responsibilities (PRML 9.23) of some rows after the
+    other."""
+    log_prob_N = torch.empty(block.num_rows, dtype=torch.float64)
+    for rows in kernel.portions(block.x, block.missing):
+        kernel.load(take(block.x, rows), None if block.missing is None else take(block.missing, rows))
+        joint_KN = kernel.log_prob(log_weights_K)
+        if block.evidence is not None:
+            joint_KN += take(block.evidence, rows).T.to(joint_KN.device)
+        log_prob_N[rows] = responsibilities_(joint_KN)
+        if use is not None:
+            if block.weights is not None:
+                weights_N = take(block.weights, rows).to(joint_KN.device)
+                joint_KN.mul_(weights_N).masked_fill_(weights_N == 0, 0.0)  # absent, even where no density is known
+            use(joint_KN)
+    return log_prob_N
+
+
+def draw_latents(weights_K: Tensor, seed: int, purpose: str, start: int, size: int) -> Tensor:
+    """(size,) latents of the rows from `start` on of the endless sample that belongs to the seed."""
+    cumulative_K = weights_K.cumsum(0)
+    u_N = Noise(seed, purpose).uniform(start, size)[:, 0] * cumulative_K[-1]
+    return torch.searchsorted(cumulative_K, u_N, right=True).clamp_max(len(weights_K) - 1)
