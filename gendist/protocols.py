@@ -49,6 +49,23 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     return values.detach() if dtype is None else values.detach().to(dtype)
 
 
+def as_matrix(values: Any) -> Tensor:
+    """`as_tensor`, float64; a matrix of scipy.sparse becomes a tensor in CSR layout."""
+    if not hasattr(values, "tocsr"):
+        return as_tensor(values)
+    csr = values.tocsr()
+    csr.sum_duplicates()
+    bounds, columns = (torch.from_numpy(np.asarray(index, np.int64)) for index in (csr.indptr, csr.indices))
+    return csr_tensor(bounds, columns, torch.from_numpy(np.asarray(csr.data, np.float64)), csr.shape)
+
+
+def csr_tensor(bounds: Tensor, columns: Tensor, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A sparse matrix of this shape: row i has entries[bounds[i] : bounds[i + 1]] in these columns, which ascend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(bounds, columns, entries, shape, check_invariants=False)
+
+
 class Mergeable(Protocol):
     """A value that can be combined with another of its kind, as the reduction over blocks does."""
 

@@ -128,6 +128,11 @@ class GaussianStatistics:
     first: Tensor
     second: Tensor
 
+    @property
+    def present(self) -> Tensor:
+        """(K, D) sum of r over the samples that have the column."""
+        return self.counts[:, None].expand(-1, len(self.reference.center))
+
     def merge(self, other: GaussianStatistics) -> GaussianStatistics:
         if not self.reference.equals(other.reference):
             raise ValueError("statistics about different reference points cannot be merged")
