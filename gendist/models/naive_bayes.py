@@ -344,7 +344,7 @@ class NaiveBayes:
         """
         kernel, log_weights_K = self.columns.kernel(compute), self.weights.log()
         num_unknown = _num_unknown(block)
-        if num_unknown:
+        if num_unknown or block.evidence is None:
             log_likelihood = block.weighted_sum(log_prob_of_rows(block, kernel, log_weights_K, kernel.add))
             return NaiveBayesStatistics(log_likelihood, kernel.statistics(), num_unknown)
         _count(block, kernel, compute)
@@ -453,6 +453,9 @@ def _num_unknown(block: Block) -> int:
     if block.evidence is None:
         open_N = torch.ones(block.num_rows, dtype=torch.bool)
     else:
+        num_left, num_certain = (int(torch.count_nonzero(each)) for each in (block.evidence > -torch.inf, block.evidence == 0))
+        if num_left == num_certain == block.num_rows:  # evidence leaves each row a class at least, so here exactly one
+            return 0
         open_N = ((block.evidence > -torch.inf).sum(1) != 1) | (block.evidence.amax(1) != 0)
     if block.weights is not None:
         open_N = open_N & (block.weights > 0)
@@ -461,17 +464,13 @@ def _num_unknown(block: Block) -> int:
 
 def _count(block: Block, kernel: Kernel, compute: Compute) -> None:
     """Add rows whose class is known, and those of weight 0 as nothing."""
+    assert block.evidence is not None
     for rows in kernel.portions(block.x, block.missing):
         kernel.load(take(block.x, rows), None if block.missing is None else take(block.missing, rows))
-        responsibilities_KN = _shares(block, rows).to(compute.torch_device, compute.dtype)
-        kernel.add(responsibilities_KN)
-
-
-def _shares(block: Block, rows: slice | Tensor) -> Tensor:
-    """(K, n) the weight of each row in its class's row, 0 elsewhere."""
-    assert block.evidence is not None
-    shares_KN = (take(block.evidence, rows) == 0).T.to(torch.float64)
-    return shares_KN if block.weights is None else shares_KN * take(block.weights, rows)
+        shares_NK = (take(block.evidence, rows) == 0).to(compute.torch_device, compute.dtype)
+        if block.weights is not None:
+            shares_NK *= take(block.weights, rows).to(shares_NK)[:, None]
+        kernel.add(shares_NK.T)
 
 
 def _blank(config: NaiveBayesConfig, kind: str, columns: Tensor, summary: DataSummary, centers_KD: Tensor) -> Group:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import scipy.sparse
 import torch
 from torch import Tensor
 
@@ -108,7 +109,7 @@ class LinearKernel:
         """Add the statistics of the rows, whose responsibilities include their weights."""
         self._counts += responsibilities_KN.sum(1)
         if self._t.layout is torch.sparse_csr:
-            self._sums += (self._t.t() @ responsibilities_KN.T.contiguous()).T
+            self._sums += _transposed_product(self._t, responsibilities_KN.T.contiguous()).T
         else:
             self._sums += responsibilities_KN @ self._t
         if self._missing is not None:
@@ -119,6 +120,14 @@ class LinearKernel:
     def statistics(self) -> LinearStatistics:
         """What was added."""
         return LinearStatistics(self._counts.cpu(), self._sums.cpu(), self._absent.cpu(), self._sum_of_base)
+
+
+def _transposed_product(t_NF: Tensor, responsibilities_NK: Tensor) -> Tensor:
+    """(F, K), of t in CSR layout. On the CPU by scipy, since torch sorts all entries by their column first."""
+    if t_NF.device.type != "cpu":
+        return t_NF.t() @ responsibilities_NK
+    arrays = (t_NF.values().numpy(), t_NF.col_indices().numpy(), t_NF.crow_indices().numpy())
+    return torch.from_numpy(scipy.sparse.csr_array(arrays, shape=t_NF.shape).T @ responsibilities_NK.numpy())
 
 
 def log_prob_of_counted(weights: Tensor, constants: Tensor, statistics: LinearStatistics) -> float:

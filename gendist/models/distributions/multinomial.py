@@ -117,7 +117,8 @@ class Multinomial:
 
 
 class MultinomialKernel(LinearKernel):
-    """The linear kernel, and what missing counts take from it: n log S of each sample."""
+    """The linear kernel, and what missing counts take from it: n log S of each sample. All rows of a pass come with a mask of
+    what is missing, or none."""
 
     def __init__(self, probs: Tensor, compute: Compute):
         super().__init__(probs.log(), torch.zeros_like(probs), compute, unchanged)
@@ -127,9 +128,8 @@ class MultinomialKernel(LinearKernel):
 
     def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
         super().load(x_ND, missing_ND)
-        ones_D1 = torch.ones(x_ND.shape[1], 1, dtype=torch.float64, device=self._device)
-        self._length_N = (x_ND.to(self._device) @ ones_D1)[:, 0]
         if missing_ND is not None:
+            self._length_N = x_ND.sum(1).to(self._device)
             present_DN = 1.0 - missing_ND.T.to(self._probs)
             self._log_sum_KN = (self._probs @ present_DN).clamp_min_(SMALLEST).log_()
 
@@ -141,13 +141,14 @@ class MultinomialKernel(LinearKernel):
 
     def add(self, responsibilities_KN: Tensor) -> None:
         super().add(responsibilities_KN)
-        weighted_KN = responsibilities_KN.to(torch.float64) * self._length_N
         if self._missing is None:
-            self._exposure += weighted_KN.sum(1, keepdim=True)
             return
+        weighted_KN = responsibilities_KN.to(torch.float64) * self._length_N
         self._sum_of_base -= float((weighted_KN * self._log_sum_KN).sum())
         weighted_KN /= self._log_sum_KN.exp()
         self._exposure += weighted_KN @ (1.0 - self._missing.to(torch.float64))
 
     def statistics(self) -> MultinomialStatistics:  # type: ignore[override]
-        return MultinomialStatistics(super().statistics(), self._exposure.cpu())
+        linear = super().statistics()
+        whole_KD = linear.sums.sum(1, keepdim=True).expand_as(linear.sums)
+        return MultinomialStatistics(linear, whole_KD if self._missing is None else self._exposure.cpu())
