@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gendist.config import Spec, family_class, is_trained, load_spec
+from gendist.config import Spec, is_trained, load_spec, model_class
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory
 
@@ -34,7 +34,7 @@ def fit(
     UserError (a ValueError) where the spec, the data or the run directory do not allow it.
     """
     spec = load_spec(spec)
-    family = family_class(spec.family)
+    family = model_class(spec.family, spec.model)
     directory = RunDirectory(Path(run_dir), spec) if run_dir is not None else None
     watch = watch or (lambda record: None)
     # Only what is needed is imported.

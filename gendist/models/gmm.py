@@ -30,12 +30,15 @@ NUM_WORST = 8
 class GaussianMixtureConfig(GaussianConfig):
     """The `model:` block of a spec of family `gmm`.
 
+    labels                what a label of `data.label` stands for: a component, or a class with a mixture of
+                          `num_components` components of its own
     weight_concentration  of a symmetric Dirichlet prior of the weights; 1 is none
     frozen                parameters that keep the values they start with
     frozen_components     components whose mean and covariance do
     """
 
     num_components: int = Field(ge=1)
+    labels: Literal["components", "classes"] = "components"
     weight_concentration: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
     frozen: tuple[Literal["weights", "means", "covariances"], ...] = ()
     frozen_components: tuple[Annotated[int, Field(ge=0)], ...] = ()

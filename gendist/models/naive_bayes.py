@@ -413,7 +413,7 @@ class NaiveBayes:
         return cls.from_tensors(config, tensors, labels)
 
     def to_sklearn(self) -> Any:
-        """A fitted scikit-learn classifier with these parameters, which predicts; its counts are those of one row on average."""
+        """A fitted scikit-learn classifier with these parameters, which predicts; its counts are those of a mean row."""
         import numpy as np
         from sklearn import naive_bayes
 
