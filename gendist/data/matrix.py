@@ -1,10 +1,10 @@
-"""Columns of a table as a matrix of float64: numbers, lists of numbers, and images, which are decoded to 0..1."""
+"""Columns of a table as a matrix of float64: numbers, lists of numbers, images, which are decoded to 0..1, and texts."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,16 +17,27 @@ MAX_MAGNITUDE = 1e75  # of a number; products of squares of larger ones and weig
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def to_matrix(table: pa.Table, columns: Sequence[str], first_row: int, source_name: str) -> Matrix:
+def to_matrix(
+    table: pa.Table,
+    columns: Sequence[str],
+    first_row: int,
+    source_name: str,
+    categories: Mapping[str, Sequence[str]] | None = None,
+) -> Matrix:
     """(N, D) what these columns hold, side by side, NaN where an entry is missing; images decoded to 0..1.
 
-    first_row is the row number of the table's first row, for the messages.
+    first_row   the row number of the table's first row, for the messages
+    categories  of each column of text the values that it is known to have: an entry becomes the index of its value, and
+                their number where it is none of them
     """
+    categories = categories or {}
     parts = []
     for name in columns:
         where = f"{source_name}: column '{name}'"
         column = table.column(name)
-        if is_image(column.type):
+        if name in categories:
+            parts.append(_indices(column, categories[name], where))
+        elif is_image(column.type):
             parts.append(_decode_images(column, where, first_row))
         else:
             parts.append(_numbers(column, where, first_row))
@@ -34,8 +45,10 @@ def to_matrix(table: pa.Table, columns: Sequence[str], first_row: int, source_na
 
 
 def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, ...]:
-    """() of a number, (length,) of a list, (height, width[, channels]) of an image."""
+    """() of a number or a text, (length,) of a list, (height, width[, channels]) of an image."""
     column, where = first_row.column(name), f"{source_name}: column '{name}'"
+    if is_text(column.type):
+        return ()
     if is_image(column.type):
         return _decode_image(column[0], where, 0).shape
     width = _numbers(column, where, 0).shape[1]
@@ -85,7 +98,7 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return pa.large_binary()
     if is_numeric(one) and is_numeric(other):
         return pa.float64()
-    return pa.large_string() if _is_text(one) and _is_text(other) else None
+    return pa.large_string() if is_text(one) and is_text(other) else None
 
 
 def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
@@ -104,8 +117,27 @@ def _exactly(column: Any) -> Any:
     return column.cast(pa.string()) if pa.types.is_decimal(column.type) else column
 
 
-def _is_text(type_: pa.DataType) -> bool:
+def is_text(type_: pa.DataType) -> bool:
+    """Text of any kind, or a dictionary of it."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
     return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
+
+
+def as_texts(column: Any) -> Any:
+    """A column of text, of whatever kind, in one."""
+    return column.cast(pa.large_string())
+
+
+def type_of_entries(type_: pa.DataType) -> Literal["real", "integer", "boolean", "category"]:
+    """What a column holds, or the lists in it; pixels are real."""
+    while is_list(type_):
+        type_ = _entries(type_)
+    if pa.types.is_boolean(type_):
+        return "boolean"
+    if pa.types.is_integer(type_):
+        return "integer"
+    return "category" if is_text(type_) else "real"
 
 
 def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
@@ -133,6 +165,19 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
         row = first_row + first // (len(values) // num_rows)
         raise UserError(f"{where} is {what} in row {row}; remove, replace or rescale such values")
     return values.reshape(num_rows, -1) if num_rows else values.reshape(0, 1)
+
+
+def _indices(column: pa.ChunkedArray, values: Sequence[str], where: str) -> Matrix:
+    """(N, 1) the index of each entry's value."""
+    if pa.types.is_null(column.type):
+        return np.full((len(column), 1), np.nan)
+    if not is_text(column.type):
+        raise UserError(f"{where} holds {column.type}, but the model was fitted to texts there; write it as text")
+    texts = as_texts(column)
+    found = pc.fill_null(pc.index_in(texts, value_set=pa.array(values, pa.large_string())), len(values))
+    indices = found.to_numpy().astype(np.float64)
+    indices[texts.is_null().to_numpy()] = np.nan
+    return indices[:, None]
 
 
 def _decode_images(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:

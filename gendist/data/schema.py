@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gendist.data.matrix import entry_shape, is_image, is_numeric
+from gendist.blocks import Leaves
+from gendist.data.matrix import entry_shape, is_image, is_numeric, is_text, type_of_entries
 from gendist.data.sources import DataConfig, Source
 from gendist.protocols import Feature, UserError
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a family takes beside columns of numbers.
+
+    categories  columns of text, as the index of each entry's value
+    """
+
+    categories: bool = False
+
+    @classmethod
+    def of(cls, family: Any) -> Takes:
+        """What the class of a family says of itself."""
+        return cls(categories=getattr(family, "takes_categories", False))
+
+
+NUMBERS_ALONE = Takes()
 
 
 class Schema(BaseModel):
@@ -21,6 +41,10 @@ class Schema(BaseModel):
     columns        columns of the source, in order; a column may hold a list or an image
     feature_names  one a feature
     image_shape    (height, width[, channels]) where x is the pixels of one image
+    categories     of each column of text the values that the data have, in order: x is the index of one of them, or their
+                   number for any other text
+    types, widths  of each column, what it holds and how many features it makes, where that is not one number of type "real".
+                   Not kept: the same rows have other types in files of another format
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,11 +52,16 @@ class Schema(BaseModel):
     columns: tuple[str, ...]
     feature_names: tuple[str, ...]
     image_shape: tuple[int, ...] | None = None
+    categories: dict[str, tuple[str, ...]] = {}
+    types: dict[str, Literal["real", "integer", "boolean", "category"]] = Field(default={}, exclude=True)
+    widths: dict[str, int] = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
     def _image_has_the_features(self) -> Self:
         if self.image_shape is not None and prod(self.image_shape) != self.num_features:
             raise ValueError(f"an image of shape {self.image_shape} does not have {self.num_features} pixels")
+        if not set(self.categories) <= set(self.columns):
+            raise ValueError(f"categories of {', '.join(self.categories)}, columns {', '.join(self.columns)}")
         return self
 
     @property
@@ -42,21 +71,52 @@ class Schema(BaseModel):
     @property
     def features(self) -> tuple[Feature, ...]:
         """What each column of x is."""
-        return tuple(Feature(name, name) for name in self.feature_names)
+        types = self.types | dict.fromkeys(self.categories, "category")
+        if len(self.columns) == 1:
+            columns = [self.columns[0]] * self.num_features
+        else:
+            columns = [name for name in self.columns for _ in range(self.widths.get(name, 1))]
+            if len(columns) != self.num_features:  # read from an artifact
+                columns = list(self.feature_names)
+        return tuple(
+            Feature(name, column, types.get(column, "real"), len(self.categories.get(column, ())))
+            for name, column in zip(self.feature_names, columns, strict=True)
+        )
+
+    @property
+    def columns_to_survey(self) -> tuple[str, ...]:
+        """Those of text whose values are not known yet."""
+        return tuple(name for name, type_ in self.types.items() if type_ == "category" and name not in self.categories)
+
+    def leaves(self, num_rows: int) -> Leaves:
+        """Where so many rows are cut."""
+        return Leaves.of_shape(num_rows, self.num_features)
 
     @classmethod
-    def of(cls, source: Source, config: DataConfig) -> Schema:
-        """The schema that the source's columns, its first row and the `data:` block make."""
+    def of(cls, source: Source, config: DataConfig, takes: Takes = NUMBERS_ALONE, known: Schema | None = None) -> Schema:
+        """The schema that the source's columns, its first row and the `data:` block make.
+
+        known   of a model that is to read these rows as those that it was fitted to; as many columns, in the same order
+        """
         if source.num_rows == 0:
             raise UserError(f"{source.name}: the data set is empty")
         for what, given in (("columns", source.schema.names), ("data.columns", list(config.columns or ()))):
             twice = [name for name, count in Counter(given).items() if count > 1]
             if twice:
                 raise UserError(f"{source.name}: {what} with the same name: {_listing(twice)}; each may stand there once")
-        for name in (config.label, config.weight, *(config.columns or ())):
+        for name in (*config.label_columns, config.weight, *(config.columns or ())):
             if name is not None:
                 _require_column(source, name)
-        columns = config.columns or _default_columns(source, config)
+        columns = config.columns or _default_columns(source, config, takes)
+        categories = _renamed(known.categories, known.columns, columns) if known else {}
+        for name in columns:
+            takes_text = name in categories or (takes.categories and known is None)
+            if is_text(source.schema.field(name).type) and not takes_text:
+                raise UserError(_not_numeric(source, name, columns))
+            if is_text(source.schema.field(name).type) and config.transforms:
+                raise UserError(
+                    f"{source.name}: column '{name}' holds texts, which data.transforms cannot transform; leave one of both out"
+                )
         first_row = source.read(0, 1, columns)
         names: list[str] = []
         shapes = [entry_shape(first_row, name, source.name) for name in columns]
@@ -72,7 +132,27 @@ class Schema(BaseModel):
             image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
             if image_shape is not None and prod(image_shape) != len(names):
                 image_shape = None
-        return cls(columns=tuple(columns), feature_names=tuple(names), image_shape=image_shape)
+        types = {name: type_of_entries(source.schema.field(name).type) for name in columns}
+        return cls(
+            columns=tuple(columns),
+            feature_names=tuple(names),
+            image_shape=image_shape,
+            categories=categories,
+            types={name: type_ for name, type_ in types.items() if type_ != "real"},
+            widths={name: prod(shape) for name, shape in zip(columns, shapes, strict=True) if shape != ()},
+        )
+
+    def with_categories(self, found: Mapping[str, Iterable[str]]) -> Schema:
+        """The schema with these values of its columns of text."""
+        return self.model_copy(update={"categories": self.categories | {name: tuple(sorted(v)) for name, v in found.items()}})
+
+
+def _renamed(
+    categories: Mapping[str, tuple[str, ...]], columns: Sequence[str], here: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """By the names that the columns have here, where there are as many of them."""
+    names = dict(zip(columns, here, strict=True)) if len(columns) == len(here) else {}
+    return {names[name]: values for name, values in categories.items() if name in names}
 
 
 def _require_column(source: Source, name: str) -> None:
@@ -82,9 +162,9 @@ def _require_column(source: Source, name: str) -> None:
         raise UserError(f"{source.name}: no column '{name}'; {hint}")
 
 
-def _default_columns(source: Source, config: DataConfig) -> tuple[str, ...]:
+def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:
     """Every column but label and weight; the image column alone where there is one."""
-    names = [name for name in source.schema.names if name not in (config.label, config.weight)]
+    names = [name for name in source.schema.names if name not in (*config.label_columns, config.weight)]
     images = [name for name in names if is_image(source.schema.field(name).type)]
     if source.image_shape is not None:
         images = names[:1]
@@ -92,13 +172,17 @@ def _default_columns(source: Source, config: DataConfig) -> tuple[str, ...]:
         return (images[0],)
     if not names:
         raise UserError(f"{source.name}: no column is left to fit")
-    numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
     for name in names:
-        if name not in numeric:
-            kind = source.schema.field(name).type
-            hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
-            raise UserError(f"{source.name}: column '{name}' is not numeric ({kind}); choose columns that are, {hint}")
+        type_ = source.schema.field(name).type
+        if not is_numeric(type_) and not (takes.categories and is_text(type_)):
+            raise UserError(_not_numeric(source, name, names))
     return tuple(names)
+
+
+def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:
+    numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
+    hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
+    return f"{source.name}: column '{name}' is not numeric ({source.schema.field(name).type}); choose columns that are, {hint}"
 
 
 def _listing(names: Sequence[str], most: int = 12) -> str:
