@@ -26,7 +26,7 @@ from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.transformed import taken_apart, transformed
 
-# 2 has transforms, 3 a schema with texts. What has neither is written as 1, which any gendist reads.
+# 2 has transforms, 3 a schema of texts or sparse rows. What has neither is written as 1, which any gendist reads.
 FORMAT_VERSION = 3
 
 
@@ -48,7 +48,7 @@ def save(artifact: Artifact, folder: Path) -> None:
     model, transforms = taken_apart(artifact.model)
     schema = artifact.schema.model_dump(mode="json", exclude_defaults=True)
     description = {
-        "format_version": 3 if "categories" in schema else 1 if transforms is None else 2,
+        "format_version": 3 if schema.keys() & {"categories", "is_sparse"} else 1 if transforms is None else 2,
         "gendist_version": gendist.__version__,
         "noise_version": noise.VERSION,
         "family": artifact.family,

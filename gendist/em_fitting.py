@@ -18,7 +18,7 @@ from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.schema import Takes
 from gendist.data.survey import Summary, survey
 from gendist.data.transforms import Transforms
-from gendist.em.config import STARTS, EMConfig
+from gendist.em.config import STARTS, WITHOUT_DISTANCES, EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
 from gendist.em.restarts import Candidate, all_records, latest_records, leader, restart_seed
@@ -198,6 +198,12 @@ class EMFitting:
         labels, method = self.dataset.labels, fit.init
         if method == "auto":
             method = self.family.default_start(self.spec.model, labels)
+        schema = self.dataset.schema
+        if schema.is_sparse and method not in WITHOUT_DISTANCES:
+            raise UserError(
+                f"fit.init: {method}: column '{schema.columns[0]}' makes sparse rows, among which no centers are looked for; "
+                f"allowed are {', '.join(WITHOUT_DISTANCES)}, or a model to start from"
+            )
         logger.info("choosing where to start (%s, %d of %d)", method, restart + 1, fit.num_restarts)
         seed = restart_seed(self.spec.seed, restart)
         return start_from_data(self.family, self.spec.model, blocks, summary, labels, method, seed)

@@ -25,6 +25,8 @@ from gendist.execution import execution
 from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
 
+SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
+
 HERE = ClusterConfig()  # in this process
 
 Watch = Callable[[int, int], None]
@@ -124,6 +126,7 @@ def score(
             f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
         )
     leaves = schema.leaves(source.num_rows)
+    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * schema.num_features
     work = _Work(
         request={
             "verb": "score",
@@ -132,7 +135,7 @@ def score(
             "data": identity(source, config),
         },
         layout=Layout((verb,), array=verb, numbered=True),
-        parts=cut_into_parts(source.num_rows, 8 * schema.num_features, leaf_rows=leaves.bounds[1]),
+        parts=cut_into_parts(source.num_rows, row_bytes, leaf_rows=leaves.bounds[1]),
         blocks=lambda make_blocks, parts: Dataset.open(source, config, schema, make_blocks).parts(parts),
         compute=_score,
         model=loaded.model,

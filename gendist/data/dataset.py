@@ -17,12 +17,15 @@ from gendist.data.evidence import known_evidence, soft_evidence
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
 from gendist.data.sources import DataConfig, Source
+from gendist.data.sparse import to_csr
+from gendist.data.tokens import to_counts
 from gendist.data.transforms import Transforms
 from gendist.noise import Noise
-from gendist.protocols import Block, UserError
+from gendist.protocols import Block, UserError, as_matrix
 
 MAX_RUN_BYTES = 256 * 2**20  # what one task holds of x at a time
 MAX_PASSING_BYTES = 32 * 2**20  # the same where rows are read again in every pass: it is held several times while it is read
+ROWS_TO_GUESS_FROM = 256
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Part = Literal["all", "training", "validation"]
@@ -61,10 +64,16 @@ class Dataset:
         look_for_labels = isinstance(config.label, str) and not labels
         if isinstance(config.label, tuple):
             labels = config.label
-        if look_for_labels or schema.columns_to_survey:
-            look = Look(source, config.label_columns[0] if look_for_labels else None, schema.columns_to_survey)
+        if look_for_labels or schema.columns_to_survey or schema.needs_features:
+            look = Look(
+                source,
+                label=config.label_columns[0] if look_for_labels else None,
+                categories=schema.columns_to_survey,
+                text=schema.text if schema.needs_features else None,
+                sparse=schema.columns[0] if schema.needs_features and schema.text is None else None,
+            )
             found = look.over(make_blocks, dataset.leaves)
-            schema = schema.with_categories(found.categories)
+            schema = schema.completed(found, f"{source.name}: column '{schema.columns[0]}'")
             if look_for_labels:
                 labels = tuple(sorted(found.labels, key=lambda label: (isinstance(label, str), label)))
         return replace(dataset, schema=schema, labels=labels)
@@ -85,8 +94,8 @@ class Dataset:
         """
         keep = keep and self.config.cache == "memory"
         load = self._loader(num_latents, part, seed, unlabelled_weight)
-        width = self.schema.num_features + (num_latents if self.labels else 0)
-        leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
+        leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
+        leaf_bytes = self._x_bytes(leaf_rows) + 8 * leaf_rows * (num_latents if self.labels else 0)
         most = MAX_RUN_BYTES if keep else MAX_PASSING_BYTES
         return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
@@ -94,6 +103,13 @@ class Dataset:
         """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
         leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
         return self.make_blocks(_PartLoader(self._loader(0, "all", 0), leaf_rows), parts, 1, False)
+
+    def _x_bytes(self, leaf_rows: int) -> int:
+        """Of a leaf; where rows are sparse, as many entries as the first rows have."""
+        if not self.schema.is_sparse:
+            return 8 * self.schema.num_features * leaf_rows
+        first = replace(self, transforms=None)._loader(0, "all", 0)([0, min(ROWS_TO_GUESS_FROM, self.source.num_rows)])[0]
+        return leaf_rows * (8 + 16 * int(first.x.values().numel()) // first.num_rows)
 
     def _loader(self, num_latents: int, part: Part, seed: int, unlabelled_weight: float = 1.0) -> _BlockLoader:
         return _BlockLoader(
@@ -125,28 +141,41 @@ class _BlockLoader:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
         extra = [name for name in (*self.config.label_columns, self.config.weight) if name is not None]
         table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
+        weights, evidence = self._weights(table, bounds[0]), self._evidence(table, bounds[0])
+        if evidence is not None and self.unlabelled_weight != 1.0:
+            factors = np.where((evidence == 0.0).all(1), self.unlabelled_weight, 1.0)
+            weights = factors if weights is None else weights * factors
+        matrix = self._sparse_matrix(table, bounds[0]) if self.schema.is_sparse else self._matrix(table, bounds)
+        columns = (matrix, weights, evidence)
+        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
+
+    def _matrix(self, table: pa.Table, bounds: Sequence[int]) -> Array:
         matrix = to_matrix(table, self.schema.columns, bounds[0], self.source.name, self.schema.categories)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
                 f"{self.source.name}: {matrix.shape[1]} features in rows {bounds[0]} to {bounds[-1] - 1}, but "
                 f"{self.schema.num_features} in row 0"
             )
-        weights, evidence = self._weights(table, bounds[0]), self._evidence(table, bounds[0])
-        if evidence is not None and self.unlabelled_weight != 1.0:
-            factors = np.where((evidence == 0.0).all(1), self.unlabelled_weight, 1.0)
-            weights = factors if weights is None else weights * factors
-        columns = (matrix, weights, evidence)
-        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
+        return matrix
 
-    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Array | None]) -> Block:
+    def _sparse_matrix(self, table: pa.Table, first_row: int) -> Any:
+        (name,), schema = self.schema.columns, self.schema
+        if schema.text is not None:
+            return to_counts(table.column(name), schema.text, schema.feature_names)
+        return to_csr(table, name, schema.num_features, first_row, self.source.name)
+
+    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Any]) -> Block:
         """The block of rows start..stop of the part; columns begin at first_row. Its tensors own their memory."""
         rows = torch.arange(start, stop)
         if self.part != "all" and self.config.validation_fraction > 0.0:
             held_out = Noise(self.seed, "validation").uniform_of_rows(rows) < self.config.validation_fraction
             rows = rows[held_out if self.part == "validation" else ~held_out]
         index = slice(start - first_row, stop - first_row) if len(rows) == stop - start else rows.numpy() - first_row
-        x, weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in columns)
-        assert x is not None
+        matrix, *others = columns
+        weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in others)
+        if self.schema.is_sparse:
+            return Block(as_matrix(matrix[index]), rows, weights, evidence)
+        x = torch.from_numpy(np.array(matrix[index]))
         missing = x.isnan()
         any_missing = bool(missing.any())
         block = Block(

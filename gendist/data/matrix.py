@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gendist.data.column_types import as_texts, exactly, is_image, is_list, is_numeric, is_text
 from gendist.protocols import UserError
 
 MAX_MAGNITUDE = 1e75  # of a number; products of squares of larger ones and weights overflow
@@ -55,91 +56,6 @@ def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, 
     return (width,) if is_list(column.type) else ()
 
 
-def is_image(type_: pa.DataType) -> bool:
-    """The layout of the Hugging Face hub, a struct with the encoded bytes, or the bytes alone."""
-    if pa.types.is_struct(type_):
-        index = type_.get_field_index("bytes")
-        return index >= 0 and is_image(type_.field(index).type)
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
-
-
-def is_list(type_: pa.DataType) -> bool:
-    """A list of any kind, an extension such as Array2D of `datasets` included."""
-    if isinstance(type_, pa.ExtensionType):
-        type_ = type_.storage_type
-    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
-
-
-def is_numeric(type_: pa.DataType) -> bool:
-    """Numbers, or lists of them, however deep; a column that is missing throughout may have been either."""
-    while is_list(type_):
-        type_ = _entries(type_)
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
-    return any(is_kind(type_) for is_kind in kinds)
-
-
-def _entries(list_type: pa.DataType) -> pa.DataType:
-    return (list_type.storage_type if isinstance(list_type, pa.ExtensionType) else list_type).value_type
-
-
-def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type that holds the entries of two columns, or None where they are different things, such as numbers and text."""
-    one, other = (type_.value_type if pa.types.is_dictionary(type_) else type_ for type_ in (one, other))
-    if one == other or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    if is_list(one) and is_list(other):
-        entries = common_type(_entries(one), _entries(other))
-        return entries and pa.large_list(entries)
-    if is_list(one) or is_list(other):
-        return None
-    if is_image(one) and is_image(other):
-        return pa.large_binary()
-    if is_numeric(one) and is_numeric(other):
-        return pa.float64()
-    return pa.large_string() if is_text(one) and is_text(other) else None
-
-
-def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
-    """A column in the type that `common_type` found for it and others."""
-    if column.type == type_:
-        return column
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
-    if isinstance(column.type, pa.ExtensionType):
-        column = column.cast(column.type.storage_type)
-    return _exactly(column).cast(type_, safe=False)
-
-
-def _exactly(column: Any) -> Any:
-    """Decimals as text: Arrow's own conversion to float64 is off by a bit here and there."""
-    return column.cast(pa.string()) if pa.types.is_decimal(column.type) else column
-
-
-def is_text(type_: pa.DataType) -> bool:
-    """Text of any kind, or a dictionary of it."""
-    if pa.types.is_dictionary(type_):
-        type_ = type_.value_type
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
-
-
-def as_texts(column: Any) -> Any:
-    """A column of text, of whatever kind, in one."""
-    return column.cast(pa.large_string())
-
-
-def type_of_entries(type_: pa.DataType) -> Literal["real", "integer", "boolean", "category"]:
-    """What a column holds, or the lists in it; pixels are real."""
-    while is_list(type_):
-        type_ = _entries(type_)
-    if pa.types.is_boolean(type_):
-        return "boolean"
-    if pa.types.is_integer(type_):
-        return "integer"
-    return "category" if is_text(type_) else "real"
-
-
 def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     """(N, width) of a column of numbers or of lists of equally many numbers."""
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
@@ -157,7 +73,7 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     type_ = array.type
     if not is_numeric(type_):
         raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
-    values = _exactly(array).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    values = exactly(array).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     too_large = np.abs(values) > MAX_MAGNITUDE
     if too_large.any():
         first = _first(too_large)

@@ -19,6 +19,7 @@ from gendist.data.evidence import normal_label
 from gendist.data.formats import open_files
 from gendist.data.huggingface import open_huggingface
 from gendist.data.memory import digits
+from gendist.data.tokens import TextConfig
 from gendist.data.transforms import Steps
 from gendist.protocols import UserError
 
@@ -55,6 +56,7 @@ class DataConfig(BaseModel):
     label                a column that says which component (class) a row belongs to, and may have missing entries; or a list
                          of columns with the probabilities of the classes, which are called as they are
     labels               the classes that there are, in order; those that are found where left out
+    text                 a column of texts, or of lists of tokens, whose tokens are counted: see `gendist.data.tokens`
     weight               a column of weights; weight 2 counts a row twice
     transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
     validation_fraction  the share of rows held out, chosen by row number
@@ -72,6 +74,7 @@ class DataConfig(BaseModel):
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     label: Annotated[str | tuple[str, ...] | None, BeforeValidator(_name_or_names)] = None
     labels: Annotated[tuple[int | str, ...] | None, BeforeValidator(_distinct_labels)] = None
+    text: TextConfig | None = None
     weight: str | None = None
     transforms: Steps = ()
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)

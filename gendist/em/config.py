@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 STARTS = ("auto", "kmeans||", "kmeans++", "random", "random_responsibilities", "labels")
+WITHOUT_DISTANCES = ("random_responsibilities", "labels")  # the starts that look for no centers
 
 
 class EMConfig(BaseModel):
