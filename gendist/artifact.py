@@ -26,7 +26,8 @@ from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.transformed import taken_apart, transformed
 
-FORMAT_VERSION = 2  # 2 has transforms; a model without them is written as 1, which any gendist reads
+# 2 has transforms, 3 a schema of texts or sparse rows. What has neither is written as 1, which any gendist reads.
+FORMAT_VERSION = 3
 
 
 class _NotThisGendist(UserError):
@@ -45,14 +46,15 @@ class Artifact:
 def save(artifact: Artifact, folder: Path) -> None:
     """Write the folder's files; the same model gives the same bytes. To be atomic, write into `new_folder`."""
     model, transforms = taken_apart(artifact.model)
+    schema = artifact.schema.model_dump(mode="json", exclude_defaults=True)
     description = {
-        "format_version": 1 if transforms is None else FORMAT_VERSION,
+        "format_version": 3 if schema.keys() & {"categories", "is_sparse"} else 1 if transforms is None else 2,
         "gendist_version": gendist.__version__,
         "noise_version": noise.VERSION,
         "family": artifact.family,
         "config": model.config.model_dump(mode="json"),
         "labels": list(model.labels),
-        "schema": artifact.schema.model_dump(mode="json"),
+        "schema": schema,
     }
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "model.safetensors", _in_bytes(model.tensors()))
@@ -115,7 +117,7 @@ def load_artifact(path: str | Path) -> Artifact:
         model = model_class(family, config).from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
-        if description["format_version"] > 1:
+        if "transforms" in description:
             declared = tuple(validated(Step, step, "transforms") for step in description["transforms"])
             fitted = safetensors.torch.load_file(folder / "transforms.safetensors")
             model = transformed(model, Transforms.from_tensors(schema.feature_names, declared, fitted))

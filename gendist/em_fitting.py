@@ -16,9 +16,10 @@ from gendist.blocks import Blocks
 from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
 from gendist.data import Dataset, Schema, open_source, source_of
+from gendist.data.schema import Takes
 from gendist.data.survey import Summary, survey
 from gendist.data.transforms import Transforms
-from gendist.em.config import STARTS, EMConfig
+from gendist.em.config import STARTS, WITHOUT_DISTANCES, EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
 from gendist.em.restarts import Candidate, all_records, latest_records, leader, restart_seed
@@ -53,11 +54,16 @@ def estimate(
         if directory and directory.is_finished and data is None and init is None:
             return finished(directory)
         assert isinstance(spec.fit, EMConfig)
-        start, start_features = _model_to_start_from(spec, spec.fit, family, init)
+        if spec.fit.unlabelled_weight != 1.0 and spec.data.label is None:
+            raise UserError(
+                f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but no row has a label; name their column with "
+                "data.label, or leave it out"
+            )
+        start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
         source = source_of(data) if data is not None else open_source(spec.data)
-        schema = Schema.of(source, spec.data)
-        if start_features not in (None, schema.feature_names):
-            there, here = ", ".join(start_features[:8]), ", ".join(schema.feature_names[:8])
+        schema = Schema.of(source, spec.data, Takes.of(family), start_schema)
+        if start_schema is not None and start_schema.feature_names != schema.feature_names:
+            there, here = ", ".join(start_schema.feature_names[:8]), ", ".join(schema.feature_names[:8])
             raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
         with execution(spec.cluster, address) as make_blocks, tracked(directory, watch) as watch:
             dataset = Dataset.open(source, spec.data, schema, make_blocks)
@@ -147,7 +153,8 @@ class EMFitting:
         return Run(model, list(best.history), directory.path if directory else None, results)
 
     def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
-        return parts_of(self.spec, dataset, self.family.count_latents(self.spec.model, dataset.labels))
+        num_latents = self.family.count_latents(self.spec.model, dataset.labels)
+        return parts_of(self.spec, dataset, num_latents, self.config.unlabelled_weight)
 
     def _transforms(self, resumed: Checkpoint[Any] | None, blocks: Blocks[Block], summary: Summary) -> Transforms:
         """Those that the model to go on from stands behind, since it means nothing behind others; else fitted now."""
@@ -192,6 +199,12 @@ class EMFitting:
         labels, method = self.dataset.labels, fit.init
         if method == "auto":
             method = self.family.default_start(self.spec.model, labels)
+        schema = self.dataset.schema
+        if schema.is_sparse and method not in WITHOUT_DISTANCES:
+            raise UserError(
+                f"fit.init: {method}: column '{schema.columns[0]}' makes sparse rows, among which no centers are looked for; "
+                f"allowed are {', '.join(WITHOUT_DISTANCES)}, or a model to start from"
+            )
         logger.info("choosing where to start (%s, %d of %d)", method, restart + 1, fit.num_restarts)
         seed = restart_seed(self.spec.seed, restart)
         if issubclass(self.family, ClassConditional):
@@ -258,9 +271,9 @@ def _shifted(log_likelihood: float | None, log_abs_det: float) -> float | None:
 
 def _model_to_start_from(
     spec: Spec, config: EMConfig, family: type[StatisticsModel], init: Any
-) -> tuple[GenerativeModel | None, tuple[str, ...] | None]:
-    """The given model or the artifact that `fit.init` names, or None where the data are to say; and the names of its
-    features where they are known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
+) -> tuple[GenerativeModel | None, Schema | None]:
+    """The given model or the artifact that `fit.init` names, or None where the data are to say; and the schema of its
+    rows where it is known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
     if init is None and config.init in STARTS:
         return None, None
     if init is None and not Path(config.init).exists():
@@ -270,12 +283,12 @@ def _model_to_start_from(
             f"fit.num_restarts is {config.num_restarts}, but every restart would begin with the one model that is given; "
             f"leave it at 1, or start from the data with fit.init: {', '.join(STARTS)}"
         )
-    features = None
+    schema = None
     if init is None:
         artifact = load_artifact(config.init)
-        init, features = artifact.model, artifact.schema.feature_names
+        init, schema = artifact.model, artifact.schema
     model, transforms = taken_apart(init)
-    if features is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
+    if schema is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
         if not hasattr(model, "get_params"):
             raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
         try:
@@ -290,7 +303,7 @@ def _model_to_start_from(
         there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))
         raise UserError(f"the model to start from was fitted behind other transforms ({there}) than data.transforms ({here}); "
                         "declare the same")  # fmt: skip
-    return init, features
+    return init, schema
 
 
 def _digest(model: GenerativeModel) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from gendist.blocks import LocalBlocks
 from gendist.config import ClusterConfig
-from gendist.data.dataset import MakeBlocks
+from gendist.data.domains import MakeBlocks
 from gendist.protocols import UserError
 
 

@@ -38,32 +38,68 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
             array = np.asarray(values)
         except ValueError as error:
             raise UserError(f"an array of numbers is needed, not a {type(values).__name__} ({error})") from error
+        if hasattr(values, "tocoo"):
+            raise UserError("a dense array is needed, not a sparse one: pass x.toarray(), or take a family of sparse rows")
         if array.dtype.kind not in "buif":
             raise UserError(f"an array of numbers is needed, not a {type(values).__name__} of {array.dtype}")
         native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
         # Memory of its own where torch could not read it as it lies, or warns that it may not be written.
         plain = array.flags.writeable and array.flags.c_contiguous and array.dtype == native
         values = torch.from_numpy(array if plain else np.array(array, dtype=native, order="C"))
+    if values.layout is not torch.strided:
+        raise UserError("a dense array is needed, not a sparse one: pass x.to_dense(), or take a family of sparse rows")
     if values.is_complex():
         raise UserError(f"an array of real numbers is needed, not of {values.dtype}")
     return values.detach() if dtype is None else values.detach().to(dtype)
 
 
 def as_matrix(values: Any) -> Tensor:
-    """`as_tensor`, float64; a matrix of scipy.sparse becomes a tensor in CSR layout."""
-    if not hasattr(values, "tocsr"):
+    """(N, D) float64 in torch's CSR layout of a sparse matrix, of SciPy or torch; of everything else what `as_tensor` makes
+    of it."""
+    if isinstance(values, Tensor) and values.layout is not torch.strided:
+        entries = values.detach().to_sparse_coo().coalesce()
+        (rows, columns), data = entries.indices().numpy(), entries.values().numpy()
+    elif hasattr(values, "tocoo"):
+        coo = values.tocoo()
+        rows, columns, data = coo.row, coo.col, coo.data
+    else:
         return as_tensor(values)
-    csr = values.tocsr()
-    csr.sum_duplicates()
-    bounds, columns = (torch.from_numpy(np.asarray(index, np.int64)) for index in (csr.indptr, csr.indices))
-    return csr_tensor(bounds, columns, torch.from_numpy(np.asarray(csr.data, np.float64)), csr.shape)
+    if len(values.shape) != 2 or data.dtype.kind not in "buif":
+        raise UserError(f"a sparse matrix of real numbers is needed, not a {type(values).__name__} of {data.dtype}")
+    return csr_tensor(rows, columns, data, (values.shape[0], values.shape[1]))
 
 
-def csr_tensor(bounds: Tensor, columns: Tensor, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A sparse matrix of this shape: row i has entries[bounds[i] : bounds[i + 1]] in these columns, which ascend."""
+def csr_tensor(
+    rows_n: np.ndarray[Any, Any], columns_n: np.ndarray[Any, Any], values_n: np.ndarray[Any, Any], shape: tuple[int, int]
+) -> Tensor:
+    """(N, D) float64 in torch's CSR layout of entries in any order; those of one place are added.
+
+    The same matrix is the same bytes: indices are int64, a row's columns ascend, and no value is 0.
+    """
+    rows, columns = rows_n.astype(np.int64, copy=False), columns_n.astype(np.int64, copy=False)
+    values = values_n.astype(np.float64, copy=False)
+    steps = np.diff(rows)
+    if not bool(((steps > 0) | ((steps == 0) & (np.diff(columns) > 0))).all()):
+        order = np.lexsort((columns, rows))  # which is stable: entries of one place are added in the order given
+        rows, columns, values = rows[order], columns[order], values[order]
+        is_first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(columns) != 0)])
+        values = np.add.reduceat(values, np.flatnonzero(is_first))
+        rows, columns = rows[is_first], columns[is_first]
+    if not bool(values.all()):
+        rows, columns, values = (array[values != 0] for array in (rows, columns, values))
+    crow = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
+    return csr_from_arrays(crow, columns, values, shape)
+
+
+def csr_from_arrays(
+    crow: np.ndarray[Any, Any], columns: np.ndarray[Any, Any], values: np.ndarray[Any, Any], shape: tuple[int, int]
+) -> Tensor:
+    """(N, D) in torch's CSR layout: row i has values[crow[i] : crow[i + 1]] in these columns, which ascend."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        return torch.sparse_csr_tensor(bounds, columns, entries, shape, check_invariants=False)
+        # Shared memory is read-only, and nothing writes into a matrix; that the layout is young, its makers say once.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable|Sparse CSR tensor support is in beta")
+        crow_indices, col_indices, entries = (torch.from_numpy(array) for array in (crow, columns, values))
+        return torch.sparse_csr_tensor(crow_indices, col_indices, entries, size=shape, check_invariants=False)
 
 
 class Mergeable(Protocol):
@@ -118,16 +154,26 @@ class Block:
     def __reduce__(self) -> tuple[Any, ...]:
         # As NumPy arrays, whose buffers pickle 5 hands over without a copy: a task maps its block straight from Ray's
         # shared memory.
-        tensors = (self.x, self.rows, self.weights, self.evidence, self.missing, self.sequence_bounds)
-        return _block_from_arrays, tuple(None if values is None else values.numpy() for values in tensors)
+        tensors = (self.rows, self.weights, self.evidence, self.missing, self.sequence_bounds)
+        arrays = tuple(None if values is None else values.numpy() for values in tensors)
+        if not self.is_sparse:
+            return _block_from_arrays, ((self.x.numpy(),), None, *arrays)
+        x = self.x
+        return _block_from_arrays, (
+            (x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()),
+            tuple(x.shape),
+            *arrays,
+        )
 
 
-def _block_from_arrays(*arrays: np.ndarray[Any, Any] | None) -> Block:
+def _block_from_arrays(
+    of_x: tuple[np.ndarray[Any, Any], ...], sparse_shape: tuple[int, int] | None, *arrays: np.ndarray[Any, Any] | None
+) -> Block:
     with warnings.catch_warnings():
         # Shared memory is read-only, and nothing writes into a block.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        x, rows, *rest = (None if values is None else torch.from_numpy(values) for values in arrays)
-    assert x is not None
+        x = torch.from_numpy(of_x[0]) if sparse_shape is None else csr_from_arrays(of_x[0], of_x[1], of_x[2], sparse_shape)
+        rows, *rest = (None if values is None else torch.from_numpy(values) for values in arrays)
     assert rows is not None
     return Block(x, rows, *rest)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from gendist.blocks import Blocks
@@ -14,11 +15,18 @@ from gendist.machine import machine_type, versions
 from gendist.protocols import Block, UserError
 
 
-def parts_of(spec: Spec, dataset: Dataset, num_latents: int) -> tuple[Blocks[Block], Blocks[Block] | None]:
-    """The blocks to fit, and those held out, where the spec holds any out; num_latents is the width of the evidence."""
+def parts_of(
+    spec: Spec, dataset: Dataset, num_latents: int, unlabelled_weight: float = 1.0
+) -> tuple[Blocks[Block], Blocks[Block] | None]:
+    """The blocks to fit, and those held out, where the spec holds any out.
+
+    num_latents        the width of the evidence
+    unlabelled_weight  what multiplies the weight of a row whose label is not known
+    """
+    make = partial(dataset.blocks, num_latents, seed=spec.seed, unlabelled_weight=unlabelled_weight)
     if spec.data.validation_fraction == 0.0:
-        return dataset.blocks(num_latents, "all", spec.seed), None
-    return dataset.blocks(num_latents, "training", spec.seed), dataset.blocks(num_latents, "validation", spec.seed)
+        return make(part="all"), None
+    return make(part="training"), make(part="validation")
 
 
 def survey_parts(

@@ -60,3 +60,14 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patched.setenv("TMPDIR", str(tmp_path_factory.mktemp("rows")))
         patched.setattr(tempfile, "tempdir", None)  # which is looked up again
         yield "toy"
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a small family that is fitted by EM and takes texts and sparse rows, which is among the families."""
+    from toy_family import FOLDER
+
+    import gendist.models
+
+    monkeypatch.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
+    return "counter"

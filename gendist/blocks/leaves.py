@@ -15,6 +15,7 @@ Leaf = TypeVar("Leaf")
 
 MIN_LEAF_ROWS = 64
 MAX_LEAF_ROWS = 16_384
+MAX_SPARSE_LEAF_ROWS = 4_096
 LEAF_ENTRIES = 524_288  # four megabytes of float64: few enough leaves, and many enough; kernels take some rows of one at a time
 NUM_LEAVES_OF_SMALL_DATA = 32  # so that small data still spread over workers
 
@@ -31,6 +32,11 @@ class Leaves:
         most = min(LEAF_ENTRIES // max(num_features, 1), num_rows // NUM_LEAVES_OF_SMALL_DATA, MAX_LEAF_ROWS)
         leaf_rows = 1 << max(most, MIN_LEAF_ROWS).bit_length() - 1
         return cls((*range(0, num_rows, leaf_rows), num_rows))
+
+    @classmethod
+    def of_sparse_rows(cls, num_rows: int) -> Leaves:
+        """Of data whose rows hold few entries, however many features there are."""
+        return cls.of_shape(num_rows, LEAF_ENTRIES // MAX_SPARSE_LEAF_ROWS)
 
     @property
     def num_leaves(self) -> int:

@@ -19,11 +19,13 @@ from gendist.bulk.parts import Encode, Layout, Part, Values, cut_into_parts, enc
 from gendist.bulk.single_file import write_file
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, identity, open_source
-from gendist.data.dataset import MakeBlocks
+from gendist.data.domains import MakeBlocks
 from gendist.evaluate.score import density_of, scores_of_rows
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
+
+SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
 
 HERE = ClusterConfig()  # in this process
 
@@ -81,7 +83,7 @@ def sample(
             "columns": list(names),
             "noise_version": noise.VERSION,
         },
-        layout=Layout(names, array="x"),
+        layout=Layout(names, array="x", categories=loaded.schema.categories),
         parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
         compute=partial(_draw, seed, given),
@@ -115,14 +117,16 @@ def score(
     _check_beside_the_data(Path(out), data, source.paths)
     # The columns that were fitted; an array has no names and is taken by position.
     columns = data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
-    config = data.model_copy(update={"columns": columns, "label": None, "weight": None, "validation_fraction": 0.0})
-    schema = Schema.of(source, config)
+    ignored = {"label": None, "labels": None, "weight": None, "validation_fraction": 0.0}
+    config = data.model_copy(update={"columns": columns, **ignored})
+    schema = Schema.of(source, config, known=loaded.schema)
     if schema.num_features != loaded.model.num_features:
         raise UserError(
             f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
             f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
         )
-    leaves = Leaves.of_shape(source.num_rows, schema.num_features)
+    leaves = schema.leaves(source.num_rows)
+    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * schema.num_features
     work = _Work(
         request={
             "verb": "score",
@@ -131,7 +135,7 @@ def score(
             "data": identity(source, config),
         },
         layout=Layout((verb,), array=verb, numbered=True),
-        parts=cut_into_parts(source.num_rows, 8 * schema.num_features, leaf_rows=leaves.bounds[1]),
+        parts=cut_into_parts(source.num_rows, row_bytes, leaf_rows=leaves.bounds[1]),
         blocks=lambda make_blocks, parts: Dataset.open(source, config, schema, make_blocks).parts(parts),
         compute=_score,
         model=loaded.model,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -11,21 +11,24 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from gendist.blocks import Blocks, Leaves, reduce
+from gendist.blocks import Blocks, Leaves
+from gendist.data.domains import Look, MakeBlocks
+from gendist.data.evidence import known_evidence, soft_evidence
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
 from gendist.data.sources import DataConfig, Source
+from gendist.data.sparse import to_csr
+from gendist.data.tokens import to_counts
 from gendist.data.transforms import Transforms
 from gendist.noise import Noise
-from gendist.protocols import Block, UserError
+from gendist.protocols import Block, UserError, as_matrix
 
 MAX_RUN_BYTES = 256 * 2**20  # what one task holds of x at a time
 MAX_PASSING_BYTES = 32 * 2**20  # the same where rows are read again in every pass: it is held several times while it is read
-MAX_LABELS = 10_000
+ROWS_TO_GUESS_FROM = 256
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Part = Literal["all", "training", "validation"]
-MakeBlocks = Callable[[Callable[[Sequence[int]], list[Any]], Leaves, int, bool], Blocks[Any]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Dataset:
     """A source and what its columns mean.
 
     make_blocks  (load, leaves, max_leaves_per_run, keep) -> Blocks: where the reading and computing is done
-    labels       the distinct labels in order; empty where `data.label` is not given
+    schema       with the values of every column of text
+    labels       the declared labels, or the distinct ones that there are, in order; empty where `data.label` is not given
     transforms   fitted ones, which the rows of blocks have behind them; None: rows are as the source has them
     """
 
@@ -47,33 +51,51 @@ class Dataset:
 
     @classmethod
     def open(cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks) -> Dataset:
-        """Look at all labels, where there are any. UserError where they are none."""
-        leaves = Leaves.of_shape(source.num_rows, schema.num_features)
-        dataset = cls(source, config, schema, leaves, make_blocks)
-        if config.label is None:
-            return dataset
-        label_type = source.schema.field(config.label).type
-        if pa.types.is_nested(label_type) or isinstance(label_type, pa.BaseExtensionType):
-            raise UserError(f"{source.name}: column '{config.label}' holds {label_type}; a label is a number or a text")
-        found = reduce(_same, make_blocks(_LabelLoader(source, config.label), leaves, 1 << 30, False), None).labels
-        if not found:
-            raise UserError(f"{source.name}: column '{config.label}' holds no label in any row")
-        if len(found) > MAX_LABELS:
-            raise UserError(
-                f"{source.name}: column '{config.label}' holds {len(found):,} labels; up to {MAX_LABELS:,} are allowed"
-            )
-        return replace(dataset, labels=tuple(sorted(found, key=lambda label: (isinstance(label, str), label))))
+        """Look at all rows for the labels and the values of columns of text, where there are any that are not known.
 
-    def blocks(self, num_latents: int = 0, part: Part = "all", seed: int = 0, keep: bool = True) -> Blocks[Block]:
+        UserError where there are none, or too many.
+        """
+        dataset = cls(source, config, schema, schema.leaves(source.num_rows), make_blocks)
+        for name in config.label_columns:
+            label_type = source.schema.field(name).type
+            if pa.types.is_nested(label_type) or isinstance(label_type, pa.BaseExtensionType):
+                raise UserError(f"{source.name}: column '{name}' holds {label_type}; a label is a number or a text")
+        labels = config.labels or ()
+        look_for_labels = isinstance(config.label, str) and not labels
+        if isinstance(config.label, tuple):
+            labels = config.label
+        if look_for_labels or schema.columns_to_survey or schema.needs_features:
+            look = Look(
+                source,
+                label=config.label_columns[0] if look_for_labels else None,
+                categories=schema.columns_to_survey,
+                text=schema.text if schema.needs_features else None,
+                sparse=schema.columns[0] if schema.needs_features and schema.text is None else None,
+            )
+            found = look.over(make_blocks, dataset.leaves)
+            schema = schema.completed(found, f"{source.name}: column '{schema.columns[0]}'")
+            if look_for_labels:
+                labels = tuple(sorted(found.labels, key=lambda label: (isinstance(label, str), label)))
+        return replace(dataset, schema=schema, labels=labels)
+
+    def blocks(
+        self,
+        num_latents: int = 0,
+        part: Part = "all",
+        seed: int = 0,
+        keep: bool = True,
+        unlabelled_weight: float = 1.0,
+    ) -> Blocks[Block]:
         """The rows of one part as blocks. The parts are told apart by seed and row number alone.
 
-        num_latents   the width of the evidence that labels become
-        keep          whether to hold on to the blocks for more than one pass, if `data.cache` allows it
+        num_latents        the width of the evidence that labels become
+        keep               whether to hold on to the blocks for more than one pass, if `data.cache` allows it
+        unlabelled_weight  what multiplies the weight of a row whose label is not known
         """
         keep = keep and self.config.cache == "memory"
-        load = self._loader(num_latents, part, seed)
-        width = self.schema.num_features + (num_latents if self.labels else 0)
-        leaf_bytes = 8 * width * (self.leaves.bounds[1] - self.leaves.bounds[0])
+        load = self._loader(num_latents, part, seed, unlabelled_weight)
+        leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
+        leaf_bytes = self._x_bytes(leaf_rows) + 8 * leaf_rows * (num_latents if self.labels else 0)
         most = MAX_RUN_BYTES if keep else MAX_PASSING_BYTES
         return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
@@ -82,8 +104,25 @@ class Dataset:
         leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
         return self.make_blocks(_PartLoader(self._loader(0, "all", 0), leaf_rows), parts, 1, False)
 
-    def _loader(self, num_latents: int, part: Part, seed: int) -> _BlockLoader:
-        return _BlockLoader(self.source, self.config, self.schema, self.labels, num_latents, part, seed, self.transforms)
+    def _x_bytes(self, leaf_rows: int) -> int:
+        """Of a leaf; where rows are sparse, as many entries as the first rows have."""
+        if not self.schema.is_sparse:
+            return 8 * self.schema.num_features * leaf_rows
+        first = replace(self, transforms=None)._loader(0, "all", 0)([0, min(ROWS_TO_GUESS_FROM, self.source.num_rows)])[0]
+        return leaf_rows * (8 + 16 * int(first.x.values().numel()) // first.num_rows)
+
+    def _loader(self, num_latents: int, part: Part, seed: int, unlabelled_weight: float = 1.0) -> _BlockLoader:
+        return _BlockLoader(
+            self.source,
+            self.config,
+            self.schema,
+            self.labels,
+            num_latents,
+            part,
+            seed,
+            unlabelled_weight,
+            self.transforms,
+        )
 
 
 @dataclass(frozen=True)
@@ -95,30 +134,48 @@ class _BlockLoader:
     num_latents: int
     part: Part
     seed: int
+    unlabelled_weight: float
     transforms: Transforms | None
 
     def __call__(self, bounds: Sequence[int]) -> list[Block]:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
-        extra = [name for name in (self.config.label, self.config.weight) if name is not None]
+        extra = [name for name in (*self.config.label_columns, self.config.weight) if name is not None]
         table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
-        matrix = to_matrix(table, self.schema.columns, bounds[0], self.source.name)
+        weights, evidence = self._weights(table, bounds[0]), self._evidence(table, bounds[0])
+        if evidence is not None and self.unlabelled_weight != 1.0:
+            factors = np.where((evidence == 0.0).all(1), self.unlabelled_weight, 1.0)
+            weights = factors if weights is None else weights * factors
+        matrix = self._sparse_matrix(table, bounds[0]) if self.schema.is_sparse else self._matrix(table, bounds)
+        columns = (matrix, weights, evidence)
+        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
+
+    def _matrix(self, table: pa.Table, bounds: Sequence[int]) -> Array:
+        matrix = to_matrix(table, self.schema.columns, bounds[0], self.source.name, self.schema.categories)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
                 f"{self.source.name}: {matrix.shape[1]} features in rows {bounds[0]} to {bounds[-1] - 1}, but "
                 f"{self.schema.num_features} in row 0"
             )
-        columns = (matrix, self._weights(table, bounds[0]), self._evidence(table))
-        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
+        return matrix
 
-    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Array | None]) -> Block:
+    def _sparse_matrix(self, table: pa.Table, first_row: int) -> Any:
+        (name,), schema = self.schema.columns, self.schema
+        if schema.text is not None:
+            return to_counts(table.column(name), schema.text, schema.feature_names)
+        return to_csr(table, name, schema.num_features, first_row, self.source.name)
+
+    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Any]) -> Block:
         """The block of rows start..stop of the part; columns begin at first_row. Its tensors own their memory."""
         rows = torch.arange(start, stop)
         if self.part != "all" and self.config.validation_fraction > 0.0:
             held_out = Noise(self.seed, "validation").uniform_of_rows(rows) < self.config.validation_fraction
             rows = rows[held_out if self.part == "validation" else ~held_out]
         index = slice(start - first_row, stop - first_row) if len(rows) == stop - start else rows.numpy() - first_row
-        x, weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in columns)
-        assert x is not None
+        matrix, *others = columns
+        weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in others)
+        if self.schema.is_sparse:
+            return Block(as_matrix(matrix[index]), rows, weights, evidence)
+        x = torch.from_numpy(np.array(matrix[index]))
         missing = x.isnan()
         any_missing = bool(missing.any())
         block = Block(
@@ -143,16 +200,15 @@ class _BlockLoader:
                 raise UserError(f"{where} is {what} in row {first_row + int(np.argmax(wrong))}; weights are 0 or more")
         return weights
 
-    def _evidence(self, table: pa.Table) -> Array | None:
-        """(N, num_latents): a labelled row excludes every latent but the label's; a row without label excludes none."""
+    def _evidence(self, table: pa.Table, first_row: int) -> Array | None:
+        """(N, num_latents)"""
         if not self.labels or not self.num_latents:
             return None
-        index = {label: i for i, label in enumerate(self.labels)}
-        latent_N = np.array([index.get(label, -1) for label in _normalised(table.column(self.config.label))])
-        evidence = np.where(latent_N[:, None] < 0, 0.0, np.full((1, self.num_latents), -np.inf))
-        labelled = np.flatnonzero(latent_N >= 0)
-        evidence[labelled, latent_N[labelled]] = 0.0
-        return evidence
+        label, name = self.config.label, self.source.name
+        if isinstance(label, tuple):
+            return soft_evidence(table, label, self.num_latents, first_row, name)
+        assert label is not None
+        return known_evidence(table.column(label), self.labels, self.num_latents, first_row, f"{name}: column '{label}'")
 
 
 @dataclass(frozen=True)
@@ -163,44 +219,3 @@ class _PartLoader:
     def __call__(self, bounds: Sequence[int]) -> list[list[Block]]:
         """One list of blocks a part, of the rows bounds[i] to bounds[i + 1]."""
         return [self.load([*range(start, stop, self.leaf_rows), stop]) for start, stop in pairwise(bounds)]
-
-
-@dataclass(frozen=True)
-class _LabelSet:
-    labels: frozenset[Any]
-
-    def merge(self, other: _LabelSet) -> _LabelSet:
-        return _LabelSet(self.labels | other.labels)
-
-
-@dataclass(frozen=True)
-class _LabelLoader:
-    source: Source
-    label: str
-
-    def __call__(self, bounds: Sequence[int]) -> list[_LabelSet]:
-        column = self.source.read(bounds[0], bounds[-1], [self.label]).column(self.label)
-        found = {label for label in _normalised(column.unique()) if label is not None}
-        # One set for the whole run; the other leaves of the run add nothing to it.
-        return [_LabelSet(frozenset(found))]
-
-
-def _same(_: None, labels: _LabelSet) -> _LabelSet:
-    return labels
-
-
-def _normalised(column: Any) -> list[Any]:
-    """Labels as str, int or None where missing; 3.0 (an integer column with missing entries, in pandas) is 3."""
-    return [_normal_label(label) for label in column.to_pylist()]
-
-
-def _normal_label(label: Any) -> Any:
-    if isinstance(label, float):
-        if np.isnan(label):
-            return None
-        return int(label) if label.is_integer() else str(label)
-    if isinstance(label, bool):
-        return int(label)
-    if label is None or isinstance(label, (int, str)):
-        return label
-    return str(label)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import fsspec
 import pyarrow as pa
 
-from gendist.data.matrix import common_type, to_type
+from gendist.data.column_types import common_type, to_type
 from gendist.protocols import UserError
 
 FILES_AT_ONCE = 16  # looked into when they are opened: a disk over a network is slow to answer, not slow to read

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gendist.data.column_types import SPARSE_ROWS, is_list, is_numeric
 from gendist.data.files import Contents, Files
-from gendist.data.matrix import is_list, is_numeric
 
 LINES_PER_MARK = 8192
 BYTES_PER_READ = 1 << 22
@@ -88,6 +88,8 @@ def _text_type(type_: pa.DataType) -> pa.DataType:
     """float64 for numbers; text for a date, which other rows may write in another way. What is missing may be anything."""
     if is_list(type_):
         return pa.list_(pa.float64() if pa.types.is_null(type_.value_type) else _text_type(type_.value_type))
+    if pa.types.is_struct(type_) and {"indices", "values"} <= {field.name for field in type_}:
+        return SPARSE_ROWS
     if pa.types.is_null(type_) or pa.types.is_boolean(type_) or pa.types.is_nested(type_):
         return type_
     return pa.float64() if is_numeric(type_) else pa.string()

@@ -1,15 +1,16 @@
-"""Columns of a table as a matrix of float64: numbers, lists of numbers, and images, which are decoded to 0..1."""
+"""Columns of a table as a matrix of float64: numbers, lists of numbers, images, which are decoded to 0..1, and texts."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gendist.data.column_types import as_texts, exactly, is_image, is_list, is_numeric, is_text
 from gendist.protocols import UserError
 
 MAX_MAGNITUDE = 1e75  # of a number; products of squares of larger ones and weights overflow
@@ -17,16 +18,27 @@ MAX_MAGNITUDE = 1e75  # of a number; products of squares of larger ones and weig
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def to_matrix(table: pa.Table, columns: Sequence[str], first_row: int, source_name: str) -> Matrix:
+def to_matrix(
+    table: pa.Table,
+    columns: Sequence[str],
+    first_row: int,
+    source_name: str,
+    categories: Mapping[str, Sequence[str]] | None = None,
+) -> Matrix:
     """(N, D) what these columns hold, side by side, NaN where an entry is missing; images decoded to 0..1.
 
-    first_row is the row number of the table's first row, for the messages.
+    first_row   the row number of the table's first row, for the messages
+    categories  of each column of text the values that it is known to have: an entry becomes the index of its value, and
+                their number where it is none of them
     """
+    categories = categories or {}
     parts = []
     for name in columns:
         where = f"{source_name}: column '{name}'"
         column = table.column(name)
-        if is_image(column.type):
+        if name in categories:
+            parts.append(_indices(column, categories[name], where))
+        elif is_image(column.type):
             parts.append(_decode_images(column, where, first_row))
         else:
             parts.append(_numbers(column, where, first_row))
@@ -34,78 +46,14 @@ def to_matrix(table: pa.Table, columns: Sequence[str], first_row: int, source_na
 
 
 def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, ...]:
-    """() of a number, (length,) of a list, (height, width[, channels]) of an image."""
+    """() of a number or a text, (length,) of a list, (height, width[, channels]) of an image."""
     column, where = first_row.column(name), f"{source_name}: column '{name}'"
+    if is_text(column.type):
+        return ()
     if is_image(column.type):
         return _decode_image(column[0], where, 0).shape
     width = _numbers(column, where, 0).shape[1]
     return (width,) if is_list(column.type) else ()
-
-
-def is_image(type_: pa.DataType) -> bool:
-    """The layout of the Hugging Face hub, a struct with the encoded bytes, or the bytes alone."""
-    if pa.types.is_struct(type_):
-        index = type_.get_field_index("bytes")
-        return index >= 0 and is_image(type_.field(index).type)
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
-
-
-def is_list(type_: pa.DataType) -> bool:
-    """A list of any kind, an extension such as Array2D of `datasets` included."""
-    if isinstance(type_, pa.ExtensionType):
-        type_ = type_.storage_type
-    return bool(pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_))
-
-
-def is_numeric(type_: pa.DataType) -> bool:
-    """Numbers, or lists of them, however deep; a column that is missing throughout may have been either."""
-    while is_list(type_):
-        type_ = _entries(type_)
-    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, pa.types.is_null)
-    return any(is_kind(type_) for is_kind in kinds)
-
-
-def _entries(list_type: pa.DataType) -> pa.DataType:
-    return (list_type.storage_type if isinstance(list_type, pa.ExtensionType) else list_type).value_type
-
-
-def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type that holds the entries of two columns, or None where they are different things, such as numbers and text."""
-    one, other = (type_.value_type if pa.types.is_dictionary(type_) else type_ for type_ in (one, other))
-    if one == other or pa.types.is_null(other):
-        return one
-    if pa.types.is_null(one):
-        return other
-    if is_list(one) and is_list(other):
-        entries = common_type(_entries(one), _entries(other))
-        return entries and pa.large_list(entries)
-    if is_list(one) or is_list(other):
-        return None
-    if is_image(one) and is_image(other):
-        return pa.large_binary()
-    if is_numeric(one) and is_numeric(other):
-        return pa.float64()
-    return pa.large_string() if _is_text(one) and _is_text(other) else None
-
-
-def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
-    """A column in the type that `common_type` found for it and others."""
-    if column.type == type_:
-        return column
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
-    if isinstance(column.type, pa.ExtensionType):
-        column = column.cast(column.type.storage_type)
-    return _exactly(column).cast(type_, safe=False)
-
-
-def _exactly(column: Any) -> Any:
-    """Decimals as text: Arrow's own conversion to float64 is off by a bit here and there."""
-    return column.cast(pa.string()) if pa.types.is_decimal(column.type) else column
-
-
-def _is_text(type_: pa.DataType) -> bool:
-    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_))
 
 
 def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
@@ -125,7 +73,7 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
     type_ = array.type
     if not is_numeric(type_):
         raise UserError(f"{where} is not numeric ({type_}); the columns to fit are chosen with data.columns")
-    values = _exactly(array).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    values = exactly(array).cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     too_large = np.abs(values) > MAX_MAGNITUDE
     if too_large.any():
         first = _first(too_large)
@@ -133,6 +81,19 @@ def _numbers(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
         row = first_row + first // (len(values) // num_rows)
         raise UserError(f"{where} is {what} in row {row}; remove, replace or rescale such values")
     return values.reshape(num_rows, -1) if num_rows else values.reshape(0, 1)
+
+
+def _indices(column: pa.ChunkedArray, values: Sequence[str], where: str) -> Matrix:
+    """(N, 1) the index of each entry's value."""
+    if pa.types.is_null(column.type):
+        return np.full((len(column), 1), np.nan)
+    if not is_text(column.type):
+        raise UserError(f"{where} holds {column.type}, but the model was fitted to texts there; write it as text")
+    texts = as_texts(column)
+    found = pc.fill_null(pc.index_in(texts, value_set=pa.array(values, pa.large_string())), len(values))
+    indices = found.to_numpy().astype(np.float64)
+    indices[texts.is_null().to_numpy()] = np.nan
+    return indices[:, None]
 
 
 def _decode_images(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gendist.data.sparse import sparse_column
 from gendist.protocols import UserError
 
 
@@ -23,8 +24,17 @@ def _as_array(values: Any, name: str) -> np.ndarray[Any, Any]:
         raise UserError(f"{name}: rows of different lengths ({error})") from error
 
 
-def _column(values: Any, name: str) -> pa.Array:
-    return array_column(_as_array(values, name), name)
+def _column(values: Any, name: str) -> tuple[pa.Field, pa.Array]:
+    """A column and its field, without a name."""
+    if hasattr(values, "tocoo"):
+        return sparse_column(values)
+    column = array_column(_as_array(values, name), name)
+    return pa.field("", column.type), column
+
+
+def _table(columns: Mapping[str, tuple[pa.Field, pa.Array]]) -> pa.Table:
+    fields = [field.with_name(name) for name, (field, _) in columns.items()]
+    return pa.table([column for _, column in columns.values()], schema=pa.schema(fields))
 
 
 def array_column(array: np.ndarray[Any, Any], name: str) -> pa.Array:
@@ -88,15 +98,18 @@ class HuggingFaceSource:
 
 
 def source_of(data: Any) -> TableSource | HuggingFaceSource:
-    """The source behind an array, a mapping of arrays, a pandas DataFrame, an Arrow table or a `datasets.Dataset`."""
+    """The source behind an array, a sparse matrix of SciPy's, a mapping of these, a pandas DataFrame, an Arrow table or a
+    `datasets.Dataset`."""
     if isinstance(data, pa.Table):
         return TableSource(data, "the table")
     if isinstance(data, Mapping):
         columns = {str(name): _column(values, f"data[{name!r}]") for name, values in data.items()}
-        lengths = {name: len(column) for name, column in columns.items()}
+        lengths = {name: len(column) for name, (_, column) in columns.items()}
         if len(set(lengths.values())) > 1:
             raise UserError(f"data: columns of different lengths ({lengths})")
-        return TableSource(pa.table(columns), "the arrays")
+        return TableSource(_table(columns), "the arrays")
+    if hasattr(data, "tocoo"):
+        return TableSource(_table({"x": sparse_column(data)}), "the sparse matrix")
     if hasattr(data, "select_columns") and hasattr(data, "with_format"):
         return HuggingFaceSource(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
@@ -109,7 +122,8 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         array = _as_array(data, "the array")
         return TableSource(pa.table({"x": array_column(array, "the array")}), "the array", image_shape_of(array))
     raise UserError(
-        f"data: a {type(data).__name__}; give an array, a mapping of arrays, a DataFrame, an Arrow table or a datasets.Dataset"
+        f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a "
+        "datasets.Dataset"
     )
 
 

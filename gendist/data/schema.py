@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
-from typing import Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from gendist.data.matrix import entry_shape, is_image, is_numeric
+from gendist.blocks import Leaves
+from gendist.data.column_types import is_image, is_numeric, is_sparse, is_text, type_of_entries
+from gendist.data.domains import Domains
+from gendist.data.matrix import entry_shape
 from gendist.data.sources import DataConfig, Source
+from gendist.data.sparse import width_of
+from gendist.data.tokens import TextConfig, holds_tokens, vocabulary
 from gendist.protocols import Feature, UserError
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a family takes beside columns of numbers.
+
+    categories  columns of text, as the index of each entry's value
+    sparse      sparse rows
+    """
+
+    categories: bool = False
+    sparse: bool = False
+
+    @classmethod
+    def of(cls, family: Any) -> Takes:
+        """What the class of a family says of itself."""
+        return cls(getattr(family, "takes_categories", False), getattr(family, "takes_sparse", False))
+
+
+NUMBERS_ALONE = Takes()
 
 
 class Schema(BaseModel):
@@ -21,6 +47,12 @@ class Schema(BaseModel):
     columns        columns of the source, in order; a column may hold a list or an image
     feature_names  one a feature
     image_shape    (height, width[, channels]) where x is the pixels of one image
+    categories     of each column of text the values that the data have, in order: x is the index of one of them, or their
+                   number for any other text
+    is_sparse      whether rows are sparse, of one column
+    text           how that column's texts become counts of the features, which are tokens
+    types, widths  of each column, what it holds and how many features it makes, where that is not one number of type "real".
+                   Not kept: the same rows have other types in files of another format
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,11 +60,18 @@ class Schema(BaseModel):
     columns: tuple[str, ...]
     feature_names: tuple[str, ...]
     image_shape: tuple[int, ...] | None = None
+    categories: dict[str, tuple[str, ...]] = {}
+    is_sparse: bool = False
+    text: TextConfig | None = None
+    types: dict[str, Literal["real", "integer", "boolean", "category"]] = Field(default={}, exclude=True)
+    widths: dict[str, int] = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
     def _image_has_the_features(self) -> Self:
         if self.image_shape is not None and prod(self.image_shape) != self.num_features:
             raise ValueError(f"an image of shape {self.image_shape} does not have {self.num_features} pixels")
+        if not set(self.categories) <= set(self.columns):
+            raise ValueError(f"categories of {', '.join(self.categories)}, columns {', '.join(self.columns)}")
         return self
 
     @property
@@ -42,21 +81,64 @@ class Schema(BaseModel):
     @property
     def features(self) -> tuple[Feature, ...]:
         """What each column of x is."""
-        return tuple(Feature(name, name) for name in self.feature_names)
+        types = self.types | dict.fromkeys(self.categories, "category")
+        if len(self.columns) == 1:
+            columns = [self.columns[0]] * self.num_features
+        else:
+            columns = [name for name in self.columns for _ in range(self.widths.get(name, 1))]
+            if len(columns) != self.num_features:  # read from an artifact
+                columns = list(self.feature_names)
+        return tuple(
+            Feature(name, column, types.get(column, "real"), len(self.categories.get(column, ())))
+            for name, column in zip(self.feature_names, columns, strict=True)
+        )
+
+    @property
+    def columns_to_survey(self) -> tuple[str, ...]:
+        """Those of text whose values are not known yet."""
+        if self.is_sparse:
+            return ()
+        return tuple(name for name, type_ in self.types.items() if type_ == "category" and name not in self.categories)
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether all rows must be looked at to know how many features there are."""
+        return not self.feature_names
+
+    def leaves(self, num_rows: int) -> Leaves:
+        """Where so many rows are cut."""
+        return Leaves.of_sparse_rows(num_rows) if self.is_sparse else Leaves.of_shape(num_rows, self.num_features)
 
     @classmethod
-    def of(cls, source: Source, config: DataConfig) -> Schema:
-        """The schema that the source's columns, its first row and the `data:` block make."""
+    def of(cls, source: Source, config: DataConfig, takes: Takes = NUMBERS_ALONE, known: Schema | None = None) -> Schema:
+        """The schema that the source's columns, its first row and the `data:` block make.
+
+        known   of a model that is to read these rows as those that it was fitted to; as many columns, in the same order
+        """
         if source.num_rows == 0:
             raise UserError(f"{source.name}: the data set is empty")
         for what, given in (("columns", source.schema.names), ("data.columns", list(config.columns or ()))):
             twice = [name for name, count in Counter(given).items() if count > 1]
             if twice:
                 raise UserError(f"{source.name}: {what} with the same name: {_listing(twice)}; each may stand there once")
-        for name in (config.label, config.weight, *(config.columns or ())):
+        for name in (*config.label_columns, config.weight, *(config.columns or ())):
             if name is not None:
                 _require_column(source, name)
-        columns = config.columns or _default_columns(source, config)
+        if known is not None:
+            takes = Takes(categories=bool(known.categories), sparse=known.is_sparse)
+        text = _text_of(source, config, known)
+        columns = config.columns or ((text.column,) if text else _default_columns(source, config, takes))
+        if text or (known and known.is_sparse) or any(is_sparse(source.schema.field(name).type) for name in columns):
+            return cls._of_sparse_rows(source, config, takes, known, columns, text)
+        categories = _renamed(known.categories, known.columns, columns) if known else {}
+        for name in columns:
+            takes_text = name in categories or (takes.categories and known is None)
+            if is_text(source.schema.field(name).type) and not takes_text:
+                raise UserError(_not_numeric(source, name, columns))
+            if is_text(source.schema.field(name).type) and config.transforms:
+                raise UserError(
+                    f"{source.name}: column '{name}' holds texts, which data.transforms cannot transform; leave one of both out"
+                )
         first_row = source.read(0, 1, columns)
         names: list[str] = []
         shapes = [entry_shape(first_row, name, source.name) for name in columns]
@@ -72,7 +154,92 @@ class Schema(BaseModel):
             image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
             if image_shape is not None and prod(image_shape) != len(names):
                 image_shape = None
-        return cls(columns=tuple(columns), feature_names=tuple(names), image_shape=image_shape)
+        types = {name: type_of_entries(source.schema.field(name).type) for name in columns}
+        return cls(
+            columns=tuple(columns),
+            feature_names=tuple(names),
+            image_shape=image_shape,
+            categories=categories,
+            types={name: type_ for name, type_ in types.items() if type_ != "real"},
+            widths={name: prod(shape) for name, shape in zip(columns, shapes, strict=True) if shape != ()},
+        )
+
+    @classmethod
+    def _of_sparse_rows(
+        cls,
+        source: Source,
+        config: DataConfig,
+        takes: Takes,
+        known: Schema | None,
+        columns: Sequence[str],
+        text: TextConfig | None,
+    ) -> Schema:
+        """The features are those that are known or that the column says; else none, until all rows have been looked at."""
+        sparse = [name for name in columns if is_sparse(source.schema.field(name).type)]
+        name = sparse[0] if sparse else columns[0]
+        where = f"{source.name}: column '{name}'"
+        holds = "holds texts, whose counts are sparse" if text else "holds sparse rows"
+        if len(columns) > 1:
+            others = [other for other in columns if other != name]
+            raise UserError(f"{where} {holds}; such a column is fitted alone: leave out {_listing(others)} (data.columns)")
+        if not takes.sparse:
+            which = "this family takes dense rows alone" if known is None else "the model was fitted to dense ones"
+            raise UserError(f"{where} {holds}, but {which}; choose columns of numbers with data.columns")
+        if config.transforms:
+            raise UserError(f"{where} {holds}, which data.transforms cannot transform; leave one of both out")
+        names: tuple[str, ...] = ()
+        if known is not None:
+            names = known.feature_names
+        elif text is not None:
+            names = _numbered("hash", text.hash_buckets)
+        else:
+            names = _numbered(name, width_of(source.schema.field(name)) or 0)
+        return cls(columns=(name,), feature_names=names, is_sparse=True, text=text)
+
+    def completed(self, found: Domains, where: str) -> Schema:
+        """The schema with what was found in all rows: the values of columns of text, and the features of sparse rows."""
+        categories = {name: tuple(sorted(values)) for name, values in found.categories.items()}
+        names = self.feature_names
+        if self.needs_features:
+            names = vocabulary(found.tokens, self.text, where) if self.text else _numbered(self.columns[0], found.width)
+            if not names:
+                raise UserError(f"{where} holds sparse rows without entries; there is nothing to fit")
+        return self.model_copy(update={"categories": self.categories | categories, "feature_names": names})
+
+
+def _text_of(source: Source, config: DataConfig, known: Schema | None) -> TextConfig | None:
+    """How texts are to be counted, if they are: as the model does that is to read them, or as the spec says."""
+    text = config.text
+    if known is not None and known.text is not None:
+        names = config.columns or ((text.column,) if text else source.schema.names)
+        name = names[0] if len(names) == 1 else known.columns[0]
+        as_known = known.text.model_copy(update={"column": name})
+        if text not in (None, as_known):
+            raise UserError(f"data.text: the model has counted tokens otherwise ({as_known}); leave it out")
+        text = as_known
+    if text is None:
+        return None
+    _require_column(source, text.column)
+    if config.columns not in (None, (text.column,)):
+        raise UserError(f"data.columns: {_listing(config.columns)}; with data.text its column '{text.column}' is fitted alone")
+    type_ = source.schema.field(text.column).type
+    if not holds_tokens(type_):
+        raise UserError(
+            f"{source.name}: column '{text.column}' holds {type_}; data.text counts tokens, of texts or lists of them"
+        )
+    return text
+
+
+def _numbered(name: str, number: int) -> tuple[str, ...]:
+    return tuple(f"{name}_{i}" for i in range(number))
+
+
+def _renamed(
+    categories: Mapping[str, tuple[str, ...]], columns: Sequence[str], here: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """By the names that the columns have here, where there are as many of them."""
+    names = dict(zip(columns, here, strict=True)) if len(columns) == len(here) else {}
+    return {names[name]: values for name, values in categories.items() if name in names}
 
 
 def _require_column(source: Source, name: str) -> None:
@@ -82,23 +249,28 @@ def _require_column(source: Source, name: str) -> None:
         raise UserError(f"{source.name}: no column '{name}'; {hint}")
 
 
-def _default_columns(source: Source, config: DataConfig) -> tuple[str, ...]:
-    """Every column but label and weight; the image column alone where there is one."""
-    names = [name for name in source.schema.names if name not in (config.label, config.weight)]
+def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:
+    """Every column but label and weight; the column of images, or of sparse rows, alone where there is one."""
+    names = [name for name in source.schema.names if name not in (*config.label_columns, config.weight)]
     images = [name for name in names if is_image(source.schema.field(name).type)]
     if source.image_shape is not None:
         images = names[:1]
+    images = images or [name for name in names if is_sparse(source.schema.field(name).type)]
     if len(images) == 1:
         return (images[0],)
     if not names:
         raise UserError(f"{source.name}: no column is left to fit")
-    numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
     for name in names:
-        if name not in numeric:
-            kind = source.schema.field(name).type
-            hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
-            raise UserError(f"{source.name}: column '{name}' is not numeric ({kind}); choose columns that are, {hint}")
+        type_ = source.schema.field(name).type
+        if not is_numeric(type_) and not (takes.categories and is_text(type_)):
+            raise UserError(_not_numeric(source, name, names))
     return tuple(names)
+
+
+def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:
+    numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
+    hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
+    return f"{source.name}: column '{name}' is not numeric ({source.schema.field(name).type}); choose columns that are, {hint}"
 
 
 def _listing(names: Sequence[str], most: int = 12) -> str:

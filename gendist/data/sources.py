@@ -9,17 +9,38 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import fsspec
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gendist.data.evidence import normal_label
 from gendist.data.formats import open_files
 from gendist.data.huggingface import open_huggingface
 from gendist.data.memory import digits
+from gendist.data.tokens import TextConfig
 from gendist.data.transforms import Steps
 from gendist.protocols import UserError
+
+
+def _name_or_names(given: Any) -> Any:
+    """Told here, since of a field that may be of two types pydantic would say why it is neither."""
+    if given is None or isinstance(given, str):
+        return given
+    names = given if isinstance(given, list | tuple) else ()
+    if len(names) < 2 or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError("the name of a column is needed, or a list of two and more different columns of probabilities")
+    return tuple(names)
+
+
+def _distinct_labels(given: Any) -> Any:
+    if given is None:
+        return given
+    labels = [normal_label(label) for label in given] if isinstance(given, list | tuple) else []
+    if not labels or None in labels or len(set(labels)) < len(labels):
+        raise ValueError("a list of different labels is needed, such as [cat, dog]")
+    return tuple(labels)
 
 
 class DataConfig(BaseModel):
@@ -32,7 +53,10 @@ class DataConfig(BaseModel):
     subset               of source huggingface: which of its configurations
     streaming            of source huggingface: read the files where they lie, without a copy on this machine
     columns              the columns that are fitted; all but label and weight where left out, or the image column
-    label                a column that says which component (class) a row belongs to; may have missing entries
+    label                a column that says which component (class) a row belongs to, and may have missing entries; or a list
+                         of columns with the probabilities of the classes, which are called as they are
+    labels               the classes that there are, in order; those that are found where left out
+    text                 a column of texts, or of lists of tokens, whose tokens are counted: see `gendist.data.tokens`
     weight               a column of weights; weight 2 counts a row twice
     transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
     validation_fraction  the share of rows held out, chosen by row number
@@ -48,11 +72,28 @@ class DataConfig(BaseModel):
     subset: str | None = None
     streaming: bool = False
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    label: str | None = None
+    label: Annotated[str | tuple[str, ...] | None, BeforeValidator(_name_or_names)] = None
+    labels: Annotated[tuple[int | str, ...] | None, BeforeValidator(_distinct_labels)] = None
+    text: TextConfig | None = None
     weight: str | None = None
     transforms: Steps = ()
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     cache: Literal["memory", "none"] = "memory"
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        if self.label is None:
+            return ()
+        return (self.label,) if isinstance(self.label, str) else self.label
+
+    @model_validator(mode="after")
+    def _labels_belong_to_a_column(self) -> Self:
+        if self.labels is not None and not isinstance(self.label, str):
+            raise ValueError(
+                "labels: of one column of labels, which data.label names"
+                + ("; of columns of probabilities they are the columns' names" if self.label else "")
+            )
+        return self
 
 
 class Source(Protocol):

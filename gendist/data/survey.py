@@ -70,6 +70,8 @@ def survey(blocks: Blocks[Block]) -> Summary:
 
 def summarize(_: None, block: Block) -> Summary:
     """Of one block."""
+    if block.is_sparse:
+        return _summarize_sparse(block)
     weights_N = block.weights_or_ones()
     present_ND = torch.ones_like(block.x) if block.missing is None else (~block.missing).to(block.x.dtype)
     weights_ND = weights_N[:, None] * present_ND
@@ -82,9 +84,6 @@ def summarize(_: None, block: Block) -> Summary:
         absent = block.missing
         minimum = (block.x if absent is None else block.x.masked_fill(absent, torch.inf)).amin(0)
         maximum = (block.x if absent is None else block.x.masked_fill(absent, -torch.inf)).amax(0)
-    digest = hashlib.sha256(repr(tuple(block.x.shape)).encode())
-    for values in (block.x, block.weights, block.evidence, block.missing):
-        digest.update(b"-" if values is None else values.numpy().data)
     return Summary(
         num_rows=block.num_rows,
         num_weighted_rows=int((weights_N > 0).sum()),
@@ -96,5 +95,46 @@ def summarize(_: None, block: Block) -> Summary:
         minimum=minimum,
         maximum=maximum,
         all_integers=(block.x == block.x.round()).all(0),  # where an entry is missing there is a 0
-        fingerprint=digest.digest(),
+        fingerprint=_fingerprint(block, block.x, block.missing),
     )
+
+
+def _summarize_sparse(block: Block) -> Summary:
+    """Of rows whose other entries are 0, about which the moments are taken: they need no other reference."""
+    weights_N, num_features = block.weights_or_ones(), block.num_features
+    crow, columns_n, values_n = block.x.crow_indices(), block.x.col_indices(), block.x.values()
+    weights_n = weights_N.repeat_interleave(crow.diff())
+
+    def summed(entries_n: Tensor) -> Tensor:
+        return torch.zeros(num_features, dtype=torch.float64).index_add_(0, columns_n, entries_n)
+
+    total_weight = weights_N.sum()
+    mean = summed(weights_n * values_n) / total_weight.clamp_min(torch.finfo(torch.float64).tiny)
+    weight_of_zeros = (total_weight - summed(weights_n)).clamp_min(0.0)
+    scatter = summed(weights_n * (values_n - mean[columns_n]).square()) + weight_of_zeros * mean.square()
+    # A column with an entry in every row has no 0.
+    has_zero = torch.bincount(columns_n, minlength=num_features) < block.num_rows
+    minimum = torch.where(has_zero, 0.0, torch.inf).to(torch.float64).scatter_reduce_(0, columns_n, values_n, "amin")
+    maximum = torch.where(has_zero, 0.0, -torch.inf).to(torch.float64).scatter_reduce_(0, columns_n, values_n, "amax")
+    num_fractions = torch.bincount(columns_n[values_n != values_n.round()], minlength=num_features)
+    return Summary(
+        num_rows=block.num_rows,
+        num_weighted_rows=int((weights_N > 0).sum()),
+        total_weight=float(total_weight),
+        feature_weight=total_weight.expand(num_features).clone(),
+        mean=mean,
+        scatter=scatter,
+        num_missing=torch.zeros(num_features, dtype=torch.int64),
+        minimum=minimum,
+        maximum=maximum,
+        all_integers=num_fractions == 0,
+        fingerprint=_fingerprint(block, crow, columns_n, values_n),
+    )
+
+
+def _fingerprint(block: Block, *of_x: Tensor | None) -> bytes:
+    """Of the shape and bytes of one block."""
+    digest = hashlib.sha256(repr(tuple(block.x.shape)).encode())
+    for values in (of_x[0], block.weights, block.evidence, *of_x[1:]):
+        digest.update(b"-" if values is None else values.numpy().data)
+    return digest.digest()

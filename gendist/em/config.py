@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 STARTS = ("auto", "kmeans||", "kmeans++", "random", "random_responsibilities", "labels")
+WITHOUT_DISTANCES = ("random_responsibilities", "labels")  # the starts that look for no centers
 
 
 class EMConfig(BaseModel):
@@ -20,6 +21,8 @@ class EMConfig(BaseModel):
                       labelled rows alone), or an artifact or run directory to start from
     num_restarts      starts from as many seeds, fitted side by side in the same passes; the best is kept, hopeless ones are
                       given up early
+    unlabelled_weight what a row whose label is not known counts for, beside one whose label is (Nigam et al. 2000, section
+                      5.3.1); 0 leaves such rows out
     precision         of the products over the rows, "float64" or "float32"; sums over blocks are float64
     checkpoint_every  iterations between checkpoints
     """
@@ -34,5 +37,6 @@ class EMConfig(BaseModel):
     time_budget_s: float | None = Field(default=None, gt=0.0)
     init: str = Field(default="auto", min_length=1)
     num_restarts: int = Field(default=1, ge=1)
+    unlabelled_weight: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     precision: Literal["float64", "float32"] = "float64"
     checkpoint_every: int = Field(default=10, ge=1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gendist.models.distributions.distribution import Step
 from gendist.models.distributions.linear_kernel import LinearKernel, LinearStatistics, log_prob_of_counted
-from gendist.protocols import Compute, csr_tensor
+from gendist.protocols import Compute, csr_from_arrays
 
 SMALLEST = 1e-30  # of a probability: without pseudocounts a category may be in no sample of a latent
 
@@ -100,7 +100,7 @@ class Categorical:
             ones_ND.masked_fill_(missing_ND, 0.0)
         bounds = torch.arange(0, num_rows * num_columns + 1, num_columns)
         shape = (num_rows, self.probs.shape[1])
-        return csr_tensor(bounds, slot_ND.reshape(-1), ones_ND.reshape(-1), shape)
+        return csr_from_arrays(bounds.numpy(), slot_ND.reshape(-1).numpy(), ones_ND.reshape(-1).numpy(), shape)
 
     def log_prob_of_counted(self, statistics: LinearStatistics) -> float:
         return log_prob_of_counted(self.probs.log(), torch.zeros_like(statistics.absent), statistics)
