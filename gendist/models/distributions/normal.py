@@ -16,7 +16,8 @@ from torch import Tensor
 from gendist.models.distributions.distribution import Step
 from gendist.models.distributions.gaussian import Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator
-from gendist.models.distributions.gaussian_kernel import GaussianKernel, GaussianStatistics, Reference
+from gendist.models.distributions.gaussian_kernel import GaussianKernel
+from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
 from gendist.protocols import Compute
 
 
