@@ -25,6 +25,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
 
 from gendist.data import DataConfig
+from gendist.data.embedded import EMBEDDED
 from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
@@ -199,12 +200,12 @@ def _is_known(config: type[BaseModel], override: str) -> bool:
 
 
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
-    """Where rows are, from a path to them, the word "digits", or a YAML file with a `data:` block."""
+    """Where rows are, from a path to them, the name of embedded data ("digits"), or a YAML file with a `data:` block."""
     overrides = _of_blocks(overrides, "data", "cluster")
     if data.endswith((".yaml", ".yml")):
         content = read_yaml(data)
     else:
-        content = {"data": {"source": "digits"} if data == "digits" and not Path(data).exists() else {"path": data}}
+        content = {"data": {"source": data} if data in EMBEDDED and not Path(data).exists() else {"path": data}}
     return validated(ScoreSpec, apply_overrides(content, overrides, data), data)
 
 

@@ -78,16 +78,18 @@ def csr_tensor(
     """
     rows, columns = rows_n.astype(np.int64, copy=False), columns_n.astype(np.int64, copy=False)
     values = values_n.astype(np.float64, copy=False)
-    steps = np.diff(rows)
-    if not bool(((steps > 0) | ((steps == 0) & (np.diff(columns) > 0))).all()):
-        order = np.lexsort((columns, rows))  # which is stable: entries of one place are added in the order given
+    if bool((np.diff(rows) < 0).any()):
+        order = np.argsort(rows, kind="stable")
         rows, columns, values = rows[order], columns[order], values[order]
-        is_first = np.concatenate([[True], (np.diff(rows) != 0) | (np.diff(columns) != 0)])
-        values = np.add.reduceat(values, np.flatnonzero(is_first))
-        rows, columns = rows[is_first], columns[is_first]
-    if not bool(values.all()):
-        rows, columns, values = (array[values != 0] for array in (rows, columns, values))
     crow = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=shape[0]))])
+    if bool(((np.diff(rows) == 0) & (np.diff(columns) <= 0)).any()) or not bool(values.all()):
+        from scipy.sparse import csr_array
+
+        matrix = csr_array((values, columns, crow), shape=shape, copy=True)
+        matrix.sum_duplicates()
+        matrix.eliminate_zeros()
+        crow, columns = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64)
+        values = matrix.data
     return csr_from_arrays(crow, columns, values, shape)
 
 

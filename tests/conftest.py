@@ -62,12 +62,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield "toy"
 
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def counter() -> Iterator[str]:
     """The name of a small family that is fitted by EM and takes texts and sparse rows, which is among the families."""
     from toy_family import FOLDER
 
     import gendist.models
 
-    monkeypatch.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
-    return "counter"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gendist.models, "__path__", [*gendist.models.__path__, FOLDER])
+        yield "counter"

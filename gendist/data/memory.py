@@ -1,4 +1,4 @@
-"""Sources held in memory: arrays, data frames, Arrow tables, a `datasets.Dataset`, and the embedded digits."""
+"""Sources held in memory: arrays, sparse matrices, data frames, Arrow tables, a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -125,12 +125,3 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a "
         "datasets.Dataset"
     )
-
-
-def digits() -> TableSource:
-    """The 1,797 handwritten digits that come with scikit-learn: 8 x 8 pixels of 0..1 and their label."""
-    from sklearn.datasets import load_digits
-
-    embedded = load_digits()
-    columns = {"image": array_column(embedded.images / 16.0, "digits"), "label": pa.array(embedded.target)}
-    return TableSource(pa.table(columns), "digits", image_shape=(8, 8))

@@ -15,10 +15,10 @@ import fsspec
 import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gendist.data.embedded import EMBEDDED
 from gendist.data.evidence import normal_label
 from gendist.data.formats import open_files
 from gendist.data.huggingface import open_huggingface
-from gendist.data.memory import digits
 from gendist.data.tokens import TextConfig
 from gendist.data.transforms import Steps
 from gendist.protocols import UserError
@@ -66,7 +66,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["digits", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
+    source: Literal["digits", "docstrings", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     split: str | None = None
     subset: str | None = None
@@ -123,10 +123,10 @@ def open_source(config: DataConfig) -> Source:
         for field in ("split", "subset", "streaming"):
             if getattr(config, field):
                 raise UserError(f"data.{field}: of source huggingface alone; leave it out, or say data.source=huggingface")
-    if config.source == "digits":
+    if config.source in EMBEDDED:
         if config.path is not None:
-            raise UserError("data.path: the digits are embedded and have no path; leave it out")
-        return digits()
+            raise UserError(f"data.path: the {config.source} are embedded and have no path; leave it out")
+        return EMBEDDED[config.source]()
     if config.path is None:
         raise UserError("data.path is missing: give a file, a folder or a pattern, or `source: digits` for embedded data")
     if config.source == "huggingface":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -99,10 +100,12 @@ def feature_of(config: TextConfig, feature_names: Iterable[str]) -> Callable[[st
 def to_counts(column: Any, config: TextConfig, feature_names: tuple[str, ...]) -> Any:
     """(N, D) csr_array: how often each row has each token."""
     index_of = feature_of(config, feature_names)
-    rows, columns = [], []
-    for row, tokens in enumerate(tokens_of(column, config)):
-        found = [index for token in tokens if (index := index_of(token)) is not None]
-        rows.append(np.full(len(found), row))
-        columns += found
-    where = np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
-    return csr_rows(where, np.array(columns, dtype=np.int64), np.ones(len(where)), (len(column), len(feature_names)))
+    lengths: list[int] = []
+    columns = array("q")
+    for tokens in tokens_of(column, config):
+        before = len(columns)
+        columns.extend([index for token in tokens if (index := index_of(token)) is not None])
+        lengths.append(len(columns) - before)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    shape = (len(column), len(feature_names))
+    return csr_rows(rows, np.array(columns, dtype=np.int64), np.ones(len(rows)), shape)

@@ -1,0 +1,69 @@
+"""The first look at the columns where entries are missing; the moments and the fingerprint are in test_dataset.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from blocks_of import dataset_of, one_run_a_leaf
+
+from gendist.blocks import LocalBlocks
+from gendist.data.survey import survey
+
+RNG = np.random.default_rng(0)
+NAN = np.nan
+
+
+def columns() -> np.ndarray:
+    """Whole numbers, fractions, both with missing entries, negative ones alone, and a column without entries."""
+    x = np.stack([RNG.integers(3, 9, 500), RNG.normal(size=500), -RNG.integers(3, 9, 500), RNG.normal(size=500)], axis=1)
+    x = np.concatenate([x.astype(float), np.full((500, 1), NAN)], axis=1)
+    for column, share in ((2, 0.3), (3, 0.9)):
+        x[RNG.random(500) < share, column] = NAN
+    x[:64, 2] = NAN  # a whole leaf
+    return x
+
+
+@pytest.mark.parametrize("make_blocks", [LocalBlocks, one_run_a_leaf])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_missing_entries_do_not_count(make_blocks, weighted):
+    x, weights = columns(), RNG.integers(0, 3, 500)
+    data, options = ({"x": x, "w": weights}, {"weight": "w"}) if weighted else (x, {})
+    summary = survey(dataset_of(data, make_blocks, **options).blocks())
+    np.testing.assert_array_equal(summary.minimum, [*np.nanmin(x[:, :4], axis=0), np.inf])
+    np.testing.assert_array_equal(summary.maximum, [*np.nanmax(x[:, :4], axis=0), -np.inf])
+    assert summary.all_integers.tolist() == [True, False, True, False, True]
+    assert summary.num_missing.tolist() == np.isnan(x).sum(0).tolist()
+    present = ~np.isnan(x)
+    by = (weights if weighted else np.ones(500))[:, None] * present
+    np.testing.assert_allclose(summary.feature_weight, by.sum(0), rtol=1e-13)
+    mean = (by * np.nan_to_num(x)).sum(0)[:4] / by.sum(0)[:4]
+    np.testing.assert_allclose(summary.mean[:4], mean, rtol=1e-12)
+    np.testing.assert_allclose(
+        summary.variance[:4], (by[:, :4] * (np.nan_to_num(x[:, :4]) - mean) ** 2).sum(0) / by.sum(0)[:4], rtol=1e-11
+    )
+    assert summary.variance[4] == 0.0
+    assert bool(summary.mean.isfinite().all())
+
+
+@pytest.mark.parametrize("last", [2.5, 3.0, -7.0])
+def test_one_entry_decides_what_a_column_holds(last):
+    x = np.full((300, 1), NAN)
+    x[299] = last
+    summary = survey(dataset_of(x).blocks())
+    assert (float(summary.minimum), float(summary.maximum)) == (last, last)
+    assert summary.all_integers.tolist() == [last.is_integer()]
+    assert summary.mean.tolist() == [last]
+
+
+def test_rows_of_no_weight_are_looked_at_all_the_same():
+    summary = survey(dataset_of({"x": np.array([[1.0], [2.5]]), "w": [1.0, 0.0]}, weight="w").blocks())
+    assert (float(summary.maximum), summary.all_integers.tolist(), summary.num_weighted_rows) == (2.5, [False], 1)
+
+
+def test_a_part_without_rows_has_no_extremes():
+    summary = survey(dataset_of(np.ones((3, 2)), validation_fraction=0.001).blocks(part="validation"))
+    assert summary.num_rows == 0
+    assert torch.equal(summary.minimum, torch.full((2,), torch.inf).double())
+    assert torch.equal(summary.maximum, torch.full((2,), -torch.inf).double())
+    assert summary.all_integers.tolist() == [True, True]
