@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,16 +49,20 @@ class Bernoulli:
     def means(self) -> Tensor:
         return self.probs
 
-    @property
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self.probs.logit()
+
+    @cached_property
     def _constants(self) -> Tensor:
         return torch.log1p(-self.probs)
 
     def kernel(self, compute: Compute) -> LinearKernel:
         """x log p + (1 - x) log(1 - p) = x log(p / (1 - p)) + log(1 - p)."""
-        return LinearKernel(self.probs.logit(), self._constants, compute, unchanged)
+        return LinearKernel(self._weights, self._constants, compute, unchanged)
 
     def log_prob_of_counted(self, statistics: LinearStatistics) -> float:
-        return log_prob_of_counted(self.probs.logit(), self._constants, statistics)
+        return log_prob_of_counted(self._weights, self._constants, statistics)
 
     def m_step(self, statistics: LinearStatistics) -> Step[Bernoulli]:
         total_KD = statistics.present + 2.0 * self.pseudocount

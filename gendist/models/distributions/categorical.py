@@ -60,6 +60,10 @@ class Categorical:
         """(F,) the column of each slot."""
         return torch.repeat_interleave(torch.arange(self.num_features), self.num_slots)
 
+    @cached_property
+    def _log_probs(self) -> Tensor:
+        return self.probs.log()
+
     @property
     def _first_slot(self) -> Tensor:
         """(D,)"""
@@ -89,7 +93,7 @@ class Categorical:
     def kernel(self, compute: Compute) -> LinearKernel:
         """t(x) has a 1 in the slot of each column's category."""
         no_constants = torch.zeros(self.num_latents, self.num_features, dtype=torch.float64)
-        return LinearKernel(self.probs.log(), no_constants, compute, self._slots)
+        return LinearKernel(self._log_probs, no_constants, compute, self._slots)
 
     def _slots(self, x_ND: Tensor, missing_ND: Tensor | None) -> Tensor:
         """(N, F) in CSR layout."""
@@ -103,11 +107,11 @@ class Categorical:
         return csr_from_arrays(bounds.numpy(), slot_ND.reshape(-1).numpy(), ones_ND.reshape(-1).numpy(), shape)
 
     def log_prob_of_counted(self, statistics: LinearStatistics) -> float:
-        return log_prob_of_counted(self.probs.log(), torch.zeros_like(statistics.absent), statistics)
+        return log_prob_of_counted(self._log_probs, torch.zeros_like(statistics.absent), statistics)
 
     def m_step(self, statistics: LinearStatistics) -> Step[Categorical]:
         total_KD = statistics.present + self.num_slots.to(torch.float64) * self.pseudocount
-        total_KF = total_KD[:, self._column]
+        total_KF = total_KD.expand(-1, self.num_features)[:, self._column]
         probs_KF = ((statistics.sums + self.pseudocount) / torch.where(total_KF > 0, total_KF, 1.0)).clamp_min(SMALLEST)
         return Step(replace(self, probs=torch.where(total_KF > 0, probs_KF, self.probs)))
 

@@ -29,7 +29,7 @@ class LinearStatistics:
 
     counts  (K,) sum of r
     sums    (K, F) sum of r t(x)
-    absent  (K, D) sum of r over the samples in which the column is missing
+    absent  (K, D) sum of r over the samples in which the column is missing; (K, 1) zeros where nothing is
     base    sum of r base(x), over all latents
     """
 
@@ -40,7 +40,7 @@ class LinearStatistics:
 
     @property
     def present(self) -> Tensor:
-        """(K, D) sum of r over the samples that have the column."""
+        """(K, D) sum of r over the samples that have the column; (K, 1) where nothing is missing."""
         return (self.counts[:, None] - self.absent).clamp_min_(0.0)
 
     def merge(self, other: LinearStatistics) -> LinearStatistics:
@@ -76,7 +76,7 @@ class LinearKernel:
         self._base: Tensor | None = None
         self._counts = torch.zeros(len(weights), dtype=torch.float64, device=self._device)
         self._sums = torch.zeros(weights.shape, dtype=torch.float64, device=self._device)
-        self._absent = torch.zeros(constants.shape, dtype=torch.float64, device=self._device)
+        self._absent = torch.zeros(len(weights), 1, dtype=torch.float64, device=self._device)
         self._sum_of_base = 0.0
 
     def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[slice]:
@@ -113,7 +113,7 @@ class LinearKernel:
         else:
             self._sums += responsibilities_KN @ self._t
         if self._missing is not None:
-            self._absent += responsibilities_KN @ self._missing
+            self._absent = self._absent + responsibilities_KN @ self._missing
         if self._base is not None:
             self._sum_of_base += float((responsibilities_KN.sum(0) * self._base).sum())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -27,7 +28,7 @@ SMALLEST = 1e-30  # of a probability: without pseudocounts a token may be in no 
 class MultinomialStatistics:
     """linear    the sums of the counts; its base is minus the sum of r n log S
     exposure  (K, D) sum of r n / S over the samples that have the column: n is a sample's number of tokens, S the sum of the
-              probs of its columns that are there, 1 where none is missing
+              probs of its columns that are there, 1 where none is missing; (K, 1) where nothing is missing
     """
 
     linear: LinearStatistics
@@ -70,15 +71,19 @@ class Multinomial:
     def num_parameters(self) -> int:
         return self.num_latents * (self.num_features - 1)
 
+    @cached_property
+    def _log_probs(self) -> Tensor:
+        return self.probs.log()
+
     @property
     def means(self) -> Tensor:
         return self.mean_length * self.probs
 
     def kernel(self, compute: Compute) -> MultinomialKernel:
-        return MultinomialKernel(self.probs, compute)
+        return MultinomialKernel(self.probs, self._log_probs, compute)
 
     def log_prob_of_counted(self, statistics: MultinomialStatistics) -> float:
-        return float((self.probs.log() * statistics.linear.sums).sum()) + statistics.linear.base
+        return float((self._log_probs * statistics.linear.sums).sum()) + statistics.linear.base
 
     def m_step(self, statistics: MultinomialStatistics) -> Step[Multinomial]:
         """prob_d = (sum_d + pseudocount) / (exposure_d + D pseudocount), normalized.
@@ -99,7 +104,7 @@ class Multinomial:
         return Step(replace(self, probs=probs_KD, mean_length=length), is_final=is_final)
 
     def log_prior(self, statistics: MultinomialStatistics) -> float:
-        return self.pseudocount * float(self.probs.log().sum())
+        return self.pseudocount * float(self._log_probs.sum())
 
     def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
         """The number of tokens is a Poisson's of mean `mean_length`, so that each count is one, too."""
@@ -120,10 +125,10 @@ class MultinomialKernel(LinearKernel):
     """The linear kernel, and what missing counts take from it: n log S of each sample. All rows of a pass come with a mask of
     what is missing, or none."""
 
-    def __init__(self, probs: Tensor, compute: Compute):
-        super().__init__(probs.log(), torch.zeros_like(probs), compute, unchanged)
+    def __init__(self, probs: Tensor, log_probs: Tensor, compute: Compute):
+        super().__init__(log_probs, torch.zeros(1, 1, dtype=torch.float64).expand_as(probs), compute, unchanged)
         self._probs = probs.to(self._device)
-        self._exposure = torch.zeros_like(self._probs)
+        self._exposure = torch.zeros(len(probs), 1, dtype=torch.float64, device=self._device)
         self._length_N = self._log_sum_KN = torch.empty(0)
 
     def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
@@ -146,9 +151,9 @@ class MultinomialKernel(LinearKernel):
         weighted_KN = responsibilities_KN.to(torch.float64) * self._length_N
         self._sum_of_base -= float((weighted_KN * self._log_sum_KN).sum())
         weighted_KN /= self._log_sum_KN.exp()
-        self._exposure += weighted_KN @ (1.0 - self._missing.to(torch.float64))
+        self._exposure = self._exposure + weighted_KN @ (1.0 - self._missing.to(torch.float64))
 
     def statistics(self) -> MultinomialStatistics:  # type: ignore[override]
         linear = super().statistics()
-        whole_KD = linear.sums.sum(1, keepdim=True).expand_as(linear.sums)
-        return MultinomialStatistics(linear, whole_KD if self._missing is None else self._exposure.cpu())
+        whole_K1 = linear.sums.sum(1, keepdim=True)
+        return MultinomialStatistics(linear, whole_K1 if self._missing is None else self._exposure.cpu())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -52,12 +53,16 @@ class Poisson:
     def means(self) -> Tensor:
         return self.rates
 
+    @cached_property
+    def _weights(self) -> Tensor:
+        return self.rates.log()
+
     def kernel(self, compute: Compute) -> LinearKernel:
         """log p(x) = x log rate - rate - log x!"""
-        return LinearKernel(self.rates.log(), -self.rates, compute, unchanged, _minus_log_factorials)
+        return LinearKernel(self._weights, -self.rates, compute, unchanged, _minus_log_factorials)
 
     def log_prob_of_counted(self, statistics: LinearStatistics) -> float:
-        return log_prob_of_counted(self.rates.log(), -self.rates, statistics)
+        return log_prob_of_counted(self._weights, -self.rates, statistics)
 
     def m_step(self, statistics: LinearStatistics) -> Step[Poisson]:
         total_KD = statistics.present + self.pseudocount
