@@ -133,12 +133,9 @@ class ClassConditional:
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed. given: one of `labels`."""
         if given is not None:
-            names = {str(label): c for c, label in enumerate(self.labels)}
-            if str(given) not in names:
-                raise UserError(f"given {given!r}; the labels are {', '.join(names)}")
-            c = names[str(given)]
+            c = self._class_of(given)
             return self.models[c].sample(num_samples, seed=_seed_of_class(seed, c), offset=offset)
-        class_N = draw_latents(self.weights, seed, "sample.class", offset, num_samples)
+        class_N = self.sample_classes(num_samples, seed=seed, offset=offset)
         x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
         for c, model in enumerate(self.models):
             rows = torch.nonzero(class_N == c)[:, 0]
@@ -147,6 +144,18 @@ class ClassConditional:
                 own = model.sample(last - first + 1, seed=_seed_of_class(seed, c), offset=offset + first)
                 x_ND[rows] = own[rows - first]
         return x_ND
+
+    def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
+        if given is None:
+            return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
+        return torch.full((num_samples,), self._class_of(given))
+
+    def _class_of(self, given: Any) -> int:
+        names = {str(label): c for c, label in enumerate(self.labels)}
+        if str(given) not in names:
+            raise UserError(f"given {given!r}; the labels are {', '.join(names)}")
+        return names[str(given)]
 
     # Expectation-maximization
 

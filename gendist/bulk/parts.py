@@ -39,14 +39,14 @@ class Layout:
     columns   one a column of values
     array     the name of the values where they are one array
     numbered  there is one value a row, and a table gives its row number as well, in the column "row"
-    categories  of columns of text: a table has the text that a value is the index of, and none for another value. An array
+    categories  of columns of text or labels: a table has what a value is the index of, and none for another value. An array
                 has the values
     """
 
     columns: tuple[str, ...]
     array: str
     numbered: bool = False
-    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    categories: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def table(self, values: Values, first_row: int) -> pa.Table:
         """values (N, W), or (N,) where numbered."""
@@ -67,11 +67,12 @@ class Layout:
         return {"compression": "none", "use_dictionary": list(self.categories) or False, "column_encoding": encoding}
 
 
-def _texts(values_N: Values, texts: Sequence[str]) -> pa.Array:
-    """The text of each index; none where it is no index of one."""
+def _texts(values_N: Values, texts: Sequence[Any]) -> pa.Array:
+    """The text or label of each index; none where it is no index of one."""
     is_one = (values_N >= 0) & (values_N < len(texts))
     indices = pa.array(np.where(is_one, values_N, 0.0).astype(np.int64), mask=~is_one)
-    return pa.array(texts, pa.string()).take(indices)
+    kind = pa.int64() if texts and all(isinstance(each, int) for each in texts) else pa.string()
+    return pa.array([each if kind == pa.int64() else str(each) for each in texts], kind).take(indices)
 
 
 @dataclass(frozen=True)
