@@ -233,7 +233,10 @@ class EMFitting:
         """
         restart = leader(candidates)
         model, history = candidates[restart].model, candidates[restart].history
-        log_likelihood = _shifted(mean_log_likelihood(model, training, self.compute), log_abs_det["training"])
+        # Where all was counted, the parameters are those that the last iteration began with, up to rounding.
+        counted = history[-1] if candidates[restart].decision is Decision.COUNTED else None
+        mean = counted["log_likelihood"] if counted else mean_log_likelihood(model, training, self.compute)
+        log_likelihood = _shifted(mean, log_abs_det["training"])
         results: dict[str, Any] = {
             "stopped": candidates[restart].decision.value,
             "num_iterations": len(history),
@@ -243,7 +246,9 @@ class EMFitting:
             "iterations_that_fell": [record["iteration"] for record in history if record.get("fell")],
         }
         if validation is not None:
-            validated = mean_log_likelihood(model, validation, self.compute)
+            validated = (
+                counted["validation_log_likelihood"] if counted else mean_log_likelihood(model, validation, self.compute)
+            )
             results["validation_log_likelihood"] = _shifted(validated, log_abs_det["validation"])
         ends = [
             {
