@@ -83,7 +83,12 @@ def sample(
             "columns": list(names),
             "noise_version": noise.VERSION,
         },
-        layout=Layout(names, array="x", categories=loaded.schema.categories),
+        layout=Layout(
+            names,
+            array="x",
+            categories=loaded.schema.categories,
+            sparse=loaded.schema.columns[0] if loaded.schema.is_sparse else None,
+        ),
         parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
         compute=partial(_draw, seed, given),
@@ -213,8 +218,9 @@ def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
 
 def _draw(seed: int, given: Any, model: Any, rows: tuple[int, int]) -> tuple[int, Values, Mapping[str, float]]:
     start, stop = rows
+    x = model.sample(stop - start, seed=seed, offset=start, given=given)
     # Files hold float64, in whatever precision a family computes.
-    return start, model.sample(stop - start, seed=seed, offset=start, given=given).double().numpy(), {}
+    return start, (x.to_dense() if x.is_sparse_csr else x).double().numpy(), {}
 
 
 def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
