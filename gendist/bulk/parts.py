@@ -6,7 +6,7 @@ Encoded where it is made, a part crosses the network once and costs the process 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from gendist.blocks import Leaves
+from gendist.data.sparse import sparse_rows
 from gendist.protocols import UserError
 
 MAX_PART_BYTES = 32 * 2**20  # of values in memory; growing a buffer beyond doubles the encoding (docs/experiments.md)
@@ -41,19 +42,31 @@ class Layout:
     numbered  there is one value a row, and a table gives its row number as well, in the column "row"
     categories  of columns of text or labels: a table has what a value is the index of, and none for another value. An array
                 has the values
+    sparse    the column of sparse rows that a table of Parquet has instead of the features, where the model was fitted to such
     """
 
     columns: tuple[str, ...]
     array: str
     numbered: bool = False
     categories: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    sparse: str | None = None
 
     def table(self, values: Values, first_row: int) -> pa.Table:
         """values (N, W), or (N,) where numbered."""
         table: dict[str, Any] = {"row": np.arange(first_row, first_row + len(values))} if self.numbered else {}
-        for name, column in zip(self.columns, [values] if self.numbered else values.T, strict=True):
+        columns, names = [values] if self.numbered else values.T, self.columns
+        if self.sparse is not None:
+            num_features = sum(name not in self.categories for name in names)
+            table[self.sparse] = sparse_rows(values[:, :num_features])
+            columns, names = columns[num_features:], names[num_features:]
+        for name, column in zip(names, columns, strict=True):
             table[name] = _texts(column, self.categories[name]) if name in self.categories else column
         return pa.table(table)
+
+    @property
+    def dense(self) -> Layout:
+        """The same with a column for each feature."""
+        return replace(self, sparse=None)
 
     def shape(self, num_rows: int) -> tuple[int, ...]:
         return (num_rows,) if self.numbered else (num_rows, len(self.columns))
@@ -100,9 +113,9 @@ def as_table(layout: Layout, values: Values, first_row: int, sums: Mapping[str, 
 
 
 def as_csv(layout: Layout, values: Values, first_row: int, sums: Mapping[str, float]) -> pa.Buffer:
-    """Lines without a header."""
+    """Lines without a header; every entry of a sparse row."""
     stream = pa.BufferOutputStream()
-    pa.csv.write_csv(layout.table(values, first_row), stream, pa.csv.WriteOptions(include_header=False))
+    pa.csv.write_csv(layout.dense.table(values, first_row), stream, pa.csv.WriteOptions(include_header=False))
     return stream.getvalue()
 
 

@@ -47,7 +47,7 @@ def _write_parquet(parts: Iterable[Part], file: IO[bytes], layout: Layout) -> No
 
 def _csv_header(layout: Layout) -> bytes:
     stream = io.BytesIO()
-    pa.csv.write_csv(_no_rows(layout), stream)
+    pa.csv.write_csv(_no_rows(layout.dense), stream)
     return stream.getvalue()
 
 

@@ -90,7 +90,12 @@ def sample(
             "columns": list(names),
             "noise_version": noise.VERSION,
         },
-        layout=Layout(names, array="x", categories=categories),
+        layout=Layout(
+            names,
+            array="x",
+            categories=categories,
+            sparse=loaded.schema.columns[0] if loaded.schema.is_sparse else None,
+        ),
         parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
         compute=partial(_draw, seed, given, with_label),
@@ -222,8 +227,9 @@ def _draw(
     seed: int, given: Any, with_label: bool, model: Any, rows: tuple[int, int]
 ) -> tuple[int, Values, Mapping[str, float]]:
     start, stop = rows
+    x = model.sample(stop - start, seed=seed, offset=start, given=given)
     # Files hold float64, in whatever precision a family computes.
-    x_ND = model.sample(stop - start, seed=seed, offset=start, given=given).double().numpy()
+    x_ND = (x.to_dense() if x.is_sparse_csr else x).double().numpy()
     if with_label:
         class_N = _untransformed(model).sample_classes(stop - start, seed=seed, offset=start, given=given)
         x_ND = np.concatenate([x_ND, class_N.double().numpy()[:, None]], axis=1)

@@ -213,6 +213,9 @@ def _text_of(source: Source, config: DataConfig, known: Schema | None) -> TextCo
     if known is not None and known.text is not None:
         names = config.columns or ((text.column,) if text else source.schema.names)
         name = names[0] if len(names) == 1 else known.columns[0]
+        _require_column(source, name)
+        if is_sparse(source.schema.field(name).type):
+            return None  # counts already, as a sample of the model has them
         as_known = known.text.model_copy(update={"column": name})
         if text not in (None, as_known):
             raise UserError(f"data.text: the model has counted tokens otherwise ({as_known}); leave it out")

@@ -37,6 +37,19 @@ def sparse_column(matrix: Any) -> tuple[pa.Field, pa.Array]:
     return pa.field("", array.type, metadata={WIDTH: str(rows.shape[1])}), array
 
 
+def sparse_rows(matrix: Array) -> pa.Array:
+    """The rows of a matrix, which say its width themselves, in the types that Spark has."""
+    rows, columns = matrix.nonzero()
+    offsets = pa.array(np.searchsorted(rows, np.arange(len(matrix) + 1)).astype(np.int32))
+    parts = {
+        "type": pa.array(np.zeros(len(matrix), dtype=np.int8)),
+        "size": pa.array(np.full(len(matrix), matrix.shape[1], dtype=np.int32)),
+        "indices": pa.ListArray.from_arrays(offsets, pa.array(columns.astype(np.int32))),
+        "values": pa.ListArray.from_arrays(offsets, pa.array(matrix[rows, columns])),
+    }
+    return pa.StructArray.from_arrays(list(parts.values()), list(parts))
+
+
 def width_of(field: pa.Field) -> int | None:
     """The number of features, where the column itself says it."""
     metadata = field.metadata or {}

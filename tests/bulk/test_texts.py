@@ -116,3 +116,32 @@ def test_a_table_of_values_that_are_no_index_has_no_text_there():
     layout = Layout(("a", "b"), "x", categories={"b": ("no", "yes")})
     table = layout.table(np.array([[0.5, 0.0], [1.5, 1.0], [2.5, 2.0], [3.5, np.nan], [4.5, -1.0]]), 0)
     assert table.to_pydict() == {"a": [0.5, 1.5, 2.5, 3.5, 4.5], "b": ["no", "yes", None, None, None]}
+
+
+@pytest.mark.parametrize("hash_buckets", [0, 4])
+@pytest.mark.parametrize("name", ["all.parquet", "parts"])
+def test_samples_of_sparse_rows_are_sparse_rows_that_the_model_reads(counter, tmp_path, name, hash_buckets):
+    text = {"column": "body", "hash_buckets": hash_buckets}
+    model = fit(counter, tmp_path / "run", TEXTS, text=text).model
+    bulk.sample(tmp_path / "run", 200, tmp_path / name, seed=3)
+    x = model.sample(200, seed=3)
+    rows = pd.read_parquet(tmp_path / name)["body"]
+    for row, expected in zip(rows, x.numpy(), strict=True):
+        assert row["indices"].tolist() == np.flatnonzero(expected).tolist()
+        assert row["values"].tolist() == expected[expected != 0].tolist()
+        assert (row["type"], row["size"]) == (0, 4)
+    bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / name)), tmp_path / "scores.npy")
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), model.log_prob(x), rtol=1e-14)
+
+
+@pytest.mark.parametrize("name", ["all.csv", "all.npy"])
+def test_samples_of_sparse_rows_have_a_column_a_feature_where_a_format_knows_no_sparse_ones(counter, tmp_path, name):
+    model = fit(counter, tmp_path / "run", TEXTS, text={"column": "body"}).model
+    bulk.sample(tmp_path / "run", 200, tmp_path / name, seed=3)
+    if name == "all.npy":
+        values = np.load(tmp_path / name)
+    else:
+        frame = pd.read_csv(tmp_path / name)
+        assert frame.columns.tolist() == ["and", "dog", "fox", "the"]
+        values = frame.to_numpy()
+    np.testing.assert_array_equal(values, model.sample(200, seed=3))
