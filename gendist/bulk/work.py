@@ -77,7 +77,8 @@ def sample(
     names, categories = loaded.schema.feature_names, loaded.schema.categories
     with_label = bool(loaded.model.labels) and hasattr(_untransformed(loaded.model), "sample_classes") and not _is_array(out)
     if with_label:
-        label = LABEL if LABEL not in names else f"{LABEL} of the class"
+        beside = loaded.schema.columns if loaded.schema.is_sparse else names
+        label = LABEL if LABEL not in beside else f"{LABEL} of the class"
         names, categories = (*names, label), {**categories, label: loaded.model.labels}
     work = _Work(
         request={
