@@ -362,12 +362,12 @@ class GaussianMixture:
 
     @classmethod
     def check(cls, config: GaussianMixtureConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
-        empty = torch.nonzero(summary.minimum == torch.inf)[:, 0].tolist()
-        if empty:
+        without = torch.nonzero(summary.feature_weight == 0)[:, 0].tolist()
+        if without:
+            more = f", and of {len(without) - 1} other columns" if len(without) > 1 else ""
             raise UserError(
-                f"every value of '{summary.features[empty[0]].name}' is missing"
-                + (f", and of {len(empty) - 1} more columns" if len(empty) > 1 else "")
-                + ": leave it out of data.columns"
+                f"every value of '{summary.features[without[0]].name}'{more} is missing from the rows to fit, or of weight 0; "
+                "choose other columns with data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(

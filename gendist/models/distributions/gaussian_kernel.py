@@ -260,15 +260,15 @@ class GaussianKernel:
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
-        values = [value.cpu() for value in (self._counts, self._weight, self._shared, self._first, self._second)]
-        reference = self._tables.reference
+        reference, counts_K = self._tables.reference, self._counts.cpu()
         completed = None
         for part in self._parts.values():
-            counts_K, moments = part.statistics(reference.points)
-            values[0] = values[0] + counts_K
+            of_part_K, moments = part.statistics(reference.points)
+            counts_K = counts_K + of_part_K
             if moments is not None:
                 completed = moments if completed is None else completed.merge(moments)
-        return GaussianStatistics(reference, *values, completed)
+        weight, shared, first, second = (v.cpu() for v in (self._weight, self._shared, self._first, self._second))
+        return GaussianStatistics(reference, counts_K, weight, shared, first, second, completed)
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
         """t(z): (F, N) of full covariances, else (N, F)."""

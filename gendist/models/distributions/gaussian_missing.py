@@ -84,12 +84,13 @@ class Pattern:
         else:
             with one_thread():
                 scale = _triangular(reference.scale[self.observed])
-        return replace(reference, center=reference.center[self.observed], scale=scale, points=reference.points[:, self.observed])
+        center, points = reference.center[self.observed], reference.points[:, self.observed]
+        return replace(reference, center=center, scale=scale, points=points)
 
     def complete(self, statistics: GaussianStatistics, points_KD: Tensor) -> CompletedMoments:
         """The expected moments about `points` of a pattern's rows, from the statistics of their observed entries."""
         gaussian, kind = self.gaussian, self.gaussian.covariance_type
-        num_latents, num_features = gaussian.means.shape
+        num_features = gaussian.num_features
         observed_means_Ko, within = statistics.moments(kind)
         slope_KDo = self.slope.new_zeros(len(self.slope), num_features, len(self.observed))
         slope_KDo[:, self.observed, torch.arange(len(self.observed))] = 1.0
