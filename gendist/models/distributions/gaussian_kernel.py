@@ -15,8 +15,8 @@ tied, spherical  z, |z|^2                       D + 1
 Entries that are missing are marginalised. Where columns do not depend on each other (diag, spherical) they are left out of
 the sums, by a mask; else the rows that lack the same columns are done together, as `gaussian_missing.py` says.
 
-Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis for full covariances,
-whose products are of one column with others, else the first.
+Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis where covariances are
+matrices, whose columns are multiplied with each other, else the first.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class GaussianKernel:
         offset_K = offset_K.to(device)
         log_prob_KN = buffer("log_prob", (len(tables.offset), len(self._x)), dtype, device)
         if not self._all_own:
-            features_FN = self._features if self._gaussian.covariance_type == "full" else self._features.T
+            features_FN = self._features if self._gaussian.has_matrices else self._features.T
             offset_K1 = (offset_K if self._present is not None else tables.offset + offset_K).to(dtype)[:, None]
             torch.addmm(offset_K1, tables.weights, features_FN, out=log_prob_KN)
             if self._present is not None:
@@ -230,16 +230,16 @@ class GaussianKernel:
         self._weight += counts_K[:, None] if self._present is None else torch.mm(responsibilities_KN, self._present)
         if not self._all_own:
             dtype, device = self._compute.dtype, self._compute.torch_device
-            if kind == "full" and FEATURES_FIRST:
+            if self._gaussian.has_matrices and FEATURES_FIRST:
                 sums_FK = buffer("sums", tuple(tables.weights.T.shape), dtype, device)
                 self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK).T
             else:
-                features_NF = self._features.T if kind == "full" else self._features
+                features_NF = self._features.T if self._gaussian.has_matrices else self._features
                 sums_KF = buffer("sums", tuple(tables.weights.shape), dtype, device)
                 self._shared += torch.mm(responsibilities_KN, features_NF, out=sums_KF)
             if kind == "tied":
-                z_ND = self._features[:, :-1]
-                self._second += (z_ND * responsibilities_KN.sum(0)[:, None]).T @ z_ND
+                z_DN = self._features[:-1]
+                self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
         for i, k in enumerate(tables.own):
             r_N, x_ND, present_ND = responsibilities_KN[k], self._x, self._present
             near = torch.nonzero(r_N)[:, 0]
@@ -271,32 +271,31 @@ class GaussianKernel:
         return GaussianStatistics(reference, counts_K, weight, shared, first, second, completed)
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
-        """t(z): (F, N) of full covariances, else (N, F)."""
-        tables, kind, device = self._tables, self._gaussian.covariance_type, self._compute.torch_device
-        num_rows, num_features = x_ND.shape
+        """t(z): (F, N) where covariances are matrices, else (N, F)."""
+        tables, device, (num_rows, num_features) = self._tables, self._compute.torch_device, x_ND.shape
+        num_statistics, dtype = tables.weights.shape[1], self._compute.dtype
         centred_ND = torch.sub(x_ND, tables.center, out=buffer("centred", (num_rows, num_features), torch.float64, device))
-        if kind == "full":
-            t_FN = buffer("t", (tables.weights.shape[1], num_rows), self._compute.dtype, device)
-            z_DN = t_FN[:num_features]
-            z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
-            start = num_features
-            for i in range(num_features):
-                torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
-                start += num_features - i
+        if not self._gaussian.has_matrices:
+            t_NF = buffer("t", (num_rows, num_statistics), dtype, device)
+            z_ND = torch.mul(centred_ND, tables.to_z, out=t_NF[:, :num_features])
+            if self._present is not None:
+                z_ND.mul_(self._present)
+            if self._gaussian.covariance_type == "diag":
+                torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
+            else:
+                torch.sum(z_ND.square(), 1, out=t_NF[:, num_features])
+            return t_NF
+        t_FN = buffer("t", (num_statistics, num_rows), dtype, device)
+        z_DN = t_FN[:num_features]
+        z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
+        if self._gaussian.covariance_type == "tied":
+            t_FN[num_features] = z_DN.square().sum(0)
             return t_FN
-        t_NF = buffer("t", (num_rows, tables.weights.shape[1]), self._compute.dtype, device)
-        z_ND = t_NF[:, :num_features]
-        if kind == "tied":
-            z_ND.copy_(torch.mm(centred_ND, tables.to_z.T, out=buffer("z", (num_rows, num_features), torch.float64, device)))
-        else:
-            torch.mul(centred_ND, tables.to_z, out=z_ND)
-        if self._present is not None:
-            z_ND.mul_(self._present)
-        if kind == "diag":
-            torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
-        else:
-            torch.sum(z_ND.square(), 1, out=t_NF[:, num_features])
-        return t_NF
+        start = num_features
+        for i in range(num_features):
+            torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
+            start += num_features - i
+        return t_FN
 
 
 class _Part:
