@@ -68,6 +68,8 @@ def flat(value: Any) -> list[torch.Tensor | float]:
     """All numbers inside statistics, in order."""
     if isinstance(value, torch.Tensor | float | int):
         return [value]
+    if value is None:
+        return []
     return [number for name in sorted(vars(value)) for number in flat(getattr(value, name))]
 
 
