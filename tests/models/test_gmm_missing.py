@@ -13,6 +13,7 @@ from scipy.special import logsumexp
 import gendist
 from gendist.blocks import Leaves, LocalBlocks, reduce
 from gendist.evaluate.score import scores_of_rows
+from gendist.models.distributions import gaussian_kernel
 from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import rows_of_patterns
 from gendist.models.gmm import GaussianMixture
@@ -54,7 +55,7 @@ def with_holes(x: np.ndarray, share: float = 0.3, seed: int = 0) -> np.ndarray:
     return np.where(missing, np.nan, x)
 
 
-def sample(model: GaussianMixture, num_rows: int = 300) -> np.ndarray:
+def sample(model: GaussianMixture, num_rows: int = 120) -> np.ndarray:
     return with_holes(model.sample(num_rows, seed=1).numpy())
 
 
@@ -151,17 +152,34 @@ def test_densities_and_responsibilities_are_those_of_the_observed_entries(kind, 
     np.testing.assert_allclose(model.encode(x)[5], model.weights, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_many_rows_of_a_pattern_and_few_have_the_same_moments(monkeypatch):
+    """The kernel of the marginal and the differences, for narrow components and others."""
+    for kind, width in itertools.product(("full", "tied"), (1.0, 1e-4)):
+        model = mixture(kind, width)
+        block = block_of(sample(model))
+        found = []
+        for many in (1, 1 << 30):
+            monkeypatch.setattr(gaussian_kernel, "MANY_ROWS", many)
+            found.append(model.e_step(block))
+        assert found[0].log_likelihood == pytest.approx(found[1].log_likelihood, rel=1e-10)
+        for first, second in zip(*(statistics.gaussian.moments(kind) for statistics in found), strict=True):
+            np.testing.assert_allclose(first, second, rtol=1e-8, atol=1e-9 * width**2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "many"), [("full", 1), ("full", 256), ("tied", 1), ("tied", 256), ("diag", 1), ("spherical", 1)]
+)
 @pytest.mark.parametrize("width", [1.0, 1e-4])
-def test_em_is_that_written_out_row_by_row(kind, width):
+def test_em_is_that_written_out_row_by_row(monkeypatch, kind, many, width):
     """Weights, some 0, and soft evidence, which here excludes a component of some rows."""
+    monkeypatch.setattr(gaussian_kernel, "MANY_ROWS", many)
     model, rng = mixture(kind, width), np.random.default_rng(2)
     x = sample(model)
     weights, shares = rng.integers(0, 3, len(x)).astype(np.float64), rng.dirichlet(np.ones(3), len(x))
     shares[::7, 0], shares[3::11, 1] = 0.0, 0.0
     with np.errstate(divide="ignore"):
         evidence = np.log(shares)
-    for _ in range(3):
+    for _ in range(2):
         statistics, expected = model.e_step(block_of(x, weights, evidence)), em_by_rows(model, x, weights, evidence)
         assert statistics.log_likelihood == pytest.approx(expected[0], rel=1e-9)
         model = model.m_step(statistics).model
@@ -173,11 +191,11 @@ def test_em_is_that_written_out_row_by_row(kind, width):
 def test_components_that_narrow_all_at_once_keep_their_digits(kind, width):
     """From a broad start: the pass in which a component finds its cluster begins with a width of 1 and ends with 1e-5."""
     rng = np.random.default_rng(3)
-    centers, which = 5.0 * rng.normal(size=(3, 4)), np.arange(240) % 3
-    x = with_holes(centers[which] + width * rng.normal(size=(240, 4)), 0.2)
+    centers, which = 5.0 * rng.normal(size=(3, 4)), np.arange(120) % 3
+    x = with_holes(centers[which] + width * rng.normal(size=(120, 4)), 0.2)
     matrices = np.array([np.eye(4)] * 3)
     model = GaussianMixture.from_parameters(np.full(3, 1 / 3), centers + 0.1, layout(matrices, kind), kind, 0.0)
-    spec = spec_of(kind, covariance_regularization=0.0, fit={"max_iterations": 4})
+    spec = spec_of(kind, covariance_regularization=0.0, fit={"max_iterations": 3})
     run = gendist.fit(spec, data=x, init=model)
     for record in run.history:
         expected = em_by_rows(model, x)
@@ -235,7 +253,7 @@ def test_a_mask_of_nothing_changes_no_byte(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weight_two_is_the_row_twice_and_weight_zero_no_row(kind):
-    model, weights = mixture(kind), np.arange(300) % 3.0
+    model, weights = mixture(kind), np.arange(120) % 3.0
     x = sample(model)
     weighted = model.e_step(block_of(x, weights))
     repeated = model.e_step(block_of(np.repeat(x, weights.astype(int), axis=0)))
@@ -249,7 +267,7 @@ def test_weight_two_is_the_row_twice_and_weight_zero_no_row(kind):
 def test_soft_labels_are_the_enumeration_of_the_components(kind):
     """log p(x, evidence) = log sum over k of p(x_observed, k) e_k; and what one iteration makes of all rows is the same."""
     model, rng = mixture(kind), np.random.default_rng(4)
-    x, shares = sample(model), rng.dirichlet(np.ones(3), 300)
+    x, shares = sample(model), rng.dirichlet(np.ones(3), 120)
     block = block_of(x, evidence=np.log(shares))
     joint = log_joint(model, x)
     np.testing.assert_allclose(model.log_prob_of(block), np.log((np.exp(joint) * shares).sum(1)), rtol=1e-9, atol=1e-9)
@@ -258,7 +276,7 @@ def test_soft_labels_are_the_enumeration_of_the_components(kind):
 @pytest.mark.parametrize("kind", ["diag", "spherical"])
 def test_known_components_are_counted_in_one_step(kind):
     """Whatever the parameters were: each column's mean and variance over the rows of the component that have it."""
-    model, which = mixture(kind), np.arange(300) % 3
+    model, which = mixture(kind), np.arange(120) % 3
     x = sample(model)
     evidence = np.where(np.arange(3) == which[:, None], 0.0, -np.inf)
     found = model.m_step(model.e_step(block_of(x, evidence=evidence))).model
@@ -272,7 +290,7 @@ def test_known_components_are_counted_in_one_step(kind):
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_known_components_with_complete_rows_and_others_are_em_of_each_alone(kind):
     """The components are known, the entries are not: as many EM fits of one Gaussian, where the covariance is not shared."""
-    model, which = mixture(kind), np.arange(300) % 3
+    model, which = mixture(kind), np.arange(120) % 3
     x = sample(model)
     evidence = np.where(np.arange(3) == which[:, None], 0.0, -np.inf)
     found = model.m_step(model.e_step(block_of(x, evidence=evidence))).model
@@ -282,7 +300,7 @@ def test_known_components_with_complete_rows_and_others_are_em_of_each_alone(kin
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("column", [0, 3])
 def test_a_column_that_a_component_never_sees_keeps_what_was_said_of_it(kind, column):
-    model, which = mixture(kind), np.arange(300) % 3
+    model, which = mixture(kind), np.arange(120) % 3
     x = sample(model)
     x[which == 1, column] = np.nan
     evidence = np.where(np.arange(3) == which[:, None], 0.0, -np.inf)
@@ -304,7 +322,7 @@ def spec_of(kind: str, num_components: int = 3, fit=None, data=None, num_workers
         "family": "gmm",
         "model": {"num_components": num_components, "covariance_type": kind, **model},
         "data": data or {},
-        "fit": {"max_iterations": 15, "tolerance": 0.0, **(fit or {})},
+        "fit": {"max_iterations": 8, "tolerance": 0.0, **(fit or {})},
         "cluster": {"num_workers": num_workers},
     }
 
@@ -326,9 +344,9 @@ def test_no_iteration_gains_less_than_its_step_guarantees(kind, options, blobs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_prior_leads_to_the_mode_of_the_posterior(kind, blobs):
     """No small step away from the fitted parameters has more likelihood times prior."""
-    x = with_holes(blobs[:120])
+    x = with_holes(blobs[:64])
     prior = {"mean": [1.0, -1.0, 0.5], "scale": [2.0, 1.0, 3.0], "mean_precision": 5.0, "degrees_of_freedom": 9.0}
-    options = {"prior": prior, "covariance_regularization": 0.0, "fit": {"max_iterations": 1500}}
+    options = {"prior": prior, "covariance_regularization": 0.0, "fit": {"max_iterations": 300, "tolerance": 1e-13}}
     model = gendist.fit(spec_of(kind, 2, **options), data=x).model
 
     def log_posterior(other: GaussianMixture) -> float:
@@ -354,15 +372,6 @@ def test_a_prior_leads_to_the_mode_of_the_posterior(kind, blobs):
         assert log_posterior(other) < best + 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_maximum_of_the_likelihood_is_no_less_than_what_made_the_rows(kind):
-    truth = mixture(kind)
-    x = with_holes(truth.sample(3000, seed=5).numpy(), 0.2)
-    start = gendist.fit(spec_of(kind, covariance_regularization=0.0, fit={"max_iterations": 60}), data=x, init=truth)
-    assert start.results["log_likelihood"] >= float(truth.log_prob(x).mean())
-    np.testing.assert_allclose(start.model.means, truth.means, atol=0.5)
-
-
 def leaves_of(block: Block):
     def load(bounds):
         return [
@@ -382,15 +391,15 @@ def leaves_of(block: Block):
 @pytest.mark.parametrize("kind", KINDS)
 def test_statistics_are_the_same_bytes_for_every_run_of_leaves(kind):
     model, rng = mixture(kind), np.random.default_rng(6)
-    x = sample(model, 1000)
-    x[200:500] = model.sample(300, seed=7)  # leaves in which nothing is missing
-    evidence = np.where(rng.random((1000, 3)) < 0.1, -1.0, 0.0)
-    load, leaves = leaves_of(block_of(x, rng.integers(0, 3, 1000).astype(np.float64), evidence)), Leaves.of_shape(1000, 4)
+    x = sample(model, 400)
+    x[100:250] = model.sample(150, seed=7)  # leaves in which nothing is missing
+    evidence = np.where(rng.random((400, 3)) < 0.1, -1.0, 0.0)
+    load, leaves = leaves_of(block_of(x, rng.integers(0, 3, 400).astype(np.float64), evidence)), Leaves.of_shape(400, 4)
     step = type(model).e_step
     values = [reduce(step, LocalBlocks(load, leaves, most), model) for most in (1, 2, 8, 64)]
     assert all(same_bytes(values[0], value) for value in values[1:])
     assert_close(model.m_step(values[0]).model, em_by_rows(model, x, *(block.numpy() for block in (
-        load((0, 1000))[0].weights, load((0, 1000))[0].evidence))))  # fmt: skip
+        load((0, 400))[0].weights, load((0, 400))[0].evidence))))  # fmt: skip
 
 
 @pytest.mark.ray
@@ -489,7 +498,7 @@ def test_a_draw_belongs_to_the_seed_and_the_rows_number(kind):
     model = mixture(kind)
     x = sample(model)
     drawn = model.impute(x, seed=1)
-    np.testing.assert_allclose(model.impute(x[100:], seed=1, offset=100), drawn[100:], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(model.impute(x[70:], seed=1, offset=70), drawn[70:], rtol=1e-9, atol=1e-9)
     assert not torch.allclose(model.impute(x, seed=2), drawn)
 
 
@@ -507,7 +516,7 @@ def test_behind_transforms_rows_are_scored_and_filled_in_and_what_is_observed_st
 def test_rows_with_holes_are_scored():
     model = mixture("full")
     x = sample(model)
-    blocks = [block_of(x[a:b], rows=torch.arange(a, b)) for a, b in ((0, 120), (120, 300))]
+    blocks = [block_of(x[a:b], rows=torch.arange(a, b)) for a, b in ((0, 50), (50, 120))]
     np.testing.assert_allclose(scores_of_rows(model, blocks), model.log_prob(x), rtol=1e-12)
 
 

@@ -133,7 +133,7 @@ class GaussianEstimator:
         rows of a latent lack, where no column depends on another.
         """
         kind, weight = current.covariance_type, statistics.weight
-        alive_K = self.alive(statistics.counts)
+        alive_K = self.alive(weight.amax(1))
         sample_means_KD, covariances = statistics.moments(kind)
         means = sample_means_KD
         is_seen = weight > EMPTY * statistics.counts.sum()  # (K, D), or (K, 1) for all columns

@@ -48,6 +48,7 @@ ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small p
 ROWS_AT_ONCE = (256, 4096)
 FEATURES_FIRST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
+MANY_ROWS = 256  # of a pattern
 PATTERN_BYTES = 64 * 2**20  # of what is kept of patterns from block to block
 
 
@@ -113,18 +114,16 @@ class _Tables:
     own_constant: Tensor  # (n,) float64
     own_columns: Tensor  # (n, D) float64, what each column adds to that, or (n, 0)
     own_points: Tensor  # (n, D) float64
-    patterns: dict[bytes, tuple[Pattern, Reference]] = field(default_factory=dict)  # the first that came up
+    patterns: dict[bytes, Pattern] = field(default_factory=dict)  # the first that came up
 
-    def pattern_of(self, gaussian: Gaussian, missing_D: Tensor) -> tuple[Pattern, Reference]:
-        """The pattern, and about what its rows take their moments."""
+    def pattern_of(self, gaussian: Gaussian, missing_D: Tensor) -> Pattern:
         key = missing_D.numpy().tobytes()
         if key in self.patterns:
             return self.patterns[key]
-        pattern = Pattern.of(gaussian, missing_D)
-        made = pattern, pattern.marginal_reference(self.reference)
+        pattern = Pattern.of(gaussian, missing_D, self.reference)
         if (len(self.patterns) + 1) * pattern.num_bytes <= PATTERN_BYTES:
-            self.patterns[key] = made
-        return made
+            self.patterns[key] = pattern
+        return pattern
 
 
 # Made once for all blocks of a pass, and gone with the parameters.
@@ -185,11 +184,8 @@ class GaussianKernel:
     def _part_of(self, missing_D: Tensor) -> _Part:
         key = missing_D.numpy().tobytes()
         if key not in self._parts:
-            pattern, kernel = None, None
-            if not bool(missing_D.all()):
-                pattern, reference = self._tables.pattern_of(self._gaussian, missing_D)
-                kernel = GaussianKernel(pattern.marginal, self._compute, reference)
-            self._parts[key] = _Part(self._gaussian.num_latents, self._compute, pattern, kernel)
+            pattern = None if bool(missing_D.all()) else self._tables.pattern_of(self._gaussian, missing_D)
+            self._parts[key] = _Part(self._gaussian, self._compute, self._tables.reference, pattern)
         return self._parts[key]
 
     def log_prob(self, offset_K: Tensor) -> Tensor:
@@ -263,10 +259,12 @@ class GaussianKernel:
         reference, counts_K = self._tables.reference, self._counts.cpu()
         completed = None
         for part in self._parts.values():
-            of_part_K, moments = part.statistics(reference.points)
+            of_part_K, moments = part.statistics()
             counts_K = counts_K + of_part_K
-            if moments is not None:
-                completed = moments if completed is None else completed.merge(moments)
+            if moments is not None and completed is None:
+                completed = moments
+            elif moments is not None and completed is not None:
+                completed.add_(moments)
         weight, shared, first, second = (v.cpu() for v in (self._weight, self._shared, self._first, self._second))
         return GaussianStatistics(reference, counts_K, weight, shared, first, second, completed)
 
@@ -299,34 +297,54 @@ class GaussianKernel:
 
 
 class _Part:
-    """A pass over the rows of one pattern, by a kernel of the observed columns. `pattern` is None where there are none."""
+    """A pass over the rows of one pattern; `pattern` is None where they lack every entry.
 
-    def __init__(self, num_latents: int, compute: Compute, pattern: Pattern | None, kernel: GaussianKernel | None):
-        self.pattern, self._kernel, self._compute = pattern, kernel, compute
-        self._unseen = torch.zeros(num_latents, dtype=torch.float64, device=compute.torch_device)
-        self._num_rows = 0
+    Many rows are done by a kernel of the observed columns, whose moments are completed at the end. For few its tables would
+    cost more than they save.
+    """
+
+    def __init__(self, gaussian: Gaussian, compute: Compute, reference: Reference, pattern: Pattern | None) -> None:
+        self._compute, self._points, self._pattern = compute, reference.points, pattern
+        self._kernel: GaussianKernel | None = None
+        self._is_few, self._num_rows, self._differences = False, 0, torch.empty(0)
+        self._unseen = torch.zeros(gaussian.num_latents, dtype=torch.float64)
+        self._moments: CompletedMoments | None = None  # of few rows at a time
 
     def load(self, x_ND: Tensor) -> None:
         self._num_rows = len(x_ND)
-        if self.pattern is not None and self._kernel is not None:
-            self._kernel.load(x_ND[:, self.pattern.observed.to(x_ND.device)], None)
+        if self._pattern is None:
+            return
+        pattern = self._pattern
+        x_No, self._is_few = x_ND[:, pattern.observed], len(x_ND) < MANY_ROWS
+        if self._is_few:
+            self._differences = pattern.differences(x_No.cpu())
+            return
+        if self._kernel is None:
+            self._kernel = GaussianKernel(pattern.marginal, self._compute, pattern.marginal_reference)
+        self._kernel.load(x_No, None)
 
     def log_prob(self, offset_K: Tensor) -> Tensor:
-        if self._kernel is not None:
-            return self._kernel.log_prob(offset_K)
-        dtype, device = self._compute.dtype, self._compute.torch_device
-        log_prob_KN = buffer("log_prob", (len(offset_K), self._num_rows), dtype, device)
-        return log_prob_KN.copy_(offset_K[:, None])
+        device = self._compute.torch_device
+        if self._pattern is None:
+            return offset_K.to(device)[:, None].repeat(1, self._num_rows)
+        if self._is_few or self._kernel is None:
+            log_prob_KN = self._pattern.log_prob(self._differences)
+            return log_prob_KN.add_(offset_K.cpu()[:, None]).clamp_min_(LEAST_LOG).to(device)
+        return self._kernel.log_prob(offset_K)
 
     def add(self, responsibilities_KN: Tensor) -> None:
-        if self._kernel is not None:
-            self._kernel.add(responsibilities_KN)
+        if self._pattern is None:
+            self._unseen += responsibilities_KN.sum(1).cpu()
+        elif self._is_few or self._kernel is None:
+            moments = self._pattern.moments(self._differences, responsibilities_KN.cpu().double(), self._points)
+            self._moments = moments if self._moments is None else self._moments.merge(moments)
         else:
-            self._unseen += responsibilities_KN.sum(1)
+            self._kernel.add(responsibilities_KN)
 
-    def statistics(self, points_KD: Tensor) -> tuple[Tensor, CompletedMoments | None]:
-        """(K,) the weight of the rows, and their moments about the points, as they are expected to be when complete."""
-        if self.pattern is None or self._kernel is None:
-            return self._unseen.cpu(), None
-        statistics = self._kernel.statistics()
-        return statistics.counts, self.pattern.complete(statistics, points_KD)
+    def statistics(self) -> tuple[Tensor, CompletedMoments | None]:
+        """(K,) the weight of the rows, and their moments, as they are expected to be when complete."""
+        moments = self._moments
+        if self._pattern is not None and self._kernel is not None:
+            completed = self._pattern.complete(self._kernel.statistics(), self._points)
+            moments = completed if moments is None else moments.merge(completed)
+        return (self._unseen if moments is None else moments.counts.clone()), moments
