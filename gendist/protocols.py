@@ -226,6 +226,7 @@ class DataSummary(Protocol):
     features          (D,) of the columns of x
     minimum, maximum  (D,) of the entries that are there, of rows of any weight; inf and -inf of a column without entries
     all_integers      (D,) bool
+    feature_weight    (D,) the weight of the rows that have the entry
     """
 
     @property
@@ -236,6 +237,8 @@ class DataSummary(Protocol):
     def maximum(self) -> Tensor: ...
     @property
     def all_integers(self) -> Tensor: ...
+    @property
+    def feature_weight(self) -> Tensor: ...
     @property
     def num_rows(self) -> int: ...
     @property

@@ -4,6 +4,9 @@ Random choices are races: every row draws an exponential time at its own address
 with, and the earliest wins (Efraimidis & Spirakis 2006). The earliest of two groups of rows is the earlier of their
 earliest, so a draw from a whole data set is a reduction like any other.
 
+A row that lacks entries is as far from a center as the entries that it has, and counts for the mean of their columns alone.
+Where it becomes a center itself, it has the means of the data for the others.
+
 Legend: N rows, D features, L latents, K centers, C candidates.
 """
 
@@ -48,11 +51,11 @@ def find_centers(
     free = torch.nonzero(~known)[:, 0]
     if method == "random":
         if len(free):
-            winners = reduce(partial(_random_rows, seed, len(free)), blocks, None)
+            winners = reduce(partial(_random_rows, seed, len(free)), blocks, summary.mean)
             centers_LD[free[: len(winners.rows)]] = winners.x
         return centers_LD
     if len(free):
-        centers_LD[free] = _SEEDINGS[method](blocks, centers_LD[known], len(free), seed)
+        centers_LD[free] = _SEEDINGS[method](blocks, centers_LD[known], len(free), seed, summary.mean)
     return _lloyd(blocks, centers_LD, float(summary.variance.mean()))
 
 
@@ -76,26 +79,29 @@ class _Race:
         return _Race(self.size, times[first], rows, x, self.potential + other.potential)
 
 
-def _race(block: Block, rates_N: Tensor, exponentials_N: Tensor, size: int) -> _Race:
+def _race(block: Block, rates_N: Tensor, exponentials_N: Tensor, size: int, mean_D: Tensor) -> _Race:
     """Draw `size` rows without replacement, each in proportion to its rate; rows of rate 0 never win."""
     times, first = torch.topk(exponentials_N / rates_N, min(size, block.num_rows), largest=False)
     finite = times.isfinite()
     times, first = times[finite], first[finite]
-    return _Race(size, times, block.rows[first], block.x[first])
+    x_nD = block.x[first]
+    if block.missing is not None:
+        x_nD = torch.where(block.missing[first], mean_D, x_nD)
+    return _Race(size, times, block.rows[first], x_nD)
 
 
 def _exponentials(block: Block, noise: Noise) -> Tensor:
     return -noise.uniform_of_rows(block.rows).log()
 
 
-def _random_rows(seed: int, size: int, _: None, block: Block) -> _Race:
-    return _race(block, _unlabelled_weights(block), _exponentials(block, Noise(seed, "start.random")), size)
+def _random_rows(seed: int, size: int, mean_D: Tensor, block: Block) -> _Race:
+    return _race(block, _unlabelled_weights(block), _exponentials(block, Noise(seed, "start.random")), size, mean_D)
 
 
 # Seeding
 
 
-def _kmeans_plus_plus(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, seed: int) -> Tensor:
+def _kmeans_plus_plus(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, seed: int, mean_D: Tensor) -> Tensor:
     """(num_centers, D) rows, each drawn in proportion to its squared distance from the centers before it.
 
     Arthur & Vassilvitskii 2007, with the greedy choice of the best among C candidates that scikit-learn makes too. One
@@ -108,7 +114,8 @@ def _kmeans_plus_plus(blocks: Blocks[Block], known_KD: Tensor, num_centers: int,
     chosen: list[Tensor] = []
     for step in range(num_centers + 1):
         taken_KD = torch.stack(centers) if centers else candidates_CD[:0]
-        races = reduce(partial(_race_for_each, seed, step, num_candidates), blocks, (taken_KD, candidates_CD)).values
+        race = partial(_race_for_each, seed, step, num_candidates)
+        races = reduce(race, blocks, (taken_KD, candidates_CD, mean_D)).values
         best = min(range(len(races)), key=lambda i: races[i].potential)
         if step > 0:
             centers.append(candidates_CD[best])
@@ -121,25 +128,25 @@ def _kmeans_plus_plus(blocks: Blocks[Block], known_KD: Tensor, num_centers: int,
     return torch.stack(chosen)
 
 
-def _race_for_each(seed: int, step: int, size: int, broadcast: tuple[Tensor, Tensor], block: Block) -> Each[_Race]:
+def _race_for_each(seed: int, step: int, size: int, broadcast: tuple[Tensor, Tensor, Tensor], block: Block) -> Each[_Race]:
     """One race for each candidate center: what would be drawn next if this candidate were taken."""
-    taken_KD, candidates_CD = broadcast
+    taken_KD, candidates_CD, mean_D = broadcast
     exponentials_N = _exponentials(block, Noise(seed, f"start.kmeans++.{step}"))
     weights_N = _unlabelled_weights(block)
     if len(taken_KD) + len(candidates_CD) == 0:
-        return Each((_race(block, weights_N, exponentials_N, size),))
+        return Each((_race(block, weights_N, exponentials_N, size, mean_D),))
     distances = [_squared_to_nearest(block, taken_KD)]
     if len(candidates_CD):
-        distances = list(torch.minimum(distances[0], _squared(block.x, candidates_CD).T))
+        distances = list(torch.minimum(distances[0], _squared(block.x, candidates_CD, _present(block)).T))
     races = []
     for distance_N in distances:
         rates_N = weights_N * distance_N
-        race = _race(block, rates_N, exponentials_N, size)
+        race = _race(block, rates_N, exponentials_N, size, mean_D)
         races.append(replace(race, potential=float(rates_N.sum())))
     return Each(tuple(races))
 
 
-def _kmeans_parallel(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, seed: int) -> Tensor:
+def _kmeans_parallel(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, seed: int, mean_D: Tensor) -> Tensor:
     """(num_centers, D), by k-means||: some passes over the rows, however many centers there are.
 
     Bahmani et al. 2012, "Scalable k-means++", algorithm 2: in each round many candidates at once are drawn in proportion
@@ -149,7 +156,7 @@ def _kmeans_parallel(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, 
     candidates_CD = known_KD
     for step in range(NUM_ROUNDS + 1):
         size = OVERSAMPLING * num_centers if step > 0 or len(known_KD) else 1
-        race = reduce(partial(_race_far_off, seed, step, size), blocks, candidates_CD)
+        race = reduce(partial(_race_far_off, seed, step, size), blocks, (candidates_CD, mean_D))
         candidates_CD = torch.cat([candidates_CD, race.x])
     counts_C = reduce(_unlabelled_cells, blocks, candidates_CD).counts
     num_known = len(known_KD)
@@ -158,24 +165,25 @@ def _kmeans_parallel(blocks: Blocks[Block], known_KD: Tensor, num_centers: int, 
     clusterings = []
     for index in range(NUM_RECLUSTERINGS):
         attempt = derived_seed(seed, f"start.kmeans||.{index}")
-        chosen_KD = _kmeans_plus_plus(few_blocks, known_KD, num_centers, attempt)
+        chosen_KD = _kmeans_plus_plus(few_blocks, known_KD, num_centers, attempt, mean_D)
         centers_KD = _lloyd(few_blocks, torch.cat([known_KD, chosen_KD]), mean_variance=0.0)
         clusterings.append(reduce(_nearest_cells, few_blocks, centers_KD))
     return min(clusterings, key=lambda cells: cells.inertia).centers[num_known:]
 
 
-def _race_far_off(seed: int, step: int, size: int, candidates_CD: Tensor, block: Block) -> _Race:
+def _race_far_off(seed: int, step: int, size: int, broadcast: tuple[Tensor, Tensor], block: Block) -> _Race:
+    candidates_CD, mean_D = broadcast
     rates_N = _unlabelled_weights(block)
     if len(candidates_CD):
         rates_N = rates_N * _squared_to_nearest(block, candidates_CD)
-    return _race(block, rates_N, _exponentials(block, Noise(seed, f"start.kmeans||.{step}")), size)
+    return _race(block, rates_N, _exponentials(block, Noise(seed, f"start.kmeans||.{step}")), size, mean_D)
 
 
 def _whole(block: Block, _: Sequence[int]) -> list[Block]:
     return [block]
 
 
-_SEEDINGS: dict[str, Callable[[Blocks[Block], Tensor, int, int], Tensor]] = {
+_SEEDINGS: dict[str, Callable[[Blocks[Block], Tensor, int, int, Tensor], Tensor]] = {
     "kmeans++": _kmeans_plus_plus,
     "kmeans||": _kmeans_parallel,
 }
@@ -190,15 +198,17 @@ class _Cells:
 
     centers: Tensor  # (L, D)
     counts: Tensor  # (L,)
+    present: Tensor  # (L, D) the weight of the rows that have the entry; (L, 1) where none is missing
     sums: Tensor  # (L, D)
     inertia: float
 
     def merge(self, other: _Cells) -> _Cells:
-        return _Cells(self.centers, self.counts + other.counts, self.sums + other.sums, self.inertia + other.inertia)
+        counts, present = self.counts + other.counts, self.present + other.present
+        return _Cells(self.centers, counts, present, self.sums + other.sums, self.inertia + other.inertia)
 
     def means(self) -> Tensor:
         """(L, D); the center of an empty cell stays."""
-        return self.centers + self.sums / torch.where(self.counts > 0, self.counts, 1.0)[:, None]
+        return self.centers + self.sums / torch.where(self.present > 0, self.present, 1.0)
 
 
 def _lloyd(blocks: Blocks[Block], centers_LD: Tensor, mean_variance: float) -> Tensor:
@@ -228,10 +238,14 @@ def _unlabelled_cells(centers_CD: Tensor, block: Block) -> _Cells:
 
 def _cells(centers_LD: Tensor, block: Block, weights_N: Tensor, nearest_N: Tensor) -> _Cells:
     # About the center: the rows of a cell lie close to it, wherever the data lie.
-    difference_ND = block.x - centers_LD[nearest_N]
+    difference_ND, present_ND = block.x - centers_LD[nearest_N], _present(block)
     counts_L = torch.zeros(len(centers_LD), dtype=torch.float64).index_add_(0, nearest_N, weights_N)
+    present_L = counts_L[:, None]
+    if present_ND is not None:
+        difference_ND *= present_ND
+        present_L = torch.zeros_like(centers_LD).index_add_(0, nearest_N, weights_N[:, None] * present_ND)
     sums_LD = torch.zeros_like(centers_LD).index_add_(0, nearest_N, weights_N[:, None] * difference_ND)
-    return _Cells(centers_LD, counts_L, sums_LD, float((weights_N * difference_ND.square().sum(1)).sum()))
+    return _Cells(centers_LD, counts_L, present_L, sums_LD, float((weights_N * difference_ND.square().sum(1)).sum()))
 
 
 # Distances and evidence
@@ -248,17 +262,21 @@ def _nearest(block: Block, centers_LD: Tensor, excluded_NL: Tensor | None = None
     By a matrix product about the middle of the centers, |x - c|^2 = |x|^2 - 2 x c + |c|^2, which is many times as fast as
     differences. It loses the digits of rows that are much nearer to a center than to that middle: these are done again.
     """
-    assert block.missing is None, "a distance needs every entry of a row"
+    present_ND = _present(block)
     middle_D = centers_LD.median(0).values  # of which a few centers far away take no hold
     about_ND, about_LD = block.x - middle_D, centers_LD - middle_D
-    score_NL = torch.addmm(0.5 * about_LD.square().sum(1), about_ND, about_LD.T, alpha=-1.0)
+    if present_ND is None:
+        score_NL = torch.addmm(0.5 * about_LD.square().sum(1), about_ND, about_LD.T, alpha=-1.0)
+    else:
+        about_ND *= present_ND
+        score_NL = torch.addmm(0.5 * present_ND @ about_LD.square().T, about_ND, about_LD.T, alpha=-1.0)
     if excluded_NL is not None:
         score_NL = score_NL.masked_fill(excluded_NL, torch.inf)
     nearest_N = score_NL.min(1).indices
-    squared_N = (block.x - centers_LD[nearest_N]).square().sum(1)
+    squared_N = _squared_norms(block.x - centers_LD[nearest_N], present_ND)
     blurred = torch.nonzero((squared_N > 0) & (squared_N < BLUR * about_ND.square().sum(1)))[:, 0]
     if len(blurred):
-        squared_nL = _squared(block.x[blurred], centers_LD)
+        squared_nL = _squared(block.x[blurred], centers_LD, None if present_ND is None else present_ND[blurred])
         if excluded_NL is not None:
             squared_nL = squared_nL.masked_fill(excluded_NL[blurred], torch.inf)
         nearest_N[blurred] = squared_nL.min(1).indices
@@ -269,12 +287,26 @@ def _squared_to_nearest(block: Block, centers_KD: Tensor) -> Tensor:
     """(N,) squared distance from the nearest center; infinite where there is none."""
     if len(centers_KD) == 0:
         return torch.full((block.num_rows,), torch.inf, dtype=torch.float64)
-    return (block.x - centers_KD[_nearest(block, centers_KD)]).square().sum(1)
+    return _squared_norms(block.x - centers_KD[_nearest(block, centers_KD)], _present(block))
 
 
-def _squared(x_ND: Tensor, centers_LD: Tensor) -> Tensor:
+def _squared(x_ND: Tensor, centers_LD: Tensor, present_ND: Tensor | None) -> Tensor:
     """(N, L), from differences: the expanded product loses the digits of data far from 0."""
-    return torch.cdist(x_ND, centers_LD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    if present_ND is None:
+        return torch.cdist(x_ND, centers_LD, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.stack([_squared_norms(x_ND - center_D, present_ND) for center_D in centers_LD], 1)
+
+
+def _squared_norms(difference_ND: Tensor, present_ND: Tensor | None) -> Tensor:
+    """(N,) of the entries that are there."""
+    if present_ND is not None:
+        difference_ND = difference_ND * present_ND
+    return difference_ND.square().sum(1)
+
+
+def _present(block: Block) -> Tensor | None:
+    """(N, D) 1.0 where an entry is there; None: everywhere."""
+    return None if block.missing is None else (~block.missing).to(block.x.dtype)
 
 
 def _is_known(block: Block) -> Tensor:
@@ -285,4 +317,6 @@ def _is_known(block: Block) -> Tensor:
 
 
 def _unlabelled_weights(block: Block) -> Tensor:
-    return block.weights_or_ones() * (1.0 - _is_known(block))
+    """(N,) the weights of the rows that may become centers; those without any entry may not."""
+    weights_N = block.weights_or_ones() * (1.0 - _is_known(block))
+    return weights_N if block.missing is None else weights_N * ~block.missing.all(1)

@@ -365,12 +365,12 @@ class GaussianMixture:
 
     @classmethod
     def check(cls, config: GaussianMixtureConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
-        empty = torch.nonzero(summary.minimum == torch.inf)[:, 0].tolist()
-        if empty:
+        without = torch.nonzero(summary.feature_weight == 0)[:, 0].tolist()
+        if without:
+            more = f", and of {len(without) - 1} other columns," if len(without) > 1 else ""
             raise UserError(
-                f"every value of '{summary.features[empty[0]].name}' is missing"
-                + (f", and of {len(empty) - 1} more columns" if len(empty) > 1 else "")
-                + ": leave it out of data.columns"
+                f"every value of '{summary.features[without[0]].name}'{more} is missing from the rows to fit, or of weight 0; "
+                "choose other columns with data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(
@@ -406,9 +406,9 @@ class GaussianMixture:
             weights_K = counts_K + (self.config.weight_concentration - 1.0)
             weights_K = weights_K / weights_K.sum()
         model = replace(self, weights=weights_K, gaussian=estimate.gaussian, reference=None)
-        alive_K = estimator.alive(counts_K)
-        model, revivals = model._revived(alive_K, counts_K, statistics.worst)
         weight = statistics.gaussian.weight
+        alive_K = estimator.alive(weight.amax(1))  # rows that lack every entry keep no component alive
+        model, revivals = model._revived(alive_K, counts_K, statistics.worst)
         least_gain = model._penalty(estimator, weight) - self._penalty(estimator, weight)
         redo = None if estimate.redo is None else replace(self, reference=estimate.redo)
         return Update(model, (*estimate.repairs, *revivals), least_gain, redo)

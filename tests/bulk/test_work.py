@@ -154,12 +154,16 @@ def test_a_mistake_leaves_nothing_behind(folder, tmp_path, name, arguments, expe
 
 
 def test_a_row_without_a_density_is_named(folder, tmp_path):
+    """One that lacks an entry, behind a transform that needs all of them."""
     frame = pd.read_parquet(folder / "data.parquet")
+    data = {"path": str(folder / "data.parquet"), "transforms": ["whiten"]}
+    spec = {"name": "whitened", "family": "gmm", "model": {"num_components": 1}, "data": data, "fit": {"max_iterations": 1}}
+    gendist.fit(spec, run_dir=tmp_path / "run")
     for row, left in ((1500, True), (3, False)):  # what was reached is kept, where there is something
         frame.iloc[row, 1] = np.nan
         frame.to_parquet(tmp_path / "holes.parquet", index=False)
-        with pytest.raises(UserError, match=f"row {row}: x has missing"):
-            bulk.score(folder / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / str(row))
+        with pytest.raises(UserError, match=f"row {row}: column 'b' is missing"):
+            bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / str(row))
         assert (tmp_path / str(row)).exists() == left
 
 
@@ -175,3 +179,12 @@ def test_samples_of_a_model_with_classes_have_a_column_of_labels(tmp_path, name)
     np.testing.assert_array_equal(frame[["x_0", "x_1"]].to_numpy(), model.sample(300, seed=5, offset=7))
     classes = model.sample_classes(300, seed=5, offset=7).numpy()
     assert frame["label"].tolist() == np.array(model.labels)[classes].tolist()
+
+
+def test_rows_that_lack_entries_are_scored_by_those_they_have(folder, tmp_path):
+    frame = pd.read_parquet(folder / "data.parquet")
+    frame.iloc[3, 1] = frame.iloc[1500, 0] = np.nan
+    frame.to_parquet(tmp_path / "holes.parquet", index=False)
+    bulk.score(folder / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / "all.npy")
+    expected = gendist.load(folder / "run").log_prob(frame.to_numpy())
+    np.testing.assert_allclose(np.load(tmp_path / "all.npy"), expected, rtol=1e-13)

@@ -79,7 +79,8 @@ def test_kmeans_parallel_makes_few_passes_however_many_centers(blobs):
     passes = {}
     for method, num_centers in itertools.product(KMEANS, (10, 40)):
         blocks = CountingBlocks(blocks_of(blobs))
-        seeded = centers._SEEDINGS[method](blocks, torch.empty(0, 3, dtype=torch.float64), num_centers, 0)
+        nothing_known, mean = torch.empty(0, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+        seeded = centers._SEEDINGS[method](blocks, nothing_known, num_centers, 0, mean)
         assert len(seeded.unique(dim=0)) == num_centers
         passes[method, num_centers] = blocks.num_passes
     assert passes["kmeans||", 10] == passes["kmeans||", 40] <= 8

@@ -225,11 +225,9 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["sample", "run", "-n", "0", "--out", "a.npy"], "greater than or equal to 1"),
         (["fit"], "Missing argument 'SPEC.yaml'"),
         (["nonsense"], "No such command 'nonsense'"),
-        (["score", "run", "missing.csv", "--out", "a.npy"], "row 1: x has missing or infinite entries"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments, expected):
-    (folder / "missing.csv").write_text("a,b\n1,2\n3,\n")
     np.save(folder / "wide.npy", np.zeros((5, 3)))
     code, _, err = call(monkeypatch, capsys, folder, *arguments)
     assert code == 2

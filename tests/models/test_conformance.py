@@ -70,6 +70,8 @@ def flat(value: Any) -> list[torch.Tensor | float]:
         return [value]
     if isinstance(value, tuple):
         return [number for each in value for number in flat(each)]
+    if value is None:
+        return []
     return [number for name in sorted(vars(value)) for number in flat(getattr(value, name))]
 
 

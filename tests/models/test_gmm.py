@@ -314,8 +314,8 @@ def test_x_that_does_not_fit_is_refused():
         model.log_prob(np.zeros((3, 5)))
     with pytest.raises(UserError, match="columns in the order in which they were fitted"):
         model.log_prob(pd.DataFrame(np.zeros((3, 4))))
-    with pytest.raises(UserError, match="missing or infinite"):
-        model.log_prob([[0.0, np.nan, 0.0, 0.0]])
+    with pytest.raises(UserError, match="infinite entries"):
+        model.log_prob([[0.0, np.inf, 0.0, 0.0]])
     with pytest.raises(UserError, match="the components are 0 to 2"):
         model.sample(1, given=3)
 

@@ -133,7 +133,7 @@ class GaussianEstimator:
         rows of a latent lack, where no column depends on another.
         """
         kind, weight = current.covariance_type, statistics.weight
-        alive_K = self.alive(statistics.counts)
+        alive_K = self.alive(weight.amax(1))
         sample_means_KD, covariances = statistics.moments(kind)
         means = sample_means_KD
         is_seen = weight > EMPTY * statistics.counts.sum()  # (K, D), or (K, 1) for all columns
@@ -197,8 +197,7 @@ class GaussianEstimator:
         num_latents, width = weight.shape
         num_covariances = num_latents if kind == "tied" else 1
         dimensions = width if kind == "spherical" else 1
-        total = {"full": lambda: weight[:, 0], "tied": weight.sum, "diag": lambda: weight, "spherical": lambda: weight.sum(1)}
-        divisor = total[kind]()
+        divisor = weight if kind == "diag" else weight.sum() if kind == "tied" else weight.sum(1)
         if self.prior is not None:
             per_column = len(self.prior.mean) + 1 if kind in ("full", "tied") else 2
             divisor = divisor + self.prior.degrees_of_freedom + per_column
@@ -218,9 +217,8 @@ class GaussianEstimator:
         divisor = self._weight(weight if gaussian.has_matrices else weight.expand(-1, num_features), kind)
         inverse_variances = whitening.square().sum(1) if gaussian.has_matrices else whitening.square()  # diagonal of C^-1
         trace_K = inverse_variances.sum(1) / (num_features if kind == "spherical" else 1)
-        total = (
-            0.5 * self.config.covariance_regularization * (divisor * (inverse_variances if kind == "diag" else trace_K)).sum()
-        )
+        ridge = self.config.covariance_regularization
+        total = 0.5 * ridge * (divisor * (inverse_variances if kind == "diag" else trace_K)).sum()
         if self.prior is None:
             return float(total)
         log_det = -2.0 * (gaussian.log_det_whitening[:1] if kind == "tied" else gaussian.log_det_whitening)

@@ -15,8 +15,8 @@ tied, spherical  z, |z|^2                       D + 1
 Entries that are missing are marginalised. Where columns do not depend on each other (diag, spherical) they are left out of
 the sums, by a mask; else the rows that lack the same columns are done together, as `gaussian_missing.py` says.
 
-Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis for full covariances,
-whose products are of one column with others, else the first.
+Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis where covariances are
+matrices, whose columns are multiplied with each other, else the first.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small p
 ROWS_AT_ONCE = (256, 4096)
 FEATURES_FIRST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
+MANY_ROWS = 256  # of a pattern
 PATTERN_BYTES = 64 * 2**20  # of what is kept of patterns from block to block
 
 
@@ -113,18 +114,16 @@ class _Tables:
     own_constant: Tensor  # (n,) float64
     own_columns: Tensor  # (n, D) float64, what each column adds to that, or (n, 0)
     own_points: Tensor  # (n, D) float64
-    patterns: dict[bytes, tuple[Pattern, Reference]] = field(default_factory=dict)  # the first that came up
+    patterns: dict[bytes, Pattern] = field(default_factory=dict)  # the first that came up
 
-    def pattern_of(self, gaussian: Gaussian, missing_D: Tensor) -> tuple[Pattern, Reference]:
-        """The pattern, and about what its rows take their moments."""
+    def pattern_of(self, gaussian: Gaussian, missing_D: Tensor) -> Pattern:
         key = missing_D.numpy().tobytes()
         if key in self.patterns:
             return self.patterns[key]
-        pattern = Pattern.of(gaussian, missing_D)
-        made = pattern, pattern.marginal_reference(self.reference)
+        pattern = Pattern.of(gaussian, missing_D, self.reference)
         if (len(self.patterns) + 1) * pattern.num_bytes <= PATTERN_BYTES:
-            self.patterns[key] = made
-        return made
+            self.patterns[key] = pattern
+        return pattern
 
 
 # Made once for all blocks of a pass, and gone with the parameters.
@@ -185,11 +184,8 @@ class GaussianKernel:
     def _part_of(self, missing_D: Tensor) -> _Part:
         key = missing_D.numpy().tobytes()
         if key not in self._parts:
-            pattern, kernel = None, None
-            if not bool(missing_D.all()):
-                pattern, reference = self._tables.pattern_of(self._gaussian, missing_D)
-                kernel = GaussianKernel(pattern.marginal, self._compute, reference)
-            self._parts[key] = _Part(self._gaussian.num_latents, self._compute, pattern, kernel)
+            pattern = None if bool(missing_D.all()) else self._tables.pattern_of(self._gaussian, missing_D)
+            self._parts[key] = _Part(self._gaussian, self._compute, self._tables.reference, pattern)
         return self._parts[key]
 
     def log_prob(self, offset_K: Tensor) -> Tensor:
@@ -200,7 +196,7 @@ class GaussianKernel:
         offset_K = offset_K.to(device)
         log_prob_KN = buffer("log_prob", (len(tables.offset), len(self._x)), dtype, device)
         if not self._all_own:
-            features_FN = self._features if self._gaussian.covariance_type == "full" else self._features.T
+            features_FN = self._features if self._gaussian.has_matrices else self._features.T
             offset_K1 = (offset_K if self._present is not None else tables.offset + offset_K).to(dtype)[:, None]
             torch.addmm(offset_K1, tables.weights, features_FN, out=log_prob_KN)
             if self._present is not None:
@@ -230,16 +226,16 @@ class GaussianKernel:
         self._weight += counts_K[:, None] if self._present is None else torch.mm(responsibilities_KN, self._present)
         if not self._all_own:
             dtype, device = self._compute.dtype, self._compute.torch_device
-            if kind == "full" and FEATURES_FIRST:
+            if self._gaussian.has_matrices and FEATURES_FIRST:
                 sums_FK = buffer("sums", tuple(tables.weights.T.shape), dtype, device)
                 self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK).T
             else:
-                features_NF = self._features.T if kind == "full" else self._features
+                features_NF = self._features.T if self._gaussian.has_matrices else self._features
                 sums_KF = buffer("sums", tuple(tables.weights.shape), dtype, device)
                 self._shared += torch.mm(responsibilities_KN, features_NF, out=sums_KF)
             if kind == "tied":
-                z_ND = self._features[:, :-1]
-                self._second += (z_ND * responsibilities_KN.sum(0)[:, None]).T @ z_ND
+                z_DN = self._features[:-1]
+                self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
         for i, k in enumerate(tables.own):
             r_N, x_ND, present_ND = responsibilities_KN[k], self._x, self._present
             near = torch.nonzero(r_N)[:, 0]
@@ -260,74 +256,95 @@ class GaussianKernel:
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
-        values = [value.cpu() for value in (self._counts, self._weight, self._shared, self._first, self._second)]
-        reference = self._tables.reference
+        reference, counts_K = self._tables.reference, self._counts.cpu()
         completed = None
         for part in self._parts.values():
-            counts_K, moments = part.statistics(reference.points)
-            values[0] = values[0] + counts_K
-            if moments is not None:
-                completed = moments if completed is None else completed.merge(moments)
-        return GaussianStatistics(reference, *values, completed)
+            of_part_K, moments = part.statistics()
+            counts_K = counts_K + of_part_K
+            if moments is not None and completed is None:
+                completed = moments
+            elif moments is not None and completed is not None:
+                completed.add_(moments)
+        weight, shared, first, second = (v.cpu() for v in (self._weight, self._shared, self._first, self._second))
+        return GaussianStatistics(reference, counts_K, weight, shared, first, second, completed)
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
-        """t(z): (F, N) of full covariances, else (N, F)."""
-        tables, kind, device = self._tables, self._gaussian.covariance_type, self._compute.torch_device
-        num_rows, num_features = x_ND.shape
+        """t(z): (F, N) where covariances are matrices, else (N, F)."""
+        tables, device, (num_rows, num_features) = self._tables, self._compute.torch_device, x_ND.shape
+        num_statistics, dtype = tables.weights.shape[1], self._compute.dtype
         centred_ND = torch.sub(x_ND, tables.center, out=buffer("centred", (num_rows, num_features), torch.float64, device))
-        if kind == "full":
-            t_FN = buffer("t", (tables.weights.shape[1], num_rows), self._compute.dtype, device)
-            z_DN = t_FN[:num_features]
-            z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
-            start = num_features
-            for i in range(num_features):
-                torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
-                start += num_features - i
+        if not self._gaussian.has_matrices:
+            t_NF = buffer("t", (num_rows, num_statistics), dtype, device)
+            z_ND = torch.mul(centred_ND, tables.to_z, out=t_NF[:, :num_features])
+            if self._present is not None:
+                z_ND.mul_(self._present)
+            if self._gaussian.covariance_type == "diag":
+                torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
+            else:
+                torch.sum(z_ND.square(), 1, out=t_NF[:, num_features])
+            return t_NF
+        t_FN = buffer("t", (num_statistics, num_rows), dtype, device)
+        z_DN = t_FN[:num_features]
+        z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
+        if self._gaussian.covariance_type == "tied":
+            t_FN[num_features] = z_DN.square().sum(0)
             return t_FN
-        t_NF = buffer("t", (num_rows, tables.weights.shape[1]), self._compute.dtype, device)
-        z_ND = t_NF[:, :num_features]
-        if kind == "tied":
-            z_ND.copy_(torch.mm(centred_ND, tables.to_z.T, out=buffer("z", (num_rows, num_features), torch.float64, device)))
-        else:
-            torch.mul(centred_ND, tables.to_z, out=z_ND)
-        if self._present is not None:
-            z_ND.mul_(self._present)
-        if kind == "diag":
-            torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
-        else:
-            torch.sum(z_ND.square(), 1, out=t_NF[:, num_features])
-        return t_NF
+        start = num_features
+        for i in range(num_features):
+            torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
+            start += num_features - i
+        return t_FN
 
 
 class _Part:
-    """A pass over the rows of one pattern, by a kernel of the observed columns. `pattern` is None where there are none."""
+    """A pass over the rows of one pattern; `pattern` is None where they lack every entry.
 
-    def __init__(self, num_latents: int, compute: Compute, pattern: Pattern | None, kernel: GaussianKernel | None):
-        self.pattern, self._kernel, self._compute = pattern, kernel, compute
-        self._unseen = torch.zeros(num_latents, dtype=torch.float64, device=compute.torch_device)
-        self._num_rows = 0
+    Many rows are done by a kernel of the observed columns, whose moments are completed at the end. For few its tables would
+    cost more than they save.
+    """
+
+    def __init__(self, gaussian: Gaussian, compute: Compute, reference: Reference, pattern: Pattern | None) -> None:
+        self._compute, self._points, self._pattern = compute, reference.points, pattern
+        self._kernel: GaussianKernel | None = None
+        self._is_few, self._num_rows, self._differences = False, 0, torch.empty(0)
+        self._unseen = torch.zeros(gaussian.num_latents, dtype=torch.float64)
+        self._moments: CompletedMoments | None = None  # of few rows at a time
 
     def load(self, x_ND: Tensor) -> None:
         self._num_rows = len(x_ND)
-        if self.pattern is not None and self._kernel is not None:
-            self._kernel.load(x_ND[:, self.pattern.observed.to(x_ND.device)], None)
+        if self._pattern is None:
+            return
+        pattern = self._pattern
+        x_No, self._is_few = x_ND[:, pattern.observed], len(x_ND) < MANY_ROWS
+        if self._is_few:
+            self._differences = pattern.differences(x_No.cpu())
+            return
+        if self._kernel is None:
+            self._kernel = GaussianKernel(pattern.marginal, self._compute, pattern.marginal_reference)
+        self._kernel.load(x_No, None)
 
     def log_prob(self, offset_K: Tensor) -> Tensor:
-        if self._kernel is not None:
-            return self._kernel.log_prob(offset_K)
-        dtype, device = self._compute.dtype, self._compute.torch_device
-        log_prob_KN = buffer("log_prob", (len(offset_K), self._num_rows), dtype, device)
-        return log_prob_KN.copy_(offset_K[:, None])
+        device = self._compute.torch_device
+        if self._pattern is None:
+            return offset_K.to(device)[:, None].repeat(1, self._num_rows)
+        if self._is_few or self._kernel is None:
+            log_prob_KN = self._pattern.log_prob(self._differences)
+            return log_prob_KN.add_(offset_K.cpu()[:, None]).clamp_min_(LEAST_LOG).to(device)
+        return self._kernel.log_prob(offset_K)
 
     def add(self, responsibilities_KN: Tensor) -> None:
-        if self._kernel is not None:
-            self._kernel.add(responsibilities_KN)
+        if self._pattern is None:
+            self._unseen += responsibilities_KN.sum(1).cpu()
+        elif self._is_few or self._kernel is None:
+            moments = self._pattern.moments(self._differences, responsibilities_KN.cpu().double(), self._points)
+            self._moments = moments if self._moments is None else self._moments.merge(moments)
         else:
-            self._unseen += responsibilities_KN.sum(1)
+            self._kernel.add(responsibilities_KN)
 
-    def statistics(self, points_KD: Tensor) -> tuple[Tensor, CompletedMoments | None]:
-        """(K,) the weight of the rows, and their moments about the points, as they are expected to be when complete."""
-        if self.pattern is None or self._kernel is None:
-            return self._unseen.cpu(), None
-        statistics = self._kernel.statistics()
-        return statistics.counts, self.pattern.complete(statistics, points_KD)
+    def statistics(self) -> tuple[Tensor, CompletedMoments | None]:
+        """(K,) the weight of the rows, and their moments, as they are expected to be when complete."""
+        moments = self._moments
+        if self._pattern is not None and self._kernel is not None:
+            completed = self._pattern.complete(self._kernel.statistics(), self._points)
+            moments = completed if moments is None else moments.merge(completed)
+        return (self._unseen if moments is None else moments.counts.clone()), moments

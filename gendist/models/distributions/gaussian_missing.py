@@ -12,7 +12,9 @@ of it have 1 for K.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,64 +45,95 @@ class Pattern:
 
     observed   (o,) column numbers
     missing    (m,)
-    marginal   the Gaussians of the observed columns
-    slope      (K, m, o): E[x_missing | x_observed] = mean_missing + slope (x_observed - mean_observed)
-    scale      (K, m, m) lower triangular: A A^T is the covariance of x_missing given x_observed
+    means      (K, o) of the observed columns
+    factor     (K, o, o) lower triangular, A A^T the covariance of the observed columns
+    whitening  (K, o, o) its inverse
+    completion (K, D, o): E[x | x_observed] = mean + completion (x_observed - mean_observed)
+    scale      (K, m, m) lower triangular, A A^T the covariance of the missing columns given the observed
+    reference  of a pass over complete rows
     """
 
     gaussian: Gaussian
     observed: Tensor
     missing: Tensor
-    marginal: Gaussian
-    slope: Tensor
+    means: Tensor
+    factor: Tensor
+    whitening: Tensor
+    completion: Tensor
     scale: Tensor
+    reference: Reference | None = None
 
     @classmethod
-    def of(cls, gaussian: Gaussian, missing_D: Tensor) -> Pattern:
+    def of(cls, gaussian: Gaussian, missing_D: Tensor, reference: Reference | None = None) -> Pattern:
         """missing_D  (D,) bool"""
         observed, missing = torch.nonzero(~missing_D)[:, 0], torch.nonzero(missing_D)[:, 0]
-        num_observed = len(observed)
-        scale = gaussian.scale[:1] if gaussian.covariance_type == "tied" else gaussian.scale
+        order, num_observed = torch.cat([observed, missing]), len(observed)
+        is_tied = gaussian.covariance_type == "tied"
+        covariances = gaussian.covariances[None] if is_tied else gaussian.covariances
         with one_thread():
-            # The Cholesky factor of the covariance with the observed columns first: [[A_oo, 0], [slope A_oo, A_mm]].
-            factor = _triangular(scale[:, torch.cat([observed, missing])])
-            of_observed, both = factor[:, :num_observed, :num_observed], factor[:, num_observed:, :num_observed]
-            slope = torch.linalg.solve_triangular(of_observed, both, upper=False, left=False)
-        covariances = gaussian.covariances[..., observed[:, None], observed]
-        marginal = Gaussian(gaussian.means[:, observed], covariances, gaussian.covariance_type)
-        vars(marginal)["scale"] = of_observed.expand(gaussian.num_latents, -1, -1)  # known, where rounding might deny it
-        return cls(gaussian, observed, missing, marginal, slope, factor[:, num_observed:, num_observed:])
+            # With the observed columns first: [[A_oo, 0], [B A_oo, A_mm]], B the slope of what is missing.
+            factor, failed = torch.linalg.cholesky_ex(covariances[:, order[:, None], order])
+            if bool(failed.any()):  # rounding: in another order there is a factor
+                factor = _triangular((gaussian.scale[:1] if is_tied else gaussian.scale)[:, order])
+            of_observed = factor[:, :num_observed, :num_observed]
+            identity = torch.eye(num_observed, dtype=factor.dtype).expand_as(of_observed)
+            whitening = torch.linalg.solve_triangular(of_observed, identity, upper=False)
+            completion = factor.new_empty(len(factor), len(missing_D), num_observed)
+            completion[:, observed] = identity
+            completion[:, missing] = factor[:, num_observed:, :num_observed] @ whitening
+        of_missing = factor[:, num_observed:, num_observed:]
+        means = gaussian.means[:, observed]
+        return cls(gaussian, observed, missing, means, of_observed, whitening, completion, of_missing, reference)
 
     @property
     def num_bytes(self) -> int:
-        """About what it holds, with the tables that a kernel makes of the marginal."""
-        return 8 * self.gaussian.num_latents * (self.gaussian.num_features**2 + 4 * len(self.observed) ** 2)
+        """About what it holds, with the tables that a kernel may make of the marginal."""
+        return 8 * self.gaussian.num_latents * (self.gaussian.num_features**2 + 6 * len(self.observed) ** 2)
 
-    def marginal_reference(self, reference: Reference) -> Reference:
+    @cached_property
+    def marginal(self) -> Gaussian:
+        """The Gaussians of the observed columns."""
+        num_latents, observed = self.gaussian.num_latents, self.observed
+        covariances = self.gaussian.covariances[..., observed[:, None], observed]
+        marginal = Gaussian(self.means, covariances, self.gaussian.covariance_type)
+        for name, value in (("scale", self.factor), ("whitening", self.whitening)):
+            vars(marginal)[name] = value.expand(num_latents, -1, -1)  # known, where rounding might deny it
+        return marginal
+
+    @cached_property
+    def log_peak(self) -> Tensor:
+        """(K,) the log density of the observed columns at their mean; (1,) tied."""
+        log_det = self.whitening.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return log_det - 0.5 * len(self.observed) * math.log(2.0 * math.pi)
+
+    @cached_property
+    def conditional(self) -> Tensor:
+        """(K, D, D) the covariance of x given what is observed of it."""
+        matrices = self.scale.new_zeros(len(self.scale), self.gaussian.num_features, self.gaussian.num_features)
+        matrices[:, self.missing[:, None], self.missing] = self.scale @ self.scale.mT
+        return matrices
+
+    @cached_property
+    def marginal_reference(self) -> Reference:
         """The same reference for the observed columns. These lose no more digits than all: a latent is no narrower in some
         directions than in all, compared with the others."""
+        reference = self.reference
+        assert reference is not None
         if self.gaussian.covariance_type == "tied":
-            scale = self.marginal.scale[0]
+            scale = self.factor[0]
         else:
             with one_thread():
                 scale = _triangular(reference.scale[self.observed])
-        return replace(
-            reference, center=reference.center[self.observed], scale=scale, points=reference.points[:, self.observed]
-        )
+        center, points = reference.center[self.observed], reference.points[:, self.observed]
+        return replace(reference, center=center, scale=scale, points=points)
 
     def complete(self, statistics: GaussianStatistics, points_KD: Tensor) -> CompletedMoments:
         """The expected moments about `points` of a pattern's rows, from the statistics of their observed entries."""
-        gaussian, kind = self.gaussian, self.gaussian.covariance_type
-        num_latents, num_features = gaussian.means.shape
+        kind, counts_K1 = self.gaussian.covariance_type, statistics.counts[:, None]
         observed_means_Ko, within = statistics.moments(kind)
-        slope_KDo = self.slope.new_zeros(len(self.slope), num_features, len(self.observed))
-        slope_KDo[:, self.observed, torch.arange(len(self.observed))] = 1.0
-        slope_KDo[:, self.missing] = self.slope
-        scatter = slope_KDo @ within @ slope_KDo.mT
-        scatter[:, self.missing[:, None], self.missing] += self.scale @ self.scale.mT
-        away_Ko1 = (observed_means_Ko - self.marginal.means)[:, :, None]
-        counts_K1 = statistics.counts[:, None]
-        shift_KD = gaussian.means - points_KD + (slope_KDo @ away_Ko1)[:, :, 0]
+        away_Ko1 = (observed_means_Ko - self.means)[:, :, None]
+        shift_KD = self.gaussian.means - points_KD + (self.completion @ away_Ko1)[:, :, 0]
+        scatter = self.completion @ within @ self.completion.mT + self.conditional
         first_KD = counts_K1 * shift_KD
         if kind == "tied":
             second = statistics.counts.sum() * scatter[0] + first_KD.T @ shift_KD
@@ -108,10 +141,30 @@ class Pattern:
             second = counts_K1[:, :, None] * scatter + first_KD[:, :, None] * shift_KD[:, None, :]
         return CompletedMoments(statistics.counts, first_KD, second)
 
+    # Few rows: from differences, with which the products of all latents are one call
+
+    def differences(self, x_No: Tensor) -> Tensor:
+        """(K, N, o) observed entries less their means."""
+        return x_No - self.means[:, None, :]
+
+    def log_prob(self, d_KNo: Tensor) -> Tensor:
+        """(K, N) log p(x_observed | latent)."""
+        return (d_KNo @ self.whitening.mT).square_().sum(-1).mul_(-0.5).add_(self.log_peak[:, None])
+
+    def moments(self, d_KNo: Tensor, responsibilities_KN: Tensor, points_KD: Tensor) -> CompletedMoments:
+        """What `complete` gives."""
+        completed_KND = d_KNo @ self.completion.mT + (self.gaussian.means - points_KD)[:, None, :]
+        weighted_KND, counts_K = responsibilities_KN[:, :, None] * completed_KND, responsibilities_KN.sum(1)
+        if self.gaussian.covariance_type == "tied":
+            second = weighted_KND.flatten(0, 1).T @ completed_KND.flatten(0, 1) + counts_K.sum() * self.conditional[0]
+        else:
+            second = torch.baddbmm(counts_K[:, None, None] * self.conditional, weighted_KND.mT, completed_KND)
+        return CompletedMoments(counts_K, weighted_KND.sum(1), second)
+
     def expected(self, x_No: Tensor, k: int) -> Tensor:
         """(N, m) E[x_missing | x_observed, latent k]."""
-        slope = self.slope[k if len(self.slope) > 1 else 0]
-        return torch.addmm(self.gaussian.means[k, self.missing], x_No - self.marginal.means[k], slope.T)
+        slope_mo = self.completion[k if len(self.completion) > 1 else 0, self.missing]
+        return torch.addmm(self.gaussian.means[k, self.missing], x_No - self.means[k], slope_mo.T)
 
 
 def _triangular(rows: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def log_prob_of_rows(
         joint_KN = kernel.log_prob(log_weights_K)
         if block.evidence is not None:
             joint_KN += take(block.evidence, rows).T.to(joint_KN.device)
-        log_prob_N[rows] = responsibilities_(joint_KN)
+        log_prob_N[rows] = responsibilities_(joint_KN).to(log_prob_N)
         if use is not None:
             if block.weights is not None:
                 weights_N = take(block.weights, rows).to(joint_KN.device)
