@@ -88,10 +88,10 @@ EVERYWHERE = list(itertools.product(ENGINES, WORLD_SIZES, (1, 2)))
 
 
 def is_chosen(case: Case) -> bool:
-    """DDP meets every family everywhere; each stage of DeepSpeed, which is slow where each of more processes than cores has next
-    to nothing to compute, every family at one process and at two or three, and some of them at any number of processes and
-    accumulation steps. All meet both toys, which have what the families lack: terms of different counts, parameters that no
-    loss reaches, buffers that move, lazy penalties."""
+    """DDP meets every family everywhere. Each stage of DeepSpeed, which is slow where each of more processes than cores has
+    next to nothing to compute, meets every family on one process and on two or three, and at every number of processes and of
+    accumulation steps some of them. All meet both toys, which have what the families lack: terms of different counts,
+    parameters that no loss reaches, buffers that move, lazy penalties."""
     if case.is_sgd:
         return True
     if case.model in TOYS:
