@@ -11,8 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,19 +52,9 @@ def weights(path: Path) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def aside() -> Iterator[Executor]:
-    """For what has processes of its own and takes long: it goes on while a test waits for something else."""
-    with ThreadPoolExecutor() as executor:
-        yield executor
-
-
-@pytest.fixture(scope="module")
-def by_torchrun(aside, tmp_path_factory) -> Future[Path]:
+def by_torchrun(tmp_path_factory) -> Path:
     """A run of each family by two processes that torchrun started."""
-    return aside.submit(run_by_torchrun, tmp_path_factory.mktemp("torchrun"))
-
-
-def run_by_torchrun(folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("torchrun")
     program = (
         "import sys, gendist\nfrom gendist.train.processes import joined\n"
         "with joined(use_gpu=False):\n"
@@ -82,12 +70,6 @@ def run_by_torchrun(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def left(aside, tmp_path_factory) -> Future[Path]:
-    """A run that three drivers in turn have worked on, each in processes of its own."""
-    return aside.submit(run_left_and_resumed, tmp_path_factory.mktemp("left"))
-
-
 def worker_pids() -> list[int]:
     """Of the workers of the group that is at work on the cluster of this process, which is on this machine."""
     from ray._private.state import actors
@@ -95,7 +77,7 @@ def worker_pids() -> list[int]:
     return [actor["Pid"] for actor in actors().values() if "RayTrainWorker" in str(actor) and actor["State"] == "ALIVE"]
 
 
-def test_killed_workers_change_nothing(cluster, by_torchrun, left, tmp_path):
+def test_killed_workers_change_nothing(cluster, by_torchrun, tmp_path):
     """First one of them, then all."""
     killed: list[list[int]] = []
 
@@ -108,8 +90,8 @@ def test_killed_workers_change_nothing(cluster, by_torchrun, left, tmp_path):
 
     gendist.fit(spec_of("gan", 2), run_dir=tmp_path / "run", watch=watch)
     assert [len(pids) for pids in killed] == [1, 2]
-    assert weights(tmp_path / "run") == weights(by_torchrun.result() / "gan")
-    assert trace(tmp_path / "run") == trace(by_torchrun.result() / "gan")
+    assert weights(tmp_path / "run") == weights(by_torchrun / "gan")
+    assert trace(tmp_path / "run") == trace(by_torchrun / "gan")
     assert not (tmp_path / "run" / ".ray_train").exists()
 
 
@@ -132,16 +114,18 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def run_left_and_resumed(folder: Path) -> Path:
+def test_a_driver_that_is_killed_or_told_to_end_leaves_a_run_that_goes_on(by_torchrun, tmp_path):
     """On a Ray of its own. Three times the same command: killed, told to end, left alone; and nothing is left behind."""
-    (folder / "vae.yaml").write_text(yaml.safe_dump(spec_of("vae", 2)))
+    (tmp_path / "vae.yaml").write_text(yaml.safe_dump(spec_of("vae", 2)))
     command = [sys.executable, str(ROOT / "launch.py"), "fit", "vae.yaml", "--run-dir", "run"]
     temporary = Path(tempfile.mkdtemp(prefix="t"))  # of a short name, since Ray makes sockets in it
-    environment = {**os.environ, "TMPDIR": str(temporary), "GENDIST_TEST": str(folder)}
-    checkpoints = folder / "run" / "checkpoints"
+    environment = {**os.environ, "TMPDIR": str(temporary), "GENDIST_TEST": str(tmp_path)}
+    checkpoints = tmp_path / "run" / "checkpoints"
 
     def start() -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     def newest() -> int:
         return max((int(path.name) for path in checkpoints.glob("[0-9]*")), default=0)
@@ -149,7 +133,7 @@ def run_left_and_resumed(folder: Path) -> Path:
     def wait_for_the_end() -> None:
         """Of everything but Ray's own agents, which notice a minute later that the driver was killed."""
         deadline = time.monotonic() + 60
-        while left := [name for pid in processes_with("GENDIST_TEST", str(folder)) if "Agent" not in (name := name_of(pid))]:
+        while left := [name for pid in processes_with("GENDIST_TEST", str(tmp_path)) if "Agent" not in (name := name_of(pid))]:
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
 
@@ -165,7 +149,7 @@ def run_left_and_resumed(folder: Path) -> Path:
             driver.send_signal(how)
             out, err = driver.communicate(timeout=60)
             wait_for_the_end()
-            assert not (folder / "run" / "artifact").exists()
+            assert not (tmp_path / "run" / "artifact").exists()
             reached = newest()
         assert driver.returncode == 130
         assert err.splitlines()[-1].startswith("error: interrupted; what was reached is kept")
@@ -173,16 +157,12 @@ def run_left_and_resumed(folder: Path) -> Path:
         out, err = driver.communicate(timeout=120)
         assert driver.returncode == 0, err
         assert "Traceback" not in out + err
+        assert weights(tmp_path / "run") == weights(by_torchrun / "vae")
+        # A run that was told to end has a record of the step at which it did, in between.
+        assert trace(tmp_path / "run")[-1] == trace(by_torchrun / "vae")[-1]
         wait_for_the_end()
         assert not list(temporary.glob("gendist*/*"))
     finally:
-        for pid in processes_with("GENDIST_TEST", str(folder)):
+        for pid in processes_with("GENDIST_TEST", str(tmp_path)):
             os.kill(pid, signal.SIGKILL)
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder / "run"
-
-
-def test_a_driver_that_is_killed_or_told_to_end_leaves_a_run_that_goes_on(by_torchrun, left):
-    assert weights(left.result()) == weights(by_torchrun.result() / "vae")
-    # A run that was told to end has a record of the step at which it did, in between.
-    assert trace(left.result())[-1] == trace(by_torchrun.result() / "vae")[-1]
