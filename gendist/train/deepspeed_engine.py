@@ -438,6 +438,9 @@ def _imported(device: torch.device) -> Any:
     # DeepSpeed reads them when it is imported and when it starts.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.type == "cpu":
+        # At every step of stage 3 DeepSpeed asks how many devices there are, and starts numactl to find out.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     try:
         import deepspeed
     except ImportError as error:

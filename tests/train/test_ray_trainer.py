@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +35,7 @@ def train(folder: Path, incidents: dict, line) -> dict:
     import torch.distributed as dist
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    (folder / f"setting-{rank}").write_text(json.dumps([dict(os.environ), os.getcwd(), torch.get_num_threads()]))
     with (folder / "starts").open("a") as file:
         file.write(f"{rank} {world_size} {os.getpid()}\n")
     checkpoint = folder / "checkpoint.npz"
@@ -61,10 +62,6 @@ def train(folder: Path, incidents: dict, line) -> dict:
             line.record({"step": step, "x": x.tolist()})
         line.checkpoint()
     return {"x": x.tobytes()}
-
-
-def die(folder: Path) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def hang(folder: Path) -> None:
@@ -114,33 +111,29 @@ def leaves_nothing(cluster, tmp_path):
 
 def test_losses_hangs_and_exceptions_are_recovered_from_and_mistakes_are_not(cluster, tmp_path, caplog, leaves_nothing):
     records = []
-    incidents = {(8, 1): die, (16, 1): hang, (24, 1): fail, (32, 1): complain}
+    incidents = {(8, 1): hang, (16, 1): fail, (24, 1): complain}
     with caplog.at_level(logging.INFO, "gendist"), pytest.raises(UserError, match=r"^row 7 is wrong$"):
-        # Three are more than one, but there are checkpoints between them.
+        # Two are more than one, but there are checkpoints between them.
         run(tmp_path, incidents, max_failures=1, watch=records.append, silence_limit_s=6.0)
     stored = np.load(tmp_path / "checkpoint.npz")
-    assert stored["step"] == 31
-    assert stored["x"].tobytes() == expected(32).tobytes()
-    assert sorted(starts(tmp_path)) == sorted([(0, 2), (1, 2)] * 4)
-    assert sorted({record["step"] for record in records}) == list(range(32))
-    assert caplog.text.count("training with 2 workers") == 4
-    assert caplog.text.count("a worker was lost; going on from the last checkpoint (1 of 1)") == 2
+    assert stored["step"] == 23
+    assert stored["x"].tobytes() == expected(24).tobytes()
+    assert sorted(starts(tmp_path)) == sorted([(0, 2), (1, 2)] * 3)
+    assert sorted({record["step"] for record in records}) == list(range(24))
+    assert caplog.text.count("training with 2 workers") == 3
+    assert caplog.text.count("a worker was lost; going on from the last checkpoint (1 of 1)") == 1
     assert caplog.text.count("a worker failed (KeyError: 'a bug of ours'); going on from the last checkpoint (1 of 1)") == 1
+    for rank in range(2):
+        assert_set_up_as_by_torchrun(rank, *json.loads((tmp_path / f"setting-{rank}").read_text()))
 
 
-def test_a_worker_is_set_up_as_torchrun_does(cluster, tmp_path, leaves_nothing):
-    from gendist.train.ray_trainer import interface_of, train_on_ray
+def assert_set_up_as_by_torchrun(rank: int, environment: dict[str, str], folder: str, num_threads: int) -> None:
+    from gendist.train.ray_trainer import interface_of
 
-    def tell(line):
-        import torch
-
-        return dict(os.environ), os.getcwd(), torch.get_num_threads()
-
-    environment, folder, num_threads = train_on_ray(tell, 1, tmp_path, max_failures=0)
     assert (num_threads, folder) == (1, os.getcwd())
     address = ray.util.get_node_ip_address()
     assert environment["MASTER_ADDR"] == address
-    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("0", "1", "0")
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == (str(rank), "2", str(rank))
     assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == interface_of(address)
     assert environment["MALLOC_TRIM_THRESHOLD_"] == "4000000000"
 

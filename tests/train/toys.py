@@ -9,15 +9,14 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import plain
 import torch
+from plain import Plain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
-from gendist.noise import Noise
 from gendist.protocols import Block, Draw, Loss, Phase
-from gendist.train.batches import indices
 from gendist.train.config import DeepConfig
-from gendist.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -159,62 +158,32 @@ def squared_slope(discriminator: nn.Module, x: Tensor) -> Tensor:
 MODELS = {"regression": Regression, "adversarial": Adversarial}
 
 
+def regression_step(model: Regression, batch: Block, training: Plain) -> None:
+    output = model.network(batch.x + training.normal("denoise", "shift", 4) * training.uniform("denoise", "keep"))
+    weights = batch.weights.float()
+    squared_error = (weights * (output[:, :4] - batch.x).square().sum(1)).sum() / weights.sum()
+    labelled = known(batch.evidence)
+    training.update("network", squared_error + cross_entropy(output[labelled, 4:], batch.evidence[labelled].argmax(1)))
+
+
+def adversarial_step(model: Adversarial, batch: Block, training: Plain) -> None:
+    fake = model.generator(training.normal("discriminator", "latent", 3)).detach()
+    logits = model.discriminator(fake), model.discriminator(batch.x)
+    training.update("discriminator", softplus(logits[0]).mean() + softplus(-logits[1]).mean())
+    if training.step % 3 == 0:
+        training.update("discriminator", squared_slope(model.discriminator, batch.x).mean())
+    # A frozen network's spectral norm stays where it is.
+    kept = [buffer.clone() for buffer in model.discriminator.buffers()]
+    training.update(
+        "generator", softplus(-model.discriminator(model.generator(training.normal("generator", "latent", 3)))).mean()
+    )
+    for buffer, value in zip(model.discriminator.buffers(), kept, strict=True):
+        buffer.data.copy_(value)
+
+
+PLAIN_STEPS = {"regression": regression_step, "adversarial": adversarial_step}
+
+
 def plainly_trained(name: str, data: TensorRows, config: DeepConfig, seed: int) -> Iterator[dict[str, Tensor]]:
-    """The parameters after each step of plain PyTorch: whole batches, means of them, torch's own optimizers and clipping."""
-    model = MODELS[name]()
-    networks = model.networks()
-    optimizers = {
-        network: torch.optim.SGD(module.parameters(), lr=1.0, weight_decay=config.optimizer.weight_decay)
-        if config.optimizer.kind == "sgd"
-        else torch.optim.AdamW(
-            module.parameters(),
-            betas=config.optimizer.betas,
-            eps=config.optimizer.epsilon,
-            weight_decay=config.optimizer.weight_decay,
-        )
-        for network, module in networks.items()
-    }
-
-    def drawn(phase: str, draw: str, kind: str, width: int) -> Tensor:
-        return getattr(Noise(seed, f"train.{phase}.{draw}"), kind)(start, size, width).float()
-
-    def update(network: str, loss: Tensor) -> None:
-        for module in networks.values():
-            module.zero_grad()
-        loss.backward()
-        parameters = list(networks[network].parameters())
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if config.optimizer.gradient_clipping:
-            nn.utils.clip_grad_norm_(parameters, config.optimizer.gradient_clipping)
-        optimizers[network].param_groups[0]["lr"] = learning_rate(config.optimizer, step, config.num_steps)
-        optimizers[network].step()
-
-    size = config.global_batch_size
-    for step in range(config.num_steps):
-        start = step * size
-        batch = data.take(indices(data.num_rows, seed, start, size))
-        if name == "regression":
-            output = model.network(batch.x + drawn("denoise", "shift", "normal", 4) * drawn("denoise", "keep", "uniform", 1))
-            weights = batch.weights.float()
-            squared_error = (weights * (output[:, :4] - batch.x).square().sum(1)).sum() / weights.sum()
-            labelled = known(batch.evidence)
-            update("network", squared_error + cross_entropy(output[labelled, 4:], batch.evidence[labelled].argmax(1)))
-        else:
-            # A frozen network's spectral norm stays where it is.
-            fake = model.generator(drawn("discriminator", "latent", "normal", 3)).detach()
-            logits = model.discriminator(fake), model.discriminator(batch.x)
-            update("discriminator", softplus(logits[0]).mean() + softplus(-logits[1]).mean())
-            if step % 3 == 0:
-                update("discriminator", squared_slope(model.discriminator, batch.x).mean())
-            kept = [buffer.clone() for buffer in model.discriminator.buffers()]
-            update(
-                "generator", softplus(-model.discriminator(model.generator(drawn("generator", "latent", "normal", 3)))).mean()
-            )
-            for buffer, value in zip(model.discriminator.buffers(), kept, strict=True):
-                buffer.data.copy_(value)
-        yield {
-            f"{network}/param/{key}": value.detach().clone()
-            for network, module in networks.items()
-            for key, value in module.named_parameters()
-        }
+    """The parameters after each step of a toy in plain PyTorch."""
+    return plain.trained(MODELS[name](), PLAIN_STEPS[name], data, config, seed)

@@ -7,6 +7,7 @@ other in the same processes, each with a process group of its own.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -69,18 +70,29 @@ def run(jobs: Sequence[Job], timeout_s: float, environment: dict[str, str] | Non
         traces = [path.read_text() for path in sorted(Path(folder).glob("*.trace"))]
         assert codes == [0] * size, f"exit codes {codes} (None: still at work after {timeout_s} s)\n" + "\n".join(traces)
         of_rank = [torch.load(Path(folder) / f"{rank}.results", weights_only=False) for rank in range(size)]
-    return {job.key: [of_rank[rank][job.key] for rank in range(job.world_size)] for job in jobs}
+    return {job.key: [of_rank[rank][job.key] for rank in _members(job.world_size, size)] for job in jobs}
 
 
-def _work(rank: int, jobs: Sequence[Job], folder: str, environment: dict[str, str]) -> None:
+def _members(world_size: int, num_processes: int) -> range:
+    """The processes of a world. What is done alone is done by the last one, while a world of some others is at work."""
+    return range(num_processes - 1, num_processes) if world_size == 1 else range(world_size)
+
+
+def _work(process: int, jobs: Sequence[Job], folder: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    size = max(job.world_size for job in jobs)
     torch.set_num_threads(1)
     results: dict[Hashable, Any] = {}
     try:
         # The largest first, so that all processes of a world have done the same before: DeepSpeed numbers modules for as long
         # as a process lives, and compares the numbers.
         for world_size in sorted({job.world_size for job in jobs}, reverse=True):
-            if rank < world_size:
+            members = _members(world_size, size)
+            if process in members:
+                rank = members.index(process)
+                # What is there by now stays: DeepSpeed collects garbage whenever it is set up.
+                gc.collect()
+                gc.freeze()
                 store = f"file://{folder}/store-{world_size}"
                 timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
                 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=timeout)
@@ -90,7 +102,7 @@ def _work(rank: int, jobs: Sequence[Job], folder: str, environment: dict[str, st
                         results[job.key] = job.function(processes, *job.arguments)
                 dist.barrier()
                 dist.destroy_process_group()
-        torch.save(results, Path(folder) / f"{rank}.results")
+        torch.save(results, Path(folder) / f"{process}.results")
     except BaseException:
-        (Path(folder) / f"{rank}.trace").write_text(f"process {rank}:\n{traceback.format_exc()}")
+        (Path(folder) / f"{process}.trace").write_text(f"process {process}:\n{traceback.format_exc()}")
         raise

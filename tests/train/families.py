@@ -1,0 +1,105 @@
+"""The families that are fitted by gradient, in small, and what a step of each is in plain PyTorch: losses as the papers have
+them, of a whole global batch.
+
+Activations are smooth, so that rounding stays rounding: where a unit has a kink, one that is within rounding of it goes
+another way.
+
+Legend: B samples, 64 features, which are images of 8 x 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import plain
+import torch
+from plain import Plain
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy, logsigmoid, relu
+from toys import TensorRows
+
+from gendist.models import gan, vae
+from gendist.protocols import Block
+from gendist.train.config import DeepConfig
+
+SHAPE = (8, 8)
+CONVOLUTIONS = {"channels": [4], "activation": "silu"}
+FULLY_CONNECTED = {"hidden_sizes": [10], "activation": "tanh"}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "vae": {"latent_dim": 3, "encoder": CONVOLUTIONS, "decoder": FULLY_CONNECTED},
+    "gan": {"loss": "non_saturating", "penalty": "none", "generator": CONVOLUTIONS, "discriminator": CONVOLUTIONS},
+    "gan, r1": {"loss": "non_saturating", "penalty": "r1", "generator": FULLY_CONNECTED, "discriminator": CONVOLUTIONS},
+    "gan, wasserstein": {
+        "loss": "wasserstein",
+        "penalty": "gradient_penalty",
+        "num_critic_steps": 2,
+        "generator": FULLY_CONNECTED,
+        "discriminator": FULLY_CONNECTED,
+    },
+    "gan, hinge": {"loss": "hinge", "penalty": "none", "generator": FULLY_CONNECTED, "discriminator": FULLY_CONNECTED},
+}
+
+
+def images(num_rows: int = 50) -> TensorRows:
+    """Weighted, of pixels from 0 to 1."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(num_rows, 64, generator=generator)
+    return TensorRows(x, torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.5)
+
+
+def create(name: str, seed: int = 0) -> Any:
+    family = vae.Model if name == "vae" else gan.Model
+    return family.create(family.Config.model_validate({"latent_dim": 2, **CONFIGS[name]}), SHAPE, (), seed)
+
+
+def weighted_mean(values_B: Tensor, batch: Block) -> Tensor:
+    return (values_B * batch.weights.float()).sum() / batch.weights.float().sum()
+
+
+def autoencoder_step(model: Any, batch: Block, training: Plain) -> None:
+    """Kingma & Welling 2014, eq. 10, with the Bernoulli decoder of appendix C.1."""
+    mean, log_variance = model.autoencoder.encoder(batch.x.view(-1, 1, 8, 8)).chunk(2, dim=1)
+    z = mean + log_variance.div(2).exp() * training.normal("autoencoder", "latent", 3)
+    pixels = torch.sigmoid(model.autoencoder.decoder(z)).flatten(1)
+    reconstruction = binary_cross_entropy(pixels, batch.x, reduction="none").sum(1)
+    kl = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
+    training.update("autoencoder", weighted_mean(reconstruction + kl, batch))
+
+
+def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
+    """Goodfellow et al. 2014, Mescheder et al. 2018 (eq. 9), Gulrajani et al. 2017 (algorithm 1), Lim & Ye 2017."""
+    config, critic = model.config, model.discriminator
+    real = batch.x.view(-1, 1, 8, 8) * 2 - 1
+    fake = torch.tanh(model.generator(training.normal("discriminator", "latent", 2))).detach()
+    of_real, of_fake = critic(real)[:, 0], critic(fake)[:, 0]
+    match config.loss:
+        case "non_saturating":
+            loss = weighted_mean(-logsigmoid(of_real), batch) - logsigmoid(-of_fake).mean()
+        case "hinge":
+            loss = weighted_mean(relu(1 - of_real), batch) + relu(1 + of_fake).mean()
+        case "wasserstein":
+            loss = of_fake.mean() - weighted_mean(of_real, batch)
+    match config.penalty:
+        case "r1":
+            loss = loss + 10 / 2 * weighted_mean(slope(critic, real) ** 2, batch)
+        case "gradient_penalty":
+            share = training.uniform("discriminator", "interpolation").view(-1, 1, 1, 1)
+            loss = loss + 10 * weighted_mean((slope(critic, share * real + (1 - share) * fake) - 1) ** 2, batch)
+    training.update("discriminator", loss)
+    if training.step % config.num_critic_steps == config.num_critic_steps - 1:
+        logits = critic(torch.tanh(model.generator(training.normal("generator", "latent", 2))))[:, 0]
+        training.update("generator", (-logsigmoid(logits) if config.loss == "non_saturating" else -logits).mean())
+
+
+def slope(critic: torch.nn.Module, x: Tensor) -> Tensor:
+    """(B,) the norm of the gradient with respect to the sample, differentiable."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    return gradient.flatten(1).norm(dim=1)
+
+
+def plainly_trained(name: str, config: DeepConfig, seed: int) -> Iterator[dict[str, Tensor]]:
+    """The parameters after each step of a family in plain PyTorch."""
+    return plain.trained(create(name), autoencoder_step if name == "vae" else adversarial_step, images(), config, seed)
