@@ -21,7 +21,7 @@ from gendist.blocks import Blocks, Run
 from gendist.data.survey import Summary, survey
 from gendist.em.start import start_from_data
 from gendist.models.ops import criteria
-from gendist.models.ops.independent_latent import draw_latents
+from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise, derived_seed
 from gendist.protocols import EXACT, Block, Compute, Update, UserError
@@ -133,7 +133,7 @@ class ClassConditional:
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed. given: one of `labels`."""
         if given is not None:
-            c = self._class_of(given)
+            c = latent_of(given, self.labels, len(self.models), "classes")
             return self.models[c].sample(num_samples, seed=_seed_of_class(seed, c), offset=offset)
         class_N = self.sample_classes(num_samples, seed=seed, offset=offset)
         x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
@@ -149,13 +149,7 @@ class ClassConditional:
         """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
         if given is None:
             return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
-        return torch.full((num_samples,), self._class_of(given))
-
-    def _class_of(self, given: Any) -> int:
-        names = {str(label): c for c, label in enumerate(self.labels)}
-        if str(given) not in names:
-            raise UserError(f"given {given!r}; the labels are {', '.join(names)}")
-        return names[str(given)]
+        return torch.full((num_samples,), latent_of(given, self.labels, len(self.models), "classes"))
 
     # Expectation-maximization
 

@@ -20,7 +20,8 @@ from gendist.models.distributions.gaussian_estimation import GaussianConfig, Gau
 from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import drawn, expected
 from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
-from gendist.models.ops.independent_latent import Rows, draw_latents, log_prob_of_rows
+from gendist.models.ops import criteria
+from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
@@ -240,11 +241,11 @@ class GaussianMixture:
 
     def aic(self, log_likelihood: float) -> float:
         """Akaike's information criterion of data with this total log-likelihood; lower is better (Akaike 1974)."""
-        return 2.0 * self.num_parameters - 2.0 * log_likelihood
+        return criteria.aic(self.num_parameters, log_likelihood)
 
     def bic(self, log_likelihood: float, total_weight: float) -> float:
         """Bayesian information criterion; total_weight is the number of samples where none is weighted (Schwarz 1978)."""
-        return self.num_parameters * math.log(total_weight) - 2.0 * log_likelihood
+        return criteria.bic(self.num_parameters, log_likelihood, total_weight)
 
     def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:
         """What may be read off a fit's total log-likelihood: aic and bic."""
@@ -288,7 +289,7 @@ class GaussianMixture:
 
         given   a component's index, or one of `labels`: draw from this component alone
         """
-        component = None if given is None else self._component_of(given)
+        component = None if given is None else latent_of(given, self.labels, self.num_components, "components")
         x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
         for first in range(0, num_samples, ROWS_AT_ONCE):
             start, size = offset + first, min(ROWS_AT_ONCE, num_samples - first)
@@ -299,16 +300,6 @@ class GaussianMixture:
             noise_ND = Noise(seed, "sample.x").normal(start, size, self.num_features)
             x_ND[first : first + size] = self.gaussian.sample(component_N, noise_ND)
         return x_ND
-
-    def _component_of(self, given: Any) -> int:
-        names = {str(label): component for component, label in enumerate(self.labels)}
-        names |= {str(free): free for free in range(len(self.labels), self.num_components) if str(free) not in names}
-        if str(given) not in names:
-            labels = f"the labels are {', '.join(map(str, self.labels))}" if self.labels else ""
-            free = self.num_components - len(self.labels)
-            components = f"the components are {len(self.labels)} to {self.num_components - 1}" if free else ""
-            raise UserError(f"given {given!r}; {'; '.join(filter(None, (labels, components)))}")
-        return names[str(given)]
 
     # Expectation-maximization
 

@@ -24,7 +24,7 @@ from gendist.models.distributions.multinomial import Multinomial
 from gendist.models.distributions.normal import Normal
 from gendist.models.distributions.poisson import Poisson
 from gendist.models.ops import criteria
-from gendist.models.ops.independent_latent import Kernel, draw_latents, log_prob_of_rows, take
+from gendist.models.ops.independent_latent import Kernel, draw_latents, latent_of, log_prob_of_rows, take
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Feature, Update, UserError, as_matrix, as_tensor
 
@@ -262,14 +262,7 @@ class NaiveBayes:
         """(num_samples,) the classes that the rows of `sample` belong to."""
         if given is None:
             return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
-        return torch.full((num_samples,), self._class_of(given))
-
-    def _class_of(self, given: Any) -> int:
-        names = {str(label): k for k, label in enumerate(self.labels)}
-        names |= {str(free): free for free in range(len(self.labels), self.num_classes) if str(free) not in names}
-        if str(given) not in names:
-            raise UserError(f"given {given!r}; allowed are {', '.join(names)}")
-        return names[str(given)]
+        return torch.full((num_samples,), latent_of(given, self.labels, self.num_classes, "classes"))
 
     # Fitting
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
-from gendist.protocols import Block
+from gendist.protocols import Block, UserError
 
 Rows = slice | Tensor
 
@@ -70,6 +70,17 @@ def log_prob_of_rows(
                 joint_KN.mul_(weights_N).masked_fill_(weights_N == 0, 0.0)  # absent, even where no density is known
             use(joint_KN)
     return log_prob_N
+
+
+def latent_of(given: Any, labels: tuple[Any, ...], num_latents: int, name: str) -> int:
+    """The latent that a label or, of one that has no label, its number stands for. name: what latents are called."""
+    names = {str(label): latent for latent, label in enumerate(labels)}
+    names |= {str(free): free for free in range(len(labels), num_latents) if str(free) not in names}
+    if str(given) not in names:
+        said = f"the labels are {', '.join(map(str, labels))}" if labels else ""
+        free = f"the {name} are {len(labels)} to {num_latents - 1}" if num_latents > len(labels) else ""
+        raise UserError(f"given {given!r}; {'; '.join(filter(None, (said, free)))}")
+    return names[str(given)]
 
 
 def draw_latents(weights_K: Tensor, seed: int, purpose: str, start: int, size: int) -> Tensor:
