@@ -15,6 +15,7 @@ from gendist.protocols import UserError
 Result = TypeVar("Result")
 
 MAX_RETRIES = 8  # of a task whose worker or node died; an exception of the task's own is not tried again
+LEAVES_PER_LOAD = 4  # what is read is held several times while it is made into leaves: little at a time
 RUNS_AHEAD = 4  # runs a worker may be ahead of the one that is waited for, so that results do not pile up
 NO_WORKER_LIMIT_S = 60.0
 
@@ -25,9 +26,9 @@ def _load_task(load: Callable[[Sequence[int]], list[Any]], bounds: Sequence[int]
 
 
 @ray.remote(max_retries=MAX_RETRIES)
-def _run_task(function: Callable[[Any, Run[Any]], Any], broadcast: Any, leaves: Sequence[Any], first: int) -> Any:
+def _run_task(function: Callable[[Any, Run[Any]], Any], broadcast: Any, first: int, *loads: list[Any]) -> Any:
     with one_thread():
-        return function(broadcast, Run(leaves, first))
+        return function(broadcast, Run([leaf for leaves in loads for leaf in leaves], first))
 
 
 class RayBlocks:
@@ -36,7 +37,7 @@ class RayBlocks:
     keep   whether the cluster holds on to what was loaded, for the next pass
     num_gpus   that each task of a pass has to itself
 
-    A run of leaves is a task's return value, so Ray rebuilds it where a node is lost. `num_workers` bounds the tasks at
+    Leaves are return values of tasks, so Ray rebuilds them where a node is lost. `num_workers` bounds the tasks of a pass at
     work at one time.
     """
 
@@ -55,7 +56,7 @@ class RayBlocks:
         self._load = ray.put(load)
         self._leaves = leaves
         self._runs = leaves.runs(num_workers, max_leaves_per_run)
-        self._loaded: dict[int, ray.ObjectRef] = {}
+        self._loaded: dict[int, list[ray.ObjectRef]] = {}
 
     def map_runs(self, function: Callable[[Any, Run[Any]], Result], broadcast: Any) -> Iterator[Result]:
         function_ref, broadcast_ref = ray.put(function), ray.put(broadcast)
@@ -66,8 +67,8 @@ class RayBlocks:
             while index not in done:
                 last = min(len(self._runs), index + RUNS_AHEAD * self._num_workers)
                 while submitted < last and len(at_work) < self._num_workers:
-                    leaves, first = self._leaves_of(submitted), self._runs[submitted].start
-                    at_work[self._task.remote(function_ref, broadcast_ref, leaves, first)] = submitted
+                    loads, first = self._loads_of(submitted), self._runs[submitted].start
+                    at_work[self._task.remote(function_ref, broadcast_ref, first, *loads)] = submitted
                     submitted += 1
                 for ref in _wait_for_some(list(at_work)):
                     done[at_work.pop(ref)] = ref
@@ -75,11 +76,16 @@ class RayBlocks:
         # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
         # (a check in Ray 2.60's task_manager.cc).
 
-    def _leaves_of(self, index: int) -> ray.ObjectRef:
-        leaves = self._loaded.get(index) or _load_task.remote(self._load, self._leaves.bounds_of(self._runs[index]))
+    def _loads_of(self, index: int) -> list[ray.ObjectRef]:
+        """The leaves of a run, some to an object."""
+        loads = self._loaded.get(index)
+        if loads is None:
+            run = self._runs[index]
+            parts = [run[start : start + LEAVES_PER_LOAD] for start in range(0, len(run), LEAVES_PER_LOAD)]
+            loads = [_load_task.remote(self._load, self._leaves.bounds_of(part)) for part in parts]
         if self._keep:
-            self._loaded[index] = leaves
-        return leaves
+            self._loaded[index] = loads
+        return loads
 
 
 def _wait_for_some(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
