@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 from deep_cases import BATCH_SIZE, CASES, Case, gendist_loop, images, plain_loop, pythae_trainer, random_images
-from gmm_cases import MNIST, print_machine, print_table, with_range
+from gmm_cases import MNIST
+from tables import print_machine, print_table, with_range
 
 NUM_WARM_UP = 2  # turns
 CONTENDERS = {"gendist": gendist_loop, "plain": plain_loop, "pythae": pythae_trainer}

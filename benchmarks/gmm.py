@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gmm_cases import CASES, MNIST, Case, print_machine, print_table, scale_option, spec, start, with_range
+from gmm_cases import CASES, MNIST, Case, spec, start
 from gmm_spark import SparkMixture, spark_session, what_spark_lacks
+from tables import print_machine, print_table, scale_option, with_range
 
 NUM_ITERATIONS = 6
 PRECISIONS = ("float64", "float32")

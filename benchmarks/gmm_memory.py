@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gmm_cases import CASES, Case, overlapping_clusters, print_machine, print_table, scale_option, spec
+from gmm_cases import CASES, Case, overlapping_clusters, spec
+from tables import print_machine, print_table, scale_option
 
 MIB = 2**20
 SAMPLE_EVERY_S = 0.02

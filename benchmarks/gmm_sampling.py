@@ -13,7 +13,8 @@ from collections.abc import Callable
 from statistics import median
 
 import numpy as np
-from gmm_cases import print_machine, print_table, random_clusters, scale_option, with_range
+from gmm_cases import random_clusters
+from tables import print_machine, print_table, scale_option, with_range
 
 NUM_COMPONENTS, NUM_FEATURES = 64, 50
 NUM_ROWS = 1_000_000

@@ -20,7 +20,7 @@ from torch import Tensor
 import gendist
 from gendist import noise
 from gendist.atomic import write
-from gendist.config import families, family_class, validated
+from gendist.config import families, family_class, model_class, validated
 from gendist.data.schema import Schema
 from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
@@ -110,12 +110,11 @@ def load_artifact(path: str | Path) -> Artifact:
         if family not in families():
             raise _NotThisGendist(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
         tensors = {name: value.clone() for name, value in safetensors.torch.load_file(folder / "model.safetensors").items()}
-        cls = family_class(family)
-        config = validated(cls.Config, description["config"], "config")
+        config = validated(family_class(family).Config, description["config"], "config")
         schema = validated(Schema, description["schema"], "schema")
         if not isinstance(description["labels"], list):
             raise ValueError("labels are no list")
-        model = cls.from_tensors(config, tensors, tuple(description["labels"]))
+        model = model_class(family, config).from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
         if "transforms" in description:

@@ -118,6 +118,16 @@ def family_class(family: str) -> type[Any]:
     return model
 
 
+def model_class(family: str, config: BaseModel) -> type[Any]:
+    """The class of the models that a family's `model` block describes: the family's own, or one of its models a class."""
+    model: Any = family_class(family)
+    if getattr(config, "labels", None) != "classes":
+        return model
+    from gendist.class_conditional import class_conditional
+
+    return class_conditional(model)
+
+
 def is_trained(family: type[Any]) -> bool:
     """Whether a family is fitted by gradient (a `DeepModel`), and not by expectation-maximization (a `StatisticsModel`)."""
     return hasattr(family, "phases")

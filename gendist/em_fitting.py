@@ -13,6 +13,7 @@ from typing import Any
 
 from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
+from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
 from gendist.data import Dataset, Schema, open_source, source_of
 from gendist.data.schema import Takes
@@ -206,6 +207,8 @@ class EMFitting:
             )
         logger.info("choosing where to start (%s, %d of %d)", method, restart + 1, fit.num_restarts)
         seed = restart_seed(self.spec.seed, restart)
+        if issubclass(self.family, ClassConditional):
+            return self.family.start_from_data(self.spec.model, blocks, summary, labels, method, seed)
         return start_from_data(self.family, self.spec.model, blocks, summary, labels, method, seed)
 
     def _save(self, candidates: Candidates, transforms: Transforms) -> None:

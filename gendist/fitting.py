@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gendist.config import Spec, family_class, is_trained, load_spec
+from gendist.config import Spec, is_trained, load_spec, model_class
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory
 
@@ -25,7 +25,8 @@ def fit(
     """Fit the model that a spec describes.
 
     spec      a path to a YAML file, or a dict
-    data      an array, a mapping of arrays, a DataFrame, an Arrow table or a datasets.Dataset, instead of the spec's
+    data      an array or a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a datasets.Dataset, instead of
+              the spec's
     init      a model to start from, or an estimator that the family's `from_sklearn` understands
     run_dir   where the run is kept, and resumed from where it is unfinished; None keeps nothing
     address   of a Ray cluster, for `cluster.num_workers` of 1 and more
@@ -34,7 +35,7 @@ def fit(
     UserError (a ValueError) where the spec, the data or the run directory do not allow it.
     """
     spec = load_spec(spec)
-    family = family_class(spec.family)
+    family = model_class(spec.family, spec.model)
     directory = RunDirectory(Path(run_dir), spec) if run_dir is not None else None
     watch = watch or (lambda record: None)
     # Only what is needed is imported.

@@ -20,9 +20,13 @@ logger = logging.getLogger("gendist")
 
 
 def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
-    """A picture of the first samples of a model, always those of the same noise; a warning where it cannot be drawn."""
+    """A picture of the first samples of a model, always those of the same noise, label by label where it has some; a warning
+    where it cannot be drawn."""
     try:
-        save_picture(model.sample(NUM_PICTURED, seed=seed), schema, path)
+        each = max(1, NUM_PICTURED // max(len(model.labels), 1))
+        labels = model.labels[:NUM_PICTURED] or (None,)
+        samples = [np.asarray(model.sample(each, seed=seed, offset=i * each, given=y)) for i, y in enumerate(labels)]
+        save_picture(np.concatenate(samples), schema, path)
     except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
         logger.warning("%s could not be drawn (%s)", path.name, error)
 

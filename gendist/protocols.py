@@ -90,12 +90,13 @@ def csr_tensor(
         matrix.eliminate_zeros()
         crow, columns = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64)
         values = matrix.data
-    return _csr_from_arrays(crow, columns, values, shape)
+    return csr_from_arrays(crow, columns, values, shape)
 
 
-def _csr_from_arrays(
+def csr_from_arrays(
     crow: np.ndarray[Any, Any], columns: np.ndarray[Any, Any], values: np.ndarray[Any, Any], shape: tuple[int, int]
 ) -> Tensor:
+    """(N, D) in torch's CSR layout: row i has values[crow[i] : crow[i + 1]] in these columns, which ascend."""
     with warnings.catch_warnings():
         # Shared memory is read-only, and nothing writes into a matrix; that the layout is young, its makers say once.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable|Sparse CSR tensor support is in beta")
@@ -173,7 +174,7 @@ def _block_from_arrays(
     with warnings.catch_warnings():
         # Shared memory is read-only, and nothing writes into a block.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        x = torch.from_numpy(of_x[0]) if sparse_shape is None else _csr_from_arrays(of_x[0], of_x[1], of_x[2], sparse_shape)
+        x = torch.from_numpy(of_x[0]) if sparse_shape is None else csr_from_arrays(of_x[0], of_x[1], of_x[2], sparse_shape)
         rows, *rest = (None if values is None else torch.from_numpy(values) for values in arrays)
     assert rows is not None
     return Block(x, rows, *rest)

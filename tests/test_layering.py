@@ -31,6 +31,7 @@ ALLOWED = {
     "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic", "gendist.ray_cluster"),
     "gendist.evaluate": (*BASE, "gendist.blocks", "gendist.data.transforms"),
     "gendist.transformed": (*BASE, "gendist.data.transforms"),
+    "gendist.class_conditional": (*BASE, "gendist.blocks", "gendist.data.survey", "gendist.em", "gendist.models.ops"),
     "gendist.bulk": (
         *BASE,
         "gendist.blocks",

@@ -15,8 +15,8 @@ Leaf = TypeVar("Leaf")
 
 MIN_LEAF_ROWS = 64
 MAX_LEAF_ROWS = 16_384
-MAX_SPARSE_LEAF_ROWS = 4_096
-LEAF_ENTRIES = 131_072  # a megabyte of float64: a leaf and its responsibilities stay in the processor's cache
+MAX_SPARSE_LEAF_ROWS = 16_384
+LEAF_ENTRIES = 524_288  # four megabytes of float64: few enough leaves, and many enough; kernels take some rows of one at a time
 NUM_LEAVES_OF_SMALL_DATA = 32  # so that small data still spread over workers
 
 

@@ -40,7 +40,7 @@ class Layout:
     columns   one a column of values
     array     the name of the values where they are one array
     numbered  there is one value a row, and a table gives its row number as well, in the column "row"
-    categories  of columns of text: a table has the text that a value is the index of, and none for another value. An array
+    categories  of columns of text or labels: a table has what a value is the index of, and none for another value. An array
                 has the values
     sparse    the column of sparse rows that a table of Parquet has instead, where the model was fitted to such
     """
@@ -48,16 +48,19 @@ class Layout:
     columns: tuple[str, ...]
     array: str
     numbered: bool = False
-    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    categories: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     sparse: str | None = None
 
     def table(self, values: Values, first_row: int) -> pa.Table:
         """values (N, W), or (N,) where numbered."""
-        if self.sparse is not None:
-            return pa.table({self.sparse: sparse_rows(values)})
         table: dict[str, Any] = {"row": np.arange(first_row, first_row + len(values))} if self.numbered else {}
+        if self.sparse is not None:
+            table[self.sparse] = sparse_rows(values[:, [name not in self.categories for name in self.columns]])
         for name, column in zip(self.columns, [values] if self.numbered else values.T, strict=True):
-            table[name] = _texts(column, self.categories[name]) if name in self.categories else column
+            if name in self.categories:
+                table[name] = _texts(column, self.categories[name])
+            elif self.sparse is None:
+                table[name] = column
         return pa.table(table)
 
     @property
@@ -77,11 +80,12 @@ class Layout:
         return {"compression": "none", "use_dictionary": list(self.categories) or False, "column_encoding": encoding}
 
 
-def _texts(values_N: Values, texts: Sequence[str]) -> pa.Array:
-    """The text of each index; none where it is no index of one."""
+def _texts(values_N: Values, texts: Sequence[Any]) -> pa.Array:
+    """The text or label of each index; none where it is no index of one."""
     is_one = (values_N >= 0) & (values_N < len(texts))
     indices = pa.array(np.where(is_one, values_N, 0.0).astype(np.int64), mask=~is_one)
-    return pa.array(texts, pa.string()).take(indices)
+    kind = pa.int64() if texts and all(isinstance(each, int) for each in texts) else pa.string()
+    return pa.array([each if kind == pa.int64() else str(each) for each in texts], kind).take(indices)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from math import fsum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gendist import noise
 from gendist.artifact import digest, load_artifact
 from gendist.blocks import Blocks, Leaves
@@ -26,6 +28,7 @@ from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
 
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
+LABEL = "label"  # the column of a sample's class, beside its features
 
 HERE = ClusterConfig()  # in this process
 
@@ -71,7 +74,11 @@ def sample(
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
     loaded.model.sample(1, seed=seed, offset=offset, given=given)  # a mistake is told before anything is begun
-    names = loaded.schema.feature_names
+    columns, names, categories = loaded.schema.columns, loaded.schema.feature_names, loaded.schema.categories
+    with_label = bool(loaded.model.labels) and hasattr(_untransformed(loaded.model), "sample_classes") and not _is_array(out)
+    if with_label:
+        label = LABEL if LABEL not in (*names, *columns) else f"{LABEL} of the class"
+        names, categories = (*names, label), {**categories, label: loaded.model.labels}
     work = _Work(
         request={
             "verb": "sample",
@@ -83,15 +90,10 @@ def sample(
             "columns": list(names),
             "noise_version": noise.VERSION,
         },
-        layout=Layout(
-            names,
-            array="x",
-            categories=loaded.schema.categories,
-            sparse=loaded.schema.columns[0] if loaded.schema.is_sparse else None,
-        ),
+        layout=Layout(names, array="x", categories=categories, sparse=columns[0] if loaded.schema.is_sparse else None),
         parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
-        compute=partial(_draw, seed, given),
+        compute=partial(_draw, seed, given, with_label),
         model=loaded.model,
         encode=encode,
     )
@@ -216,11 +218,25 @@ def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(bounds))
 
 
-def _draw(seed: int, given: Any, model: Any, rows: tuple[int, int]) -> tuple[int, Values, Mapping[str, float]]:
+def _draw(
+    seed: int, given: Any, with_label: bool, model: Any, rows: tuple[int, int]
+) -> tuple[int, Values, Mapping[str, float]]:
     start, stop = rows
     x = model.sample(stop - start, seed=seed, offset=start, given=given)
     # Files hold float64, in whatever precision a family computes.
-    return start, (x.to_dense() if x.is_sparse_csr else x).double().numpy(), {}
+    x_ND = (x.to_dense() if x.is_sparse_csr else x).double().numpy()
+    if with_label:
+        class_N = _untransformed(model).sample_classes(stop - start, seed=seed, offset=start, given=given)
+        x_ND = np.concatenate([x_ND, class_N.double().numpy()[:, None]], axis=1)
+    return start, x_ND, {}
+
+
+def _untransformed(model: Any) -> Any:
+    return taken_apart(model)[0]
+
+
+def _is_array(out: str | Path) -> bool:
+    return Path(out).suffix.lower() in (".npy", ".npz")
 
 
 def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from gendist.data.matrix import to_matrix
 from gendist.protocols import UserError
@@ -25,14 +26,15 @@ def known_evidence(column: pa.ChunkedArray, labels: Sequence[Any], num_latents: 
     UserError, with the row's number, where a label is none of these.
     """
     index = {label: i for i, label in enumerate(labels)}
-    given_N = normalised(column)
-    latent_N = np.array([-1 if label is None else index.get(label, len(labels)) for label in given_N], dtype=np.int64)
+    distinct, which_N = _encoded(column)
+    latent_of = np.array([-1 if label is None else index.get(label, len(labels)) for label in distinct], dtype=np.int64)
+    latent_N = latent_of[which_N]
     outside = np.flatnonzero(latent_N == len(labels))
     if len(outside):
         row = int(outside[0])
         allowed = ", ".join(map(str, labels[:12])) + (", ..." if len(labels) > 12 else "")
         raise UserError(
-            f"{where} holds '{given_N[row]}' in row {first_row + row}: labels out of range; data.labels are {allowed}"
+            f"{where} holds '{distinct[which_N[row]]}' in row {first_row + row}: labels out of range; data.labels are {allowed}"
         )
     evidence_NL = np.where(latent_N[:, None] < 0, 0.0, np.full((1, num_latents), -np.inf))
     labelled = np.flatnonzero(latent_N >= 0)
@@ -76,6 +78,15 @@ def soft_evidence(table: pa.Table, columns: Sequence[str], num_latents: int, fir
 def normalised(column: Any) -> list[Any]:
     """Labels as str, int or None where missing; 3.0 (an integer column with missing entries, in pandas) is 3."""
     return [normal_label(label) for label in column.to_pylist()]
+
+
+def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], np.ndarray[Any, Any]]:
+    """The distinct labels, normalised, and (N,) which of them each row has."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    chunk = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
+    encoded = chunk if isinstance(chunk, pa.DictionaryArray) else pa.concat_arrays(chunk.chunks)
+    return normalised(encoded.dictionary), encoded.indices.to_numpy(zero_copy_only=False)
 
 
 def normal_label(label: Any) -> Any:

@@ -18,7 +18,7 @@ ROUNDING = {"float64": 1e-9, "float32": 1e-4}
 
 class Decision(Enum):
     CONTINUE = "continue"
-    COUNTED = "counted: every row's latent is known"
+    COUNTED = "counted, since every latent is known,"
     CONVERGED = "converged"
     MAX_ITERATIONS = "reached max_iterations"
     TIME_BUDGET = "used up time_budget_s"

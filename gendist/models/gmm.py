@@ -7,7 +7,7 @@ Legend: N samples, D features, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -17,8 +17,10 @@ from torch import Tensor
 
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
-from gendist.models.distributions.gaussian_kernel import GaussianKernel, GaussianStatistics, Reference
-from gendist.models.ops.independent_latent import draw_latents, log_prob_of_rows
+from gendist.models.distributions.gaussian_kernel import GaussianKernel
+from gendist.models.distributions.gaussian_missing import drawn, expected
+from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
+from gendist.models.ops.independent_latent import Rows, draw_latents, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
@@ -30,12 +32,15 @@ NUM_WORST = 8
 class GaussianMixtureConfig(GaussianConfig):
     """The `model:` block of a spec of family `gmm`.
 
+    labels                what a label of `data.label` stands for: a component, or a class with a mixture of
+                          `num_components` components of its own
     weight_concentration  of a symmetric Dirichlet prior of the weights; 1 is none
     frozen                parameters that keep the values they start with
     frozen_components     components whose mean and covariance do
     """
 
     num_components: int = Field(ge=1)
+    labels: Literal["components", "classes"] = "components"
     weight_concentration: float = Field(default=1.0, ge=1.0, allow_inf_nan=False)
     frozen: tuple[Literal["weights", "means", "covariances"], ...] = ()
     frozen_components: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -51,7 +56,8 @@ class GaussianMixtureConfig(GaussianConfig):
 
 @dataclass(frozen=True, eq=False)
 class WorstRows:
-    """The rows of the least log density, the least first, one of a block at most: where empty components may begin anew."""
+    """The complete rows of the least log density, the least first, one of a block at most: where empty components may begin
+    anew."""
 
     log_prob: Tensor  # (n,) n <= NUM_WORST
     rows: Tensor  # (n,)
@@ -99,7 +105,6 @@ class GaussianMixture:
         "elbo": "a Gaussian mixture has its exact density: use log_prob",
         "log_prob_bound": "a Gaussian mixture has its exact density: use log_prob",
         "classify": "components are not classes; encode gives the probability of each component",
-        "impute": "a Gaussian mixture takes complete rows only",
         "reconstruct": "a Gaussian mixture has no decoder of x; decode gives a component's mean",
     }
 
@@ -176,17 +181,48 @@ class GaussianMixture:
     # Density
 
     def log_prob(self, x_ND: Any) -> Tensor:
-        """(N,) log p(x) in nats (PRML 9.7)."""
-        return self._by_rows(x_ND, lambda log_joint_KN: responsibilities_(log_joint_KN))
+        """(N,) log p(x) in nats (PRML 9.7); NaN is a missing entry, and log p of a row is that of the entries it has."""
+        return self._by_rows(x_ND, (), responsibilities_)
 
     def encode(self, x_ND: Any) -> Tensor:
-        """(N, K) responsibilities p(component | x) (PRML 9.13)."""
+        """(N, K) responsibilities p(component | x) (PRML 9.13); NaN is a missing entry."""
 
         def responsibilities(log_joint_KN: Tensor) -> Tensor:
             responsibilities_(log_joint_KN)
-            return log_joint_KN.T.clone(memory_format=torch.contiguous_format)
+            return log_joint_KN.T
 
-        return self._by_rows(x_ND, responsibilities)
+        return self._by_rows(x_ND, (self.num_components,), responsibilities)
+
+    def impute(self, x_ND: Any, *, seed: int | None = None, offset: int = 0) -> Tensor:
+        """(N, D) x with its missing entries, NaN, filled in: by their mean given the entries that their row has, or by a draw.
+
+        seed    None: the mean. Else a draw from p(missing | observed): a component from its posterior, then the entries; it
+                belongs to the seed and the row's number
+        offset  the number of the first row
+        """
+        x_ND, missing_ND = self._rows(x_ND)
+        if missing_ND is None:
+            return x_ND.clone()
+        filled_ND = torch.empty_like(x_ND)
+        for first in range(0, len(x_ND), ROWS_AT_ONCE):
+            rows = slice(first, min(first + ROWS_AT_ONCE, len(x_ND)))
+            filled_ND[rows] = self._imputed(x_ND[rows], missing_ND[rows], seed, offset + first)
+        return filled_ND
+
+    def _imputed(self, x_ND: Tensor, missing_ND: Tensor, seed: int | None, offset: int) -> Tensor:
+        filled_ND, (num_rows, num_features) = torch.empty_like(x_ND), x_ND.shape
+        if seed is not None:
+            u_N = Noise(seed, "impute.component").uniform(offset, num_rows)[:, 0]
+            noise_ND = Noise(seed, "impute.x").normal(offset, num_rows, num_features)
+        for rows, log_joint_KN in self._log_joint(x_ND, missing_ND):
+            responsibilities_(log_joint_KN)
+            at_hand = x_ND[rows], missing_ND[rows]
+            if seed is None:
+                filled_ND[rows] = expected(self.gaussian, *at_hand, log_joint_KN)
+            else:
+                latent_N = (log_joint_KN.cumsum(0)[:-1] <= u_N[rows]).sum(0)
+                filled_ND[rows] = drawn(self.gaussian, *at_hand, latent_N, noise_ND[rows])
+        return filled_ND
 
     def decode(self, z: Any) -> Tensor:
         """(N, D) the mean of x given components (N,), integers, or given responsibilities (N, K)."""
@@ -218,18 +254,32 @@ class GaussianMixture:
     def num_parameters(self) -> int:
         return self.num_components - 1 + self.gaussian.num_parameters
 
-    def _by_rows(self, x_ND: Any, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """function of the (K, n) log p(x, component) of some rows after the other."""
+    def _by_rows(self, x_ND: Any, shape: tuple[int, ...], function: Callable[[Tensor], Tensor]) -> Tensor:
+        """(N, *shape) function of the (K, n) log p(x, component) of some rows after the other."""
+        x_ND, missing_ND = self._rows(x_ND)
+        values = torch.empty(len(x_ND), *shape, dtype=torch.float64)
+        for rows, log_joint_KN in self._log_joint(x_ND, missing_ND):
+            values[rows] = function(log_joint_KN)
+        return values
+
+    def _rows(self, x_ND: Any) -> tuple[Tensor, Tensor | None]:
+        """What a caller handed over, with 0 for what is missing; and where it is, if anything is."""
         x_ND = as_tensor(x_ND)
         if x_ND.ndim != 2 or x_ND.shape[1] != self.num_features:
             raise UserError(f"x has shape {tuple(x_ND.shape)}; (N, {self.num_features}) is needed")
-        if not bool(x_ND.isfinite().all()):
-            raise UserError("x has missing or infinite entries; a Gaussian mixture takes complete rows only")
-        kernel, log_weights_K, parts = GaussianKernel(self.gaussian, EXACT), self.weights.log(), []
-        for rows in kernel.portions(x_ND, None):
-            kernel.load(x_ND[rows], None)
-            parts.append(function(kernel.log_prob(log_weights_K)))
-        return torch.cat(parts)
+        if bool(x_ND.isfinite().all()):
+            return x_ND, None
+        if bool(x_ND.isinf().any()):
+            raise UserError("x has infinite entries; a Gaussian mixture takes finite ones, and NaN for those that are missing")
+        missing_ND = x_ND.isnan()
+        return x_ND.masked_fill(missing_ND, 0.0), missing_ND
+
+    def _log_joint(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[tuple[Rows, Tensor]]:
+        """Some rows after the other, and their (K, n) log p(x, component)."""
+        kernel, log_weights_K = GaussianKernel(self.gaussian, EXACT), self.weights.log()
+        for rows in kernel.portions(x_ND, missing_ND):
+            kernel.load(x_ND[rows], None if missing_ND is None else missing_ND[rows])
+            yield rows, kernel.log_prob(log_weights_K)
 
     # Sampling
 
@@ -315,12 +365,12 @@ class GaussianMixture:
 
     @classmethod
     def check(cls, config: GaussianMixtureConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
-        if bool(summary.num_missing.any()):
-            worst = int(torch.argmax(summary.num_missing))
+        empty = torch.nonzero(summary.minimum == torch.inf)[:, 0].tolist()
+        if empty:
             raise UserError(
-                f"{int(summary.num_missing.sum()):,} entries of the rows to fit are missing, "
-                f"{int(summary.num_missing[worst]):,} of them in '{summary.features[worst].name}'; a Gaussian mixture takes "
-                "complete rows only: drop or fill them, or choose other columns with data.columns"
+                f"every value of '{summary.features[empty[0]].name}' is missing"
+                + (f", and of {len(empty) - 1} more columns" if len(empty) > 1 else "")
+                + ": leave it out of data.columns"
             )
         if summary.num_weighted_rows < config.num_components:
             raise UserError(
@@ -358,7 +408,8 @@ class GaussianMixture:
         model = replace(self, weights=weights_K, gaussian=estimate.gaussian, reference=None)
         alive_K = estimator.alive(counts_K)
         model, revivals = model._revived(alive_K, counts_K, statistics.worst)
-        least_gain = model._penalty(estimator, counts_K) - self._penalty(estimator, counts_K)
+        weight = statistics.gaussian.weight
+        least_gain = model._penalty(estimator, weight) - self._penalty(estimator, weight)
         redo = None if estimate.redo is None else replace(self, reference=estimate.redo)
         return Update(model, (*estimate.repairs, *revivals), least_gain, redo)
 
@@ -369,11 +420,11 @@ class GaussianMixture:
         keep_means_K = chosen_K | ("means" in config.frozen)
         return GaussianEstimator(config, self.prior, keep_means_K, chosen_K | ("covariances" in config.frozen))
 
-    def _penalty(self, estimator: GaussianEstimator, counts_K: Tensor) -> float:
+    def _penalty(self, estimator: GaussianEstimator, weight: Tensor) -> float:
         """What the M-step takes off the expected log-likelihood that it maximises."""
         extra = self.config.weight_concentration - 1.0
         of_weights = extra * float(self.weights.log().sum()) if extra > 0.0 else 0.0
-        return estimator.penalty(self.gaussian, counts_K) - of_weights
+        return estimator.penalty(self.gaussian, weight) - of_weights
 
     def _revived(self, alive_K: Tensor, counts_K: Tensor, worst: WorstRows) -> tuple[GaussianMixture, list[str]]:
         """With empty components moved to the worst rows, each with the weight of one row and the mean covariance.
@@ -450,6 +501,8 @@ class GaussianMixture:
 def _worst(log_prob_N: Tensor, block: Block) -> WorstRows:
     if block.weights is not None:
         log_prob_N = torch.where(block.weights > 0, log_prob_N, torch.inf)
+    if block.missing is not None:  # the density of fewer entries is of another unit
+        log_prob_N = torch.where(block.missing.any(1), torch.inf, log_prob_N)
     # The first of the least, if any row counts.
     least = log_prob_N.argmin()[None] if block.num_rows else torch.empty(0, dtype=torch.int64)
     least = least[log_prob_N[least] < torch.inf]

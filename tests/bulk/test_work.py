@@ -161,3 +161,17 @@ def test_a_row_without_a_density_is_named(folder, tmp_path):
         with pytest.raises(UserError, match=f"row {row}: x has missing"):
             bulk.score(folder / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / str(row))
         assert (tmp_path / str(row)).exists() == left
+
+
+@pytest.mark.parametrize("name", ["parts", "all.parquet", "all.csv"])
+def test_samples_of_a_model_with_classes_have_a_column_of_labels(tmp_path, name):
+    rng = np.random.default_rng(0)
+    y = np.array(["one", "two"])[rng.integers(0, 2, 200)]
+    spec = {"name": "nb", "family": "naive_bayes", "model": {"kind": "gaussian"}, "data": {"label": "y", "columns": ["x"]}}
+    gendist.fit(spec, data={"x": rng.normal(size=(200, 2)), "y": y}, run_dir=tmp_path / "run")
+    bulk.sample(tmp_path / "run", 300, tmp_path / name, seed=5, offset=7)
+    model = gendist.load(tmp_path / "run")
+    frame = pyarrow.csv.read_csv(tmp_path / name).to_pandas() if name == "all.csv" else pd.read_parquet(tmp_path / name)
+    np.testing.assert_array_equal(frame[["x_0", "x_1"]].to_numpy(), model.sample(300, seed=5, offset=7))
+    classes = model.sample_classes(300, seed=5, offset=7).numpy()
+    assert frame["label"].tolist() == np.array(model.labels)[classes].tolist()

@@ -68,6 +68,8 @@ def flat(value: Any) -> list[torch.Tensor | float]:
     """All numbers inside statistics, in order."""
     if isinstance(value, torch.Tensor | float | int):
         return [value]
+    if isinstance(value, tuple):
+        return [number for each in value for number in flat(each)]
     return [number for name in sorted(vars(value)) for number in flat(getattr(value, name))]
 
 

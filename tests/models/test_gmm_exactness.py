@@ -8,7 +8,7 @@ import torch
 from sklearn.mixture import GaussianMixture as SklearnMixture
 
 import gendist
-from gendist.models.distributions.gaussian_kernel import reference_of
+from gendist.models.distributions.gaussian_statistics import reference_of
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import EXACT
 

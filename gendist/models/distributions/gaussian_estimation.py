@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
-from gendist.models.distributions.gaussian_kernel import GaussianStatistics, Reference
+from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
 from gendist.one_thread import one_thread
 from gendist.protocols import DataSummary, UserError
 
@@ -129,82 +129,98 @@ class GaussianEstimator:
     def estimate(self, current: Gaussian, statistics: GaussianStatistics) -> Estimate:
         """The maximum of the expected log-likelihood (PRML 9.24, 9.25) plus the log prior.
 
-        A latent without weight keeps its parameters, unless there is a prior to say what they are.
+        A latent without weight keeps its parameters, unless there is a prior to say what they are; so does a column that all
+        rows of a latent lack, where no column depends on another.
         """
-        counts_K, kind = statistics.counts, current.covariance_type
-        alive_K = self.alive(counts_K)
+        kind, weight = current.covariance_type, statistics.weight
+        alive_K = self.alive(statistics.counts)
         sample_means_KD, covariances = statistics.moments(kind)
         means = sample_means_KD
+        is_seen = weight > EMPTY * statistics.counts.sum()  # (K, D), or (K, 1) for all columns
+        has_mean = is_seen
         if self.prior is not None and self.prior.mean_precision > 0:
-            weight_K1 = (counts_K / (counts_K + self.prior.mean_precision))[:, None]
-            means = self.prior.mean + weight_K1 * (means - self.prior.mean)
-        means = torch.where((alive_K & ~self.keep_means)[:, None], means, current.means)
+            means = self.prior.mean + weight / (weight + self.prior.mean_precision) * (means - self.prior.mean)
+            has_mean = torch.ones_like(is_seen)
+        means = torch.where(has_mean & ~self.keep_means[:, None], means, current.means)
+        away_KD = torch.where(is_seen, sample_means_KD - means, 0.0)
         with one_thread():
-            covariances = self._covariances(counts_K, covariances, sample_means_KD - means, means, kind)
+            covariances = self._covariances(weight, covariances, away_KD, means, kind)
             covariances = self._above_floor(covariances, kind)
         if kind == "tied":
-            if bool(self.keep_covariances.any()):
+            if bool(self.keep_covariances.any()) or not bool(is_seen.any()):
                 covariances = current.covariances
         else:
-            renewed_K = alive_K & ~self.keep_covariances
-            covariances = torch.where(renewed_K.reshape(-1, *[1] * (covariances.ndim - 1)), covariances, current.covariances)
+            is_known = is_seen | (self.prior is not None)
+            shape = (len(is_known), *[1] * (covariances.ndim - 1))
+            if kind != "diag":
+                is_known = is_known.any(1)
+            renewed = is_known.reshape(covariances.shape if kind == "diag" else shape) & ~self.keep_covariances.reshape(shape)
+            covariances = torch.where(renewed, covariances, current.covariances)
         covariances, raised = _positive_definite(covariances, current.has_matrices)
         gaussian = Gaussian(means, covariances, kind)
         repairs = [f"the covariance of component {k} was singular; its diagonal was raised" for k in raised]
-        return Estimate(gaussian, tuple(repairs), self._redo(gaussian, statistics.reference, alive_K))
+        return Estimate(gaussian, tuple(repairs), self._redo(gaussian, statistics, alive_K))
 
     def alive(self, counts_K: Tensor) -> Tensor:
         """(K,) bool: the latents that can be estimated."""
         return (counts_K > EMPTY * counts_K.sum()) | (self.prior is not None)
 
-    def _covariances(self, counts_K: Tensor, within: Tensor, away_KD: Tensor, means_KD: Tensor, kind: str) -> Tensor:
+    def _covariances(self, weight: Tensor, within: Tensor, away_KD: Tensor, means_KD: Tensor, kind: str) -> Tensor:
         """Scatter about the new means, and the prior's, by the weight of both (Murphy 2012, "Machine Learning", 11.46).
 
+        weight   (K, 1) or (K, D) of the samples
         within   the covariances about the samples' own means, which are `away` from the new means
         """
-        weight = self._weight(counts_K, means_KD.shape[1], kind)
+        divisor = self._weight(weight, kind)
         prior, num_features = self.prior, means_KD.shape[1]
         precision = 0.0 if prior is None else prior.mean_precision
         off_KD = torch.zeros_like(means_KD) if prior is None else means_KD - prior.mean
         scale_D = torch.zeros(num_features, dtype=means_KD.dtype) if prior is None else prior.scale
-        counts_K1 = counts_K[:, None]
         ridge = self.config.covariance_regularization
         if kind == "full":
-            counts_K11 = counts_K1[:, :, None]
+            counts_K11 = weight[:, :, None]
             scatter = counts_K11 * within + counts_K11 * (away_KD[:, :, None] * away_KD[:, None, :])
             scatter += precision * off_KD[:, :, None] * off_KD[:, None, :] + torch.diag(scale_D)
-            return scatter / weight[:, None, None] + ridge * torch.eye(num_features, dtype=within.dtype)
+            return scatter / divisor[:, None, None] + ridge * torch.eye(num_features, dtype=within.dtype)
         if kind == "tied":
-            scatter = counts_K.sum() * within + (counts_K1 * away_KD).T @ away_KD
+            scatter = weight.sum() * within + (weight * away_KD).T @ away_KD
             scatter += precision * off_KD.T @ off_KD + torch.diag(scale_D)
-            return scatter / weight + ridge * torch.eye(num_features, dtype=within.dtype)
-        squares_KD = counts_K1 * away_KD.square() + precision * off_KD.square()
+            return scatter / divisor + ridge * torch.eye(num_features, dtype=within.dtype)
+        squares_KD = weight * away_KD.square() + precision * off_KD.square()
         if kind == "diag":
-            return (counts_K1 * within + squares_KD + scale_D) / weight[:, None] + ridge
-        return (num_features * counts_K * within + squares_KD.sum(1) + scale_D.mean()) / weight + ridge
+            return (weight * within + squares_KD + scale_D) / divisor + ridge
+        return (weight.sum(1) * within + squares_KD.sum(1) + scale_D.mean()) / divisor + ridge
 
-    def _weight(self, counts_K: Tensor, num_features: int, kind: str) -> Tensor:
-        """How many samples a covariance rests on, the prior's included: (K,), or () tied; of spherical, samples x D."""
-        num_covariances = len(counts_K) if kind == "tied" else 1
-        dimensions = num_features if kind == "spherical" else 1
-        weight = (counts_K.sum() if kind == "tied" else counts_K) * dimensions
+    def _weight(self, weight: Tensor, kind: str) -> Tensor:
+        """How many samples a covariance rests on, the prior's included: (K,) full, () tied, (K, D) diag; (K,) spherical, whose
+        samples are entries."""
+        num_latents, width = weight.shape
+        num_covariances = num_latents if kind == "tied" else 1
+        dimensions = width if kind == "spherical" else 1
+        total = {"full": lambda: weight[:, 0], "tied": weight.sum, "diag": lambda: weight, "spherical": lambda: weight.sum(1)}
+        divisor = total[kind]()
         if self.prior is not None:
-            weight = weight + self.prior.degrees_of_freedom + (num_features + 1 if kind in ("full", "tied") else 2)
-            weight = weight + (num_covariances * dimensions if self.prior.mean_precision > 0 else 0)
-        return torch.where(weight > 0, weight, 1.0)
+            per_column = len(self.prior.mean) + 1 if kind in ("full", "tied") else 2
+            divisor = divisor + self.prior.degrees_of_freedom + per_column
+            divisor = divisor + (num_covariances * dimensions if self.prior.mean_precision > 0 else 0)
+        return torch.where(divisor > 0, divisor, 1.0)
 
-    def penalty(self, gaussian: Gaussian, counts_K: Tensor) -> float:
+    def penalty(self, gaussian: Gaussian, weight: Tensor) -> float:
         """What the M-step takes off the expected log-likelihood that it maximises: minus the log prior, up to a constant, and
         what regularization stands for, sum of weight_k / 2 tr(regularization covariance_k^-1).
 
+        weight   of the samples: (K,), or where entries are missing `GaussianStatistics.weight`
         For the derivative of -n/2 (log |C| + tr C^-1 (S + e I)) with respect to C^-1 vanishes at C = S + e I.
         """
         kind, num_features = gaussian.covariance_type, gaussian.num_features
         whitening = gaussian.whitening[:1] if kind == "tied" else gaussian.whitening
-        weight = self._weight(counts_K, num_features, kind)
+        weight = weight[:, None] if weight.ndim == 1 else weight
+        divisor = self._weight(weight if gaussian.has_matrices else weight.expand(-1, num_features), kind)
         inverse_variances = whitening.square().sum(1) if gaussian.has_matrices else whitening.square()  # diagonal of C^-1
         trace_K = inverse_variances.sum(1) / (num_features if kind == "spherical" else 1)
-        total = 0.5 * self.config.covariance_regularization * (weight * trace_K).sum()
+        total = (
+            0.5 * self.config.covariance_regularization * (divisor * (inverse_variances if kind == "diag" else trace_K)).sum()
+        )
         if self.prior is None:
             return float(total)
         log_det = -2.0 * (gaussian.log_det_whitening[:1] if kind == "tied" else gaussian.log_det_whitening)
@@ -232,9 +248,13 @@ class GaussianEstimator:
         below = (values[..., 0] < floor)[..., None, None]
         return torch.where(below, 0.5 * (cut + cut.mT), covariances)
 
-    def _redo(self, gaussian: Gaussian, reference: Reference, alive_K: Tensor) -> Reference | None:
+    def _redo(self, gaussian: Gaussian, statistics: GaussianStatistics, alive_K: Tensor) -> Reference | None:
+        reference = statistics.reference
         with one_thread():
-            lost_K = alive_K & (reference.loss_of(gaussian) > reference.max_loss)
+            loss_K = reference.loss_of(gaussian)
+            if statistics.completed is not None:
+                loss_K = torch.maximum(loss_K, reference.loss_about_points(gaussian))
+        lost_K = alive_K & (loss_K > reference.max_loss)
         if not bool(lost_K.any()):
             return None
         narrow = reference.narrow | lost_K if gaussian.covariance_type != "tied" else torch.ones_like(lost_K)

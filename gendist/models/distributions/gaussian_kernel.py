@@ -12,20 +12,35 @@ full             z, z_i z_j for i <= j          D + D (D + 1) / 2
 diag             z, z_i^2                       2 D
 tied, spherical  z, |z|^2                       D + 1
 
-Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis.
+Entries that are missing are marginalised. Where columns do not depend on each other (diag, spherical) they are left out of
+the sums, by a mask; else the rows that lack the same columns are done together, as `gaussian_missing.py` says.
+
+Legend: N samples, D features, K latents, F sufficient statistics. Inside, samples are the last axis for full covariances,
+whose products are of one column with others, else the first.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from gendist.models.distributions.gaussian import Gaussian
+from gendist.models.distributions.gaussian_missing import Pattern, rows_of_patterns
+from gendist.models.distributions.gaussian_statistics import (
+    MAX_PACKED_FEATURES,
+    CompletedMoments,
+    GaussianStatistics,
+    Reference,
+    precision_in,
+    reference_of,
+)
 from gendist.models.ops.buffers import buffer
+from gendist.models.ops.independent_latent import Rows
 from gendist.one_thread import one_thread
 from gendist.protocols import Compute
 
@@ -33,160 +48,18 @@ ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small p
 ROWS_AT_ONCE = (256, 4096)
 FEATURES_FIRST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
-MAX_PACKED_FEATURES = 128  # of full covariances: with more, products of all pairs cost more than differences
-
-# How much larger than the narrowest variance of a latent the squares of its rows may be in the shared coordinates. Measured,
-# the relative error of a covariance is at most about 1e-16 times this in float64 and 5e-8 times this in float32.
-MAX_LOSS = {"float64": 1e7, "float32": 1e6}
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """About what a pass takes its moments; a function of the parameters, so the same for every block.
-
-    x = center + scale z: the coordinates that all latents share, in which they spread about 1 together
-    points                (K, D) the moments of a narrow latent are about its own point
-    narrow                (K,) bool
-    """
-
-    center: Tensor  # (D,)
-    scale: Tensor  # (D, D) lower triangular, or (D,)
-    points: Tensor
-    narrow: Tensor
-    max_loss: float
-
-    def equals(self, other: Reference) -> bool:
-        pairs = (
-            (self.center, other.center),
-            (self.scale, other.scale),
-            (self.points, other.points),
-            (self.narrow, other.narrow),
-        )
-        return all(torch.equal(a, b) for a, b in pairs)
-
-    def loss_of(self, gaussian: Gaussian) -> Tensor:
-        """(K,) by how much moments about this reference are larger than the narrowest variance of each latent."""
-        whitening, away = gaussian.whitening, gaussian.means - self.points
-        if gaussian.has_matrices:
-            precision = _precision(whitening[:1] if gaussian.covariance_type == "tied" else whitening, self.scale)
-            position = torch.linalg.solve_triangular(self.scale, (gaussian.means - self.center).T, upper=False).T
-            shift = (whitening @ away[:, :, None])[:, :, 0]
-            # The Frobenius norm: at least the largest eigenvalue, at most sqrt(D) times it.
-            in_shared = torch.linalg.matrix_norm(precision) * (1.0 + position.square().amax(-1))
-        else:  # no column meets another
-            precision = (whitening * self.scale).square()
-            position = (gaussian.means - self.center) / self.scale
-            shift = whitening * away
-            in_shared = (precision * (1.0 + position.square())).amax(-1)
-        return torch.where(self.narrow, shift.square().sum(-1), in_shared)
-
-
-def reference_of(gaussian: Gaussian, compute: Compute) -> Reference:
-    """The reference that suits the parameters: the mean of the means, and the covariance of an even mixture of all latents;
-    narrow latents are about their means."""
-    center = gaussian.means.mean(0)
-    between_KD = gaussian.means - center
-    num_latents = gaussian.num_latents
-    if gaussian.covariance_type == "full":
-        with one_thread():
-            total = gaussian.covariances.mean(0) + between_KD.T @ between_KD / num_latents
-            scale, failed = torch.linalg.cholesky_ex(total)
-        if int(failed):
-            scale = torch.diag(total.diagonal().sqrt())
-    elif gaussian.covariance_type == "tied":
-        scale = gaussian.scale[0]
-    elif gaussian.covariance_type == "diag":
-        scale = (gaussian.covariances.mean(0) + between_KD.square().mean(0)).sqrt()
-    else:
-        scale = (gaussian.covariances.mean() + between_KD.square().mean()).sqrt().expand(gaussian.num_features)
-    max_loss = MAX_LOSS[compute.precision]
-    none = torch.zeros(num_latents, dtype=torch.bool)
-    reference = Reference(center, scale, gaussian.means, none, max_loss)
-    with one_thread():
-        found = reference.loss_of(gaussian) > max_loss
-    if gaussian.covariance_type == "full" and gaussian.num_features > MAX_PACKED_FEATURES:
-        found = torch.ones_like(none)
-    if gaussian.covariance_type == "tied":  # one covariance for all of them
-        found = found.any().expand(num_latents).clone()
-    return replace(reference, narrow=found)
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianStatistics:
-    """Expected moments of some samples, weighed by responsibilities r times the weights; float64 on the CPU.
-
-    counts  (K,) sum of r
-    shared  (K, F) sum of r t(z); of no meaning for narrow latents
-    first   (n, D) sum of r d for the n narrow latents, d = x - point
-    second  sum of r d d^T of these: (n, D, D) full, its diagonal (n, D) diag and spherical;
-            tied: (D, D) of all latents, d = z where they are not narrow
-    """
-
-    reference: Reference
-    counts: Tensor
-    shared: Tensor
-    first: Tensor
-    second: Tensor
-
-    def merge(self, other: GaussianStatistics) -> GaussianStatistics:
-        if not self.reference.equals(other.reference):
-            raise ValueError("statistics about different reference points cannot be merged")
-        return GaussianStatistics(
-            self.reference,
-            self.counts + other.counts,
-            self.shared + other.shared,
-            self.first + other.first,
-            self.second + other.second,
-        )
-
-    def moments(self, covariance_type: str) -> tuple[Tensor, Tensor]:
-        """The weighted means (K, D) of the samples of each latent, and their covariances about these, in the layout of the
-        covariance type; what a latent without weight has is not to be used."""
-        reference, num_features = self.reference, len(self.reference.center)
-        counts_K1 = torch.where(self.counts > 0, self.counts, 1.0)[:, None]
-        z_KD = self.shared[:, :num_features] / counts_K1
-        products_KF = self.shared[:, num_features:] / counts_K1
-        own_counts_n1 = counts_K1[reference.narrow]
-        shift_nD = self.first / own_counts_n1
-        scale = reference.scale
-        if scale.ndim == 2:
-            means = reference.center + z_KD @ scale.T
-        else:
-            means = reference.center + z_KD * scale
-        means[reference.narrow] = reference.points[reference.narrow] + shift_nD
-
-        if covariance_type == "tied":
-            total = torch.where(self.counts.sum() > 0, self.counts.sum(), 1.0)
-            shift_KD = shift_nD if bool(reference.narrow.any()) else z_KD
-            within = (self.second - (self.counts[:, None] * shift_KD).T @ shift_KD) / total
-            return means, _symmetric(within if bool(reference.narrow.any()) else scale @ within @ scale.T)
-        if covariance_type == "full":
-            first, second = torch.triu_indices(num_features, num_features)
-            matrices = torch.zeros(len(z_KD), num_features, num_features, dtype=z_KD.dtype)
-            if products_KF.shape[1]:
-                matrices[:, first, second] = products_KF
-                matrices[:, second, first] = products_KF
-                matrices -= z_KD[:, :, None] * z_KD[:, None, :]
-                matrices = scale @ matrices @ scale.T
-            matrices[reference.narrow] = self.second / own_counts_n1[:, :, None] - shift_nD[:, :, None] * shift_nD[:, None, :]
-            return means, _symmetric(matrices)
-        if covariance_type == "diag":
-            variances = (products_KF - z_KD.square()) * scale.square()
-            variances[reference.narrow] = self.second / own_counts_n1 - shift_nD.square()
-            return means, variances.clamp_min_(0.0)
-        variances = (products_KF[:, 0] - z_KD.square().sum(1)) * scale[0].square() / num_features
-        variances[reference.narrow] = (self.second / own_counts_n1 - shift_nD.square()).mean(-1)
-        return means, variances.clamp_min_(0.0)
+PATTERN_BYTES = 64 * 2**20  # of what is kept of patterns from block to block
 
 
 def _make_tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> _Tables:
     center, num_features = reference.center, gaussian.num_features
+    columns_KD = torch.zeros(gaussian.num_latents, 0, dtype=center.dtype)
     with one_thread():
         constant_K = gaussian.log_peak
         if gaussian.covariance_type == "full":
             to_z = torch.linalg.solve_triangular(reference.scale, torch.eye(num_features, dtype=center.dtype), upper=False)
             m_KD = (gaussian.means - center) @ to_z.T
-            precision_KDD = _precision(gaussian.whitening, reference.scale)
+            precision_KDD = precision_in(gaussian.whitening, reference.scale)
             linear_KD = (precision_KDD @ m_KD[:, :, None])[:, :, 0]
             first, second = torch.triu_indices(num_features, num_features)
             if num_features > MAX_PACKED_FEATURES:
@@ -203,6 +76,8 @@ def _make_tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> 
             linear_KD = precision_KD * m_KD
             quadratic_KF = -0.5 * (precision_KD if gaussian.covariance_type == "diag" else precision_KD[:, :1])
         offset_K = constant_K - 0.5 * (linear_KD * m_KD).sum(1)
+        if not gaussian.has_matrices:
+            columns_KD = gaussian.whitening.log() - 0.5 * math.log(2.0 * math.pi)
     weights_KF = torch.cat([linear_KD, quadratic_KF], dim=1)
     own = torch.nonzero(reference.narrow)[:, 0].tolist()
     device, dtype = compute.torch_device, compute.dtype
@@ -212,10 +87,12 @@ def _make_tables(gaussian: Gaussian, compute: Compute, reference: Reference) -> 
         to_z.to(device),
         weights_KF.to(device, dtype),
         offset_K.to(device),
+        (columns_KD - 0.5 * linear_KD * m_KD).to(device, dtype) if columns_KD.numel() else columns_KD,
         own,
         gaussian.means[own].to(device),
         gaussian.whitening[own].to(device),
         constant_K[own].to(device),
+        columns_KD[own].to(device),
         reference.points[own].to(device),
     )
 
@@ -229,11 +106,25 @@ class _Tables:
     to_z: Tensor  # (D, D) or (D,) float64: z = to_z (x - center)
     weights: Tensor  # (K, F) W
     offset: Tensor  # (K,) c, float64
+    columns: Tensor  # (K, D) what each column adds to c; (K, 0) where columns depend on each other
     own: list[int]  # the n narrow latents
     own_means: Tensor  # (n, D) float64
     own_whitening: Tensor  # (n, D, D) or (n, D)
     own_constant: Tensor  # (n,) float64
+    own_columns: Tensor  # (n, D) float64, what each column adds to that, or (n, 0)
     own_points: Tensor  # (n, D) float64
+    patterns: dict[bytes, tuple[Pattern, Reference]] = field(default_factory=dict)  # the first that came up
+
+    def pattern_of(self, gaussian: Gaussian, missing_D: Tensor) -> tuple[Pattern, Reference]:
+        """The pattern, and about what its rows take their moments."""
+        key = missing_D.numpy().tobytes()
+        if key in self.patterns:
+            return self.patterns[key]
+        pattern = Pattern.of(gaussian, missing_D)
+        made = pattern, pattern.marginal_reference(self.reference)
+        if (len(self.patterns) + 1) * pattern.num_bytes <= PATTERN_BYTES:
+            self.patterns[key] = made
+        return made
 
 
 # Made once for all blocks of a pass, and gone with the parameters.
@@ -257,107 +148,186 @@ class GaussianKernel:
         kind, num_features = gaussian.covariance_type, gaussian.num_features
         self._all_own = len(self._tables.own) == gaussian.num_latents
         self._x = self._features = torch.empty(0)
-        self._counts = torch.zeros(gaussian.num_latents, dtype=torch.float64, device=compute.torch_device)
-        self._shared = torch.zeros(self._tables.weights.shape, dtype=torch.float64, device=compute.torch_device)
+        self._present: Tensor | None = None  # (N, D) of the rows at hand 1.0 where an entry is there; None: all are
+        self._part: _Part | None = None  # what does the rows at hand, if they lack columns that others depend on
+        self._parts: dict[bytes, _Part] = {}
+        device = compute.torch_device
+        self._counts = torch.zeros(gaussian.num_latents, dtype=torch.float64, device=device)
+        width = 1 if gaussian.has_matrices else num_features
+        self._weight = torch.zeros(gaussian.num_latents, width, dtype=torch.float64, device=device)
+        self._shared = torch.zeros(self._tables.weights.shape, dtype=torch.float64, device=device)
         self._first = torch.zeros_like(self._tables.own_points)
         shape = {"full": (num_features, num_features), "tied": (), "diag": (num_features,), "spherical": (num_features,)}[kind]
         second = (num_features, num_features) if kind == "tied" else (len(self._tables.own), *shape)
-        self._second = torch.zeros(second, dtype=torch.float64, device=compute.torch_device)
+        self._second = torch.zeros(second, dtype=torch.float64, device=device)
 
-    def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[slice]:
+    def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[Rows]:
         num_rows, (least, most) = max(len(x_ND), 1), ROWS_AT_ONCE
         entries = max(self._tables.weights.shape)
         size = min(max(1 << (ENTRIES_AT_ONCE // entries).bit_length() - 1, least), most)
-        return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+        if missing_ND is None or not self._gaussian.has_matrices or not bool(missing_ND.any()):
+            return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+        return (rows for of_pattern in rows_of_patterns(missing_ND) for rows in of_pattern.split(size))
 
     def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
+        self._part = self._present = None
+        if missing_ND is not None and self._gaussian.has_matrices:
+            if bool(missing_ND[:1].any()):  # all of the portion's rows lack these
+                self._part = self._part_of(missing_ND[0].cpu())
+                self._part.load(x_ND)
+                return
+        elif missing_ND is not None and bool(missing_ND.any()):
+            self._present = (~missing_ND).to(self._compute.torch_device, self._compute.dtype)
         self._x = x_ND.to(self._compute.torch_device)
         if not self._all_own:
             self._features = self._sufficient_statistics(self._x)
 
+    def _part_of(self, missing_D: Tensor) -> _Part:
+        key = missing_D.numpy().tobytes()
+        if key not in self._parts:
+            pattern, kernel = None, None
+            if not bool(missing_D.all()):
+                pattern, reference = self._tables.pattern_of(self._gaussian, missing_D)
+                kernel = GaussianKernel(pattern.marginal, self._compute, reference)
+            self._parts[key] = _Part(self._gaussian.num_latents, self._compute, pattern, kernel)
+        return self._parts[key]
+
     def log_prob(self, offset_K: Tensor) -> Tensor:
-        """(K, N) log N(x | mean_k, covariance_k) + offset_k."""
+        """(K, N) log N(x | mean_k, covariance_k) + offset_k, of the entries that are there."""
+        if self._part is not None:
+            return self._part.log_prob(offset_K)
         tables, dtype, device = self._tables, self._compute.dtype, self._compute.torch_device
         offset_K = offset_K.to(device)
         log_prob_KN = buffer("log_prob", (len(tables.offset), len(self._x)), dtype, device)
         if not self._all_own:
-            offset_K1 = (tables.offset + offset_K).to(dtype)[:, None]
-            torch.addmm(offset_K1, tables.weights, self._features, out=log_prob_KN)
+            features_FN = self._features if self._gaussian.covariance_type == "full" else self._features.T
+            offset_K1 = (offset_K if self._present is not None else tables.offset + offset_K).to(dtype)[:, None]
+            torch.addmm(offset_K1, tables.weights, features_FN, out=log_prob_KN)
+            if self._present is not None:
+                log_prob_KN.addmm_(tables.columns, self._present.T)
         for i, k in enumerate(tables.own):
-            d_DN = self._difference(self._x, tables.own_means[i])
+            d_DN = self._difference(self._x, tables.own_means[i], self._present)
             z_DN = buffer("z own", tuple(d_DN.shape), torch.float64, device)
             if self._gaussian.has_matrices:
                 torch.mm(tables.own_whitening[i], d_DN, out=z_DN)
             else:
                 torch.mul(tables.own_whitening[i][:, None], d_DN, out=z_DN)
-            own_N = z_DN.mul_(z_DN).sum(0).mul_(-0.5).add_(tables.own_constant[i] + offset_K[k])
+            own_N = z_DN.mul_(z_DN).sum(0).mul_(-0.5)
+            if self._present is None:
+                own_N.add_(tables.own_constant[i] + offset_K[k])
+            else:
+                own_N.addmv_(self._present.double(), tables.own_columns[i]).add_(offset_K[k])
             log_prob_KN[k] = own_N.clamp_min_(LEAST_LOG)
         return log_prob_KN
 
     def add(self, responsibilities_KN: Tensor) -> None:
         """Add the moments of the rows, whose responsibilities include their weights."""
+        if self._part is not None:
+            return self._part.add(responsibilities_KN)
         tables, kind = self._tables, self._gaussian.covariance_type
-        self._counts += responsibilities_KN.sum(1)
+        counts_K = responsibilities_KN.sum(1)
+        self._counts += counts_K
+        self._weight += counts_K[:, None] if self._present is None else torch.mm(responsibilities_KN, self._present)
         if not self._all_own:
             dtype, device = self._compute.dtype, self._compute.torch_device
-            if FEATURES_FIRST:
+            if kind == "full" and FEATURES_FIRST:
                 sums_FK = buffer("sums", tuple(tables.weights.T.shape), dtype, device)
                 self._shared += torch.mm(self._features, responsibilities_KN.T, out=sums_FK).T
             else:
+                features_NF = self._features.T if kind == "full" else self._features
                 sums_KF = buffer("sums", tuple(tables.weights.shape), dtype, device)
-                self._shared += torch.mm(responsibilities_KN, self._features.T, out=sums_KF)
+                self._shared += torch.mm(responsibilities_KN, features_NF, out=sums_KF)
             if kind == "tied":
-                z_DN = self._features[:-1]
-                self._second += (z_DN * responsibilities_KN.sum(0)) @ z_DN.T
+                z_ND = self._features[:, :-1]
+                self._second += (z_ND * responsibilities_KN.sum(0)[:, None]).T @ z_ND
         for i, k in enumerate(tables.own):
-            r_N, x_ND = responsibilities_KN[k], self._x
+            r_N, x_ND, present_ND = responsibilities_KN[k], self._x, self._present
             near = torch.nonzero(r_N)[:, 0]
             if len(near) < len(r_N) // 2:  # a narrow latent is near to few rows
-                r_N, x_ND = r_N[near], x_ND[near]
-            d_DN = self._difference(x_ND, tables.own_points[i])
+                r_N, x_ND, present_ND = r_N[near], x_ND[near], None if present_ND is None else present_ND[near]
+            d_DN = self._difference(x_ND, tables.own_points[i], present_ND)
             rd_DN = torch.mul(r_N, d_DN, out=buffer("z own", tuple(d_DN.shape), torch.float64, d_DN.device))
             self._first[i] += rd_DN.sum(1)
             second = self._second if kind == "tied" else self._second[i]
             second += rd_DN @ d_DN.T if self._gaussian.has_matrices else rd_DN.mul_(d_DN).sum(1)
+        return None
 
-    def _difference(self, x_ND: Tensor, point_D: Tensor) -> Tensor:
-        """(D, N) x - point, float64 in any precision."""
+    def _difference(self, x_ND: Tensor, point_D: Tensor, present_ND: Tensor | None) -> Tensor:
+        """(D, N) x - point, 0 where x is missing; float64 in any precision."""
         d_DN = buffer("difference", (x_ND.shape[1], x_ND.shape[0]), torch.float64, x_ND.device)
-        return torch.sub(x_ND.T, point_D[:, None], out=d_DN)
+        torch.sub(x_ND.T, point_D[:, None], out=d_DN)
+        return d_DN if present_ND is None else d_DN.mul_(present_ND.T)
 
     def statistics(self) -> GaussianStatistics:
         """What was added."""
-        values = (self._counts, self._shared, self._first, self._second)
-        return GaussianStatistics(self._tables.reference, *(value.cpu() for value in values))
+        values = [value.cpu() for value in (self._counts, self._weight, self._shared, self._first, self._second)]
+        reference = self._tables.reference
+        completed = None
+        for part in self._parts.values():
+            counts_K, moments = part.statistics(reference.points)
+            values[0] = values[0] + counts_K
+            if moments is not None:
+                completed = moments if completed is None else completed.merge(moments)
+        return GaussianStatistics(reference, *values, completed)
 
     def _sufficient_statistics(self, x_ND: Tensor) -> Tensor:
-        """(F, N) t(z)."""
+        """t(z): (F, N) of full covariances, else (N, F)."""
         tables, kind, device = self._tables, self._gaussian.covariance_type, self._compute.torch_device
         num_rows, num_features = x_ND.shape
-        t_FN = buffer("t", (tables.weights.shape[1], num_rows), self._compute.dtype, device)
         centred_ND = torch.sub(x_ND, tables.center, out=buffer("centred", (num_rows, num_features), torch.float64, device))
-        z_DN = t_FN[:num_features]
-        if self._gaussian.has_matrices:
-            z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
-        else:
-            z_DN.copy_(centred_ND.mul_(tables.to_z).T)
         if kind == "full":
+            t_FN = buffer("t", (tables.weights.shape[1], num_rows), self._compute.dtype, device)
+            z_DN = t_FN[:num_features]
+            z_DN.copy_(torch.mm(tables.to_z, centred_ND.T, out=buffer("z", (num_features, num_rows), torch.float64, device)))
             start = num_features
             for i in range(num_features):
                 torch.mul(z_DN[i:], z_DN[i], out=t_FN[start : start + num_features - i])
                 start += num_features - i
-        elif kind == "diag":
-            torch.mul(z_DN, z_DN, out=t_FN[num_features:])
+            return t_FN
+        t_NF = buffer("t", (num_rows, tables.weights.shape[1]), self._compute.dtype, device)
+        z_ND = t_NF[:, :num_features]
+        if kind == "tied":
+            z_ND.copy_(torch.mm(centred_ND, tables.to_z.T, out=buffer("z", (num_rows, num_features), torch.float64, device)))
         else:
-            t_FN[num_features] = z_DN.square().sum(0)
-        return t_FN
+            torch.mul(centred_ND, tables.to_z, out=z_ND)
+        if self._present is not None:
+            z_ND.mul_(self._present)
+        if kind == "diag":
+            torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
+        else:
+            torch.sum(z_ND.square(), 1, out=t_NF[:, num_features])
+        return t_NF
 
 
-def _precision(whitening: Tensor, scale: Tensor) -> Tensor:
-    """(K, D, D) inverse covariances in the shared coordinates."""
-    factor = whitening @ scale
-    return factor.mT @ factor
+class _Part:
+    """A pass over the rows of one pattern, by a kernel of the observed columns. `pattern` is None where there are none."""
 
+    def __init__(self, num_latents: int, compute: Compute, pattern: Pattern | None, kernel: GaussianKernel | None):
+        self.pattern, self._kernel, self._compute = pattern, kernel, compute
+        self._unseen = torch.zeros(num_latents, dtype=torch.float64, device=compute.torch_device)
+        self._num_rows = 0
 
-def _symmetric(matrices: Tensor) -> Tensor:
-    return 0.5 * (matrices + matrices.mT)
+    def load(self, x_ND: Tensor) -> None:
+        self._num_rows = len(x_ND)
+        if self.pattern is not None and self._kernel is not None:
+            self._kernel.load(x_ND[:, self.pattern.observed.to(x_ND.device)], None)
+
+    def log_prob(self, offset_K: Tensor) -> Tensor:
+        if self._kernel is not None:
+            return self._kernel.log_prob(offset_K)
+        dtype, device = self._compute.dtype, self._compute.torch_device
+        log_prob_KN = buffer("log_prob", (len(offset_K), self._num_rows), dtype, device)
+        return log_prob_KN.copy_(offset_K[:, None])
+
+    def add(self, responsibilities_KN: Tensor) -> None:
+        if self._kernel is not None:
+            self._kernel.add(responsibilities_KN)
+        else:
+            self._unseen += responsibilities_KN.sum(1)
+
+    def statistics(self, points_KD: Tensor) -> tuple[Tensor, CompletedMoments | None]:
+        """(K,) the weight of the rows, and their moments about the points, as they are expected to be when complete."""
+        if self.pattern is None or self._kernel is None:
+            return self._unseen.cpu(), None
+        statistics = self._kernel.statistics()
+        return statistics.counts, self.pattern.complete(statistics, points_KD)

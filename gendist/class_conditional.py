@@ -1,0 +1,297 @@
+"""A model for each class: p(x, class) = weight of the class times p(x | model of the class), for any `StatisticsModel`.
+
+Of Gaussian mixtures it is mixture discriminant analysis (Hastie & Tibshirani 1996). Rows whose class is not known take part
+by expectation-maximization over the classes, around that of each model.
+Legend: N rows, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor
+
+from gendist.blocks import Blocks, Run
+from gendist.data.survey import Summary, survey
+from gendist.em.start import start_from_data
+from gendist.models.ops import criteria
+from gendist.models.ops.independent_latent import draw_latents
+from gendist.models.ops.responsibilities import responsibilities_
+from gendist.noise import Noise, derived_seed
+from gendist.protocols import EXACT, Block, Compute, Update, UserError
+
+
+@dataclass(frozen=True)
+class ClassStatistics:
+    """counts (C,) the weight of each class, and the statistics of each class's model."""
+
+    log_likelihood: float
+    counts: Tensor
+    classes: tuple[Any, ...]
+
+    def merge(self, other: ClassStatistics) -> ClassStatistics:
+        classes = tuple(a.merge(b) for a, b in zip(self.classes, other.classes, strict=True))
+        return ClassStatistics(self.log_likelihood + other.log_likelihood, self.counts + other.counts, classes)
+
+
+@dataclass(frozen=True, eq=False)
+class ClassConditional:
+    """weights (C,), which sum to 1, and a model for each of `labels`. Made of a family by `class_conditional`."""
+
+    config: Any
+    weights: Tensor
+    models: tuple[Any, ...]
+    labels: tuple[Any, ...] = ()
+
+    family: ClassVar[type[Any]]
+    Config: ClassVar[type[BaseModel]]
+    not_offered: ClassVar[Mapping[str, str]]
+
+    def __post_init__(self) -> None:
+        if not len(self.models) == len(self.labels) == len(self.weights):
+            each = f"{len(self.models)} models, {len(self.weights)} weights, {len(self.labels)} labels"
+            raise ValueError(f"{each}; one a class is needed")
+        if not bool((self.weights >= 0).all()) or not math.isclose(float(self.weights.sum()), 1.0, rel_tol=1e-6):
+            raise ValueError(f"weights must be 0 or more and sum to 1, not {float(self.weights.sum()):g}")
+
+    @property
+    def num_latents(self) -> int:
+        return len(self.models)
+
+    @property
+    def num_features(self) -> int:
+        return self.models[0].num_features
+
+    @property
+    def num_parameters(self) -> int:
+        return len(self.models) - 1 + sum(model.num_parameters for model in self.models)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`weights`, and `0.means` of the first class's model."""
+        each = {f"{c}.{name}": tensor for c, model in enumerate(self.models) for name, tensor in model.tensors().items()}
+        return {"weights": self.weights} | each
+
+    @classmethod
+    def from_tensors(cls, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> ClassConditional:
+        own: list[dict[str, Tensor]] = [{} for _ in labels]
+        for key, tensor in tensors.items():
+            index, dot, name = key.partition(".")
+            if dot and index.isdigit() and int(index) < len(labels):
+                own[int(index)][name] = tensor
+            elif key != "weights":
+                raise ValueError(f"tensor {key}; weights are needed, and those of {len(labels)} classes")
+        models = tuple(cls.family.from_tensors(config, each, ()) for each in own)
+        return cls(config, tensors["weights"], models, labels)
+
+    # Density
+
+    def log_prob(self, x_ND: Any) -> Tensor:
+        """(N,) log p(x) in nats."""
+        return self.joint_log_prob(x_ND).logsumexp(1)
+
+    def joint_log_prob(self, x_ND: Any) -> Tensor:
+        """(N, C) log p(x, class)."""
+        return torch.stack([model.log_prob(x_ND) for model in self.models], 1) + self.weights.log()
+
+    def classify(self, x_ND: Any) -> Tensor:
+        """(N, C) log p(label | x), columns in the order of `labels`."""
+        return self.joint_log_prob(x_ND).log_softmax(1)
+
+    def encode(self, x_ND: Any) -> Tensor:
+        """(N, C) p(class | x)."""
+        return self.joint_log_prob(x_ND).softmax(1)
+
+    def impute(self, x_ND: Any, *, seed: int | None = None, offset: int = 0) -> Tensor:
+        """(N, D) x with its missing entries (NaN) filled in: with their mean given the others, or, where a seed is given, with
+        a draw from what they may be."""
+        filled = torch.stack([model.impute(x_ND, seed=seed, offset=offset) for model in self.models])
+        posterior_NC = self.encode(x_ND)
+        if seed is None:
+            x_ND = filled[0].clone()
+            mean_ND = (posterior_NC.T[:, :, None] * filled).sum(0)
+            same_ND = (filled == filled[0]).all(0)  # what was there
+            return torch.where(same_ND, x_ND, mean_ND)
+        u_N = Noise(seed, "impute.class").uniform(offset, len(posterior_NC))
+        class_N = (posterior_NC.cumsum(1)[:, :-1] <= u_N).sum(1)
+        return filled[class_N, torch.arange(len(class_N))]
+
+    def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:
+        """What may be read off a fit's total log-likelihood: aic and bic."""
+        return {
+            "aic": criteria.aic(self.num_parameters, log_likelihood),
+            "bic": criteria.bic(self.num_parameters, log_likelihood, total_weight),
+        }
+
+    # Sampling
+
+    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed. given: one of `labels`."""
+        if given is not None:
+            c = self._class_of(given)
+            return self.models[c].sample(num_samples, seed=_seed_of_class(seed, c), offset=offset)
+        class_N = self.sample_classes(num_samples, seed=seed, offset=offset)
+        x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
+        for c, model in enumerate(self.models):
+            rows = torch.nonzero(class_N == c)[:, 0]
+            if len(rows):  # a model makes rows that follow one another
+                first, last = int(rows[0]), int(rows[-1])
+                own = model.sample(last - first + 1, seed=_seed_of_class(seed, c), offset=offset + first)
+                x_ND[rows] = own[rows - first]
+        return x_ND
+
+    def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
+        if given is None:
+            return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
+        return torch.full((num_samples,), self._class_of(given))
+
+    def _class_of(self, given: Any) -> int:
+        names = {str(label): c for c, label in enumerate(self.labels)}
+        if str(given) not in names:
+            raise UserError(f"given {given!r}; the labels are {', '.join(names)}")
+        return names[str(given)]
+
+    # Expectation-maximization
+
+    @classmethod
+    def count_latents(cls, config: Any, labels: tuple[Any, ...]) -> int:
+        if not labels:
+            raise UserError("model.labels: classes needs labels: name their column with data.label")
+        return len(labels)
+
+    @classmethod
+    def default_start(cls, config: Any, labels: tuple[Any, ...]) -> str:
+        return cls.family.default_start(config, ())
+
+    @classmethod
+    def check(cls, config: Any, summary: Summary, labels: tuple[Any, ...]) -> None:
+        cls.family.check(config, summary, ())
+
+    @classmethod
+    def adopt(cls, config: Any, summary: Summary, model: ClassConditional, labels: tuple[Any, ...]) -> ClassConditional:
+        models = tuple(cls.family.adopt(config, summary, each, ()) for each in model.models)
+        return cls(config, model.weights, models, labels or model.labels)
+
+    @classmethod
+    def start_from_data(
+        cls, config: Any, blocks: Blocks[Block], summary: Summary, labels: tuple[Any, ...], method: str, seed: int
+    ) -> Update[ClassConditional]:
+        """Each class's model as it would start from the rows that are known to be of the class."""
+        counts, updates = [], []
+        for c, label in enumerate(labels):
+            own = _OfClass(blocks, c)
+            try:
+                own_summary = replace(survey(own), features=summary.features)
+                if own_summary.total_weight == 0.0:
+                    raise UserError("no row of the class to fit")
+                cls.family.check(config, own_summary, ())
+                updates.append(start_from_data(cls.family, config, own, own_summary, (), method, _seed_of_class(seed, c)))
+            except UserError as error:
+                raise UserError(f"class {label}: {error}") from None
+            counts.append(own_summary.total_weight)
+        weights_C = torch.tensor(counts, dtype=torch.float64)
+        models = tuple(update.model for update in updates)
+        repairs = _told(labels, [update.repairs for update in updates])
+        return Update(cls(config, weights_C / weights_C.sum(), models, labels), repairs)
+
+    def e_step(self, block: Block, compute: Compute = EXACT) -> ClassStatistics:
+        """Each model's own E-step, of the rows weighed by p(class | x, evidence)."""
+        joint_CN = self._joint(block, compute)
+        log_prob_N = responsibilities_(joint_CN)
+        if block.weights is not None:
+            joint_CN.mul_(block.weights).masked_fill_(block.weights == 0, 0.0)
+        classes = tuple(
+            model.e_step(_weighed(block, shares_N), compute) for model, shares_N in zip(self.models, joint_CN, strict=True)
+        )
+        return ClassStatistics(block.weighted_sum(log_prob_N), joint_CN.sum(1), classes)
+
+    def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
+        """(N,) log p(x, evidence) of a block's rows."""
+        return responsibilities_(self._joint(block, compute))
+
+    def _joint(self, block: Block, compute: Compute) -> Tensor:
+        """(C, N) log p(x, class) and the evidence; of classes that the evidence excludes no density is asked for."""
+        joint_CN = torch.full((len(self.models), block.num_rows), -torch.inf, dtype=torch.float64)
+        for c, model in enumerate(self.models):
+            evidence_N = torch.zeros(block.num_rows, dtype=torch.float64) if block.evidence is None else block.evidence[:, c]
+            rows = torch.nonzero(evidence_N > -torch.inf)[:, 0]
+            if len(rows):
+                own = _rows_of(replace(block, evidence=None), rows)
+                joint_CN[c, rows] = model.log_prob_of(own, compute) + self.weights[c].log() + evidence_N[rows]
+        return joint_CN
+
+    def m_step(self, statistics: ClassStatistics) -> Update[ClassConditional]:
+        """Each model's own M-step; a class without rows keeps its model."""
+        there = [bool(count > 0) for count in statistics.counts]
+        updates = [
+            model.m_step(own) if is_there else Update(model, ("no rows; the model stays",))
+            for model, own, is_there in zip(self.models, statistics.classes, there, strict=True)
+        ]
+        weights_C = statistics.counts / statistics.counts.sum()
+        redo = None
+        if any(update.redo is not None for update in updates):
+            models = tuple(update.redo or model for update, model in zip(updates, self.models, strict=True))
+            redo = replace(self, models=models)
+        model = replace(self, weights=weights_C, models=tuple(update.model for update in updates))
+        repairs = _told(self.labels, [update.repairs for update in updates])
+        return Update(model, repairs, sum(update.least_gain for update in updates), redo)
+
+
+@cache
+def class_conditional(family: Any) -> type[ClassConditional]:
+    """The class of models that have one of this family for each class."""
+    not_offered = {verb: reason for verb, reason in family.not_offered.items() if verb != "classify"}
+    not_offered["decode"] = "a class has a model, not a mean; decode with `models[c]`"
+    members = {"family": family, "Config": family.Config, "not_offered": not_offered}
+    return type(f"ClassConditional{family.__name__}", (ClassConditional,), members)
+
+
+def _seed_of_class(seed: int, c: int) -> int:
+    return derived_seed(seed, f"class.{c}")
+
+
+def _told(labels: tuple[Any, ...], repairs: list[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(f"class {label}: {line}" for label, lines in zip(labels, repairs, strict=True) for line in lines)
+
+
+def _rows_of(block: Block, rows: Tensor) -> Block:
+    """The block of some of its rows, ascending."""
+    if len(rows) == block.num_rows:
+        return block
+    taken = (None if values is None else values[rows] for values in (block.weights, block.evidence, block.missing))
+    return Block(block.x[rows], block.rows[rows], *taken)
+
+
+def _weighed(block: Block, shares_N: Tensor) -> Block:
+    """The rows that have a share, weighed by it."""
+    return _rows_of(replace(block, evidence=None, weights=shares_N), torch.nonzero(shares_N)[:, 0])
+
+
+@dataclass(frozen=True)
+class _OfClass:
+    """Blocks of the labelled rows, weighed by how probable their labels say class `c` is."""
+
+    blocks: Blocks[Block]
+    c: int
+
+    def map_runs(self, function: Callable[[Any, Run[Any]], Any], broadcast: Any) -> Iterator[Any]:
+        return self.blocks.map_runs(partial(_of_class, self.c, function), broadcast)
+
+
+def _of_class(c: int, function: Callable[[Any, Run[Block]], Any], broadcast: Any, run: Run[Block]) -> Any:
+    return function(broadcast, Run([_labelled(c, block) for block in run], run.first))
+
+
+def _labelled(c: int, block: Block) -> Block:
+    if block.evidence is None:
+        shares_N = torch.zeros(block.num_rows, dtype=torch.float64)
+    else:
+        is_labelled_N = (block.evidence != 0).any(1)
+        shares_N = torch.where(is_labelled_N, block.evidence.softmax(1)[:, c], 0.0)
+    return _weighed(block, shares_N * block.weights_or_ones())
