@@ -25,7 +25,8 @@ def fit(
     """Fit the model that a spec describes.
 
     spec      a path to a YAML file, or a dict
-    data      an array, a mapping of arrays, a DataFrame, an Arrow table or a datasets.Dataset, instead of the spec's
+    data      an array or a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a datasets.Dataset, instead of
+              the spec's
     init      a model to start from, or an estimator that the family's `from_sklearn` understands
     run_dir   where the run is kept, and resumed from where it is unfinished; None keeps nothing
     address   of a Ray cluster, for `cluster.num_workers` of 1 and more

@@ -54,13 +54,13 @@ class Layout:
     def table(self, values: Values, first_row: int) -> pa.Table:
         """values (N, W), or (N,) where numbered."""
         table: dict[str, Any] = {"row": np.arange(first_row, first_row + len(values))} if self.numbered else {}
-        columns, names = [values] if self.numbered else values.T, self.columns
         if self.sparse is not None:
-            num_features = sum(name not in self.categories for name in names)
-            table[self.sparse] = sparse_rows(values[:, :num_features])
-            columns, names = columns[num_features:], names[num_features:]
-        for name, column in zip(names, columns, strict=True):
-            table[name] = _texts(column, self.categories[name]) if name in self.categories else column
+            table[self.sparse] = sparse_rows(values[:, [name not in self.categories for name in self.columns]])
+        for name, column in zip(self.columns, [values] if self.numbered else values.T, strict=True):
+            if name in self.categories:
+                table[name] = _texts(column, self.categories[name])
+            elif self.sparse is None:
+                table[name] = column
         return pa.table(table)
 
     @property

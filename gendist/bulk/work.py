@@ -74,10 +74,10 @@ def sample(
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
     loaded.model.sample(1, seed=seed, offset=offset, given=given)  # a mistake is told before anything is begun
-    names, categories = loaded.schema.feature_names, loaded.schema.categories
+    columns, names, categories = loaded.schema.columns, loaded.schema.feature_names, loaded.schema.categories
     with_label = bool(loaded.model.labels) and hasattr(_untransformed(loaded.model), "sample_classes") and not _is_array(out)
     if with_label:
-        beside = loaded.schema.columns if loaded.schema.is_sparse else names
+        beside = columns if loaded.schema.is_sparse else names
         label = LABEL if LABEL not in beside else f"{LABEL} of the class"
         names, categories = (*names, label), {**categories, label: loaded.model.labels}
     work = _Work(
@@ -91,12 +91,7 @@ def sample(
             "columns": list(names),
             "noise_version": noise.VERSION,
         },
-        layout=Layout(
-            names,
-            array="x",
-            categories=categories,
-            sparse=loaded.schema.columns[0] if loaded.schema.is_sparse else None,
-        ),
+        layout=Layout(names, array="x", categories=categories, sparse=columns[0] if loaded.schema.is_sparse else None),
         parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
         compute=partial(_draw, seed, given, with_label),

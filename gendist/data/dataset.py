@@ -36,7 +36,7 @@ class Dataset:
     """A source and what its columns mean.
 
     make_blocks  (load, leaves, max_leaves_per_run, keep) -> Blocks: where the reading and computing is done
-    schema       with the values of every column of text
+    schema       complete: with the values of every column of text, and all features
     labels       the declared labels, or the distinct ones that there are, in order; empty where `data.label` is not given
     transforms   fitted ones, which the rows of blocks have behind them; None: rows are as the source has them
     """
@@ -51,7 +51,7 @@ class Dataset:
 
     @classmethod
     def open(cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks) -> Dataset:
-        """Look at all rows for the labels and the values of columns of text, where there are any that are not known.
+        """Look at all rows, once, for what is not known: labels, values of columns of text, features of sparse rows.
 
         UserError where there are none, or too many.
         """
@@ -60,10 +60,8 @@ class Dataset:
             label_type = source.schema.field(name).type
             if pa.types.is_nested(label_type) or isinstance(label_type, pa.BaseExtensionType):
                 raise UserError(f"{source.name}: column '{name}' holds {label_type}; a label is a number or a text")
-        labels = config.labels or ()
-        look_for_labels = isinstance(config.label, str) and not labels
-        if isinstance(config.label, tuple):
-            labels = config.label
+        labels = config.label if isinstance(config.label, tuple) else config.labels or ()
+        look_for_labels = config.label is not None and not labels
         if look_for_labels or schema.columns_to_survey or schema.needs_features:
             look = Look(
                 source,

@@ -56,11 +56,18 @@ def _docstrings_in(folder: Any) -> Iterator[str]:
         if file.is_dir() and file.name != "tests":
             yield from _docstrings_in(file)
         elif file.name.endswith(".py"):
-            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                    text = EXAMPLES.split(ast.get_docstring(node) or "", maxsplit=1)[0]
-                    if len(text.split()) >= MIN_WORDS:
-                        yield text
+            for text in _docstrings_below(ast.parse(file.read_text(encoding="utf-8"))):
+                text = EXAMPLES.split(text, maxsplit=1)[0]
+                if len(text.split()) >= MIN_WORDS:
+                    yield text
+
+
+def _docstrings_below(node: ast.Module | ast.ClassDef) -> Iterator[str]:
+    for inside in node.body:
+        if isinstance(inside, ast.FunctionDef | ast.ClassDef):
+            yield ast.get_docstring(inside) or ""
+            if isinstance(inside, ast.ClassDef):
+                yield from _docstrings_below(inside)
 
 
 EMBEDDED: dict[str, Callable[[], TableSource]] = {"digits": digits, "docstrings": docstrings}

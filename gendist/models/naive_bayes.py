@@ -30,12 +30,6 @@ from gendist.protocols import EXACT, Block, Compute, DataSummary, Feature, Updat
 
 Kind = Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson"]
 
-KIND_OF_TYPE: Mapping[str, Kind] = {
-    "real": "gaussian",
-    "integer": "poisson",
-    "boolean": "bernoulli",
-    "category": "categorical",
-}
 ROWS_AT_ONCE = 8_192  # of a sample, to stay in the processor's cache
 MAX_CATEGORIES = 10_000  # of a column of whole numbers
 
@@ -43,8 +37,9 @@ MAX_CATEGORIES = 10_000  # of a column of whole numbers
 class NaiveBayesConfig(BaseModel):
     """The `model:` block of a spec of family `naive_bayes`.
 
-    kind                       of all columns; or "mixed": each its own, by `columns` or else by what the data hold (text is
-                               categorical, true and false bernoulli, whole numbers poisson, others gaussian)
+    kind                       of all columns; or "mixed": each its own, by `columns` or else by what the data hold: text is
+                               categorical, 0 and 1 alone (true and false) bernoulli, whole numbers from 0 on poisson, other
+                               numbers gaussian
     columns                    of kind mixed: the kinds of columns by name
     num_classes                the classes; as many as there are labels where left out
     class_prior                of the classes: as the data have them, uniform, or given, in the order of the labels
@@ -81,12 +76,23 @@ class NaiveBayesConfig(BaseModel):
                 raise ValueError(f"class_prior has {len(self.class_prior)} entries for {self.num_classes} classes")
         return self
 
-    def kind_of(self, feature: Feature) -> str:
-        """The kind of a column."""
+    def kinds_of(self, summary: DataSummary) -> list[str]:
+        """The kind of each column."""
+        ranges = zip(summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist(), strict=True)
+        return [self._kind_of(feature, *each) for feature, each in zip(summary.features, ranges, strict=True)]
+
+    def _kind_of(self, feature: Feature, least: float, most: float, is_whole: bool) -> str:
         if self.kind != "mixed":
             return self.kind
         declared = self.columns.get(feature.column, self.columns.get(feature.name))
-        return KIND_OF_TYPE[feature.type] if declared is None else declared
+        if declared is not None:
+            return declared
+        if feature.type == "category":
+            return "categorical"
+        # By the numbers and not by their type, of which files of other formats know nothing.
+        if is_whole and least >= 0:
+            return "bernoulli" if most <= 1 else "poisson"
+        return "gaussian"
 
 
 @dataclass(frozen=True, eq=False)
@@ -308,8 +314,7 @@ class NaiveBayes:
         """Classes that are alike but for the centers: of each column what all rows together suggest."""
         num_classes = len(centers_KD)
         members: dict[tuple[str, str], list[int]] = {}
-        for index, feature in enumerate(summary.features):
-            kind = config.kind_of(feature)
+        for index, (feature, kind) in enumerate(zip(summary.features, config.kinds_of(summary), strict=True)):
             own = feature.column if kind == "multinomial" and config.kind == "mixed" else ""  # each bag of tokens its own
             members.setdefault((kind, own), []).append(index)
         groups = [_blank(config, kind, torch.tensor(indices), summary, centers_KD) for (kind, _), indices in members.items()]
@@ -497,11 +502,9 @@ def _blank(config: NaiveBayesConfig, kind: str, columns: Tensor, summary: DataSu
 
 def _check_kinds(config: NaiveBayesConfig, summary: DataSummary) -> None:
     """UserError where a column holds what its kind does not allow."""
-    ranges = zip(
-        summary.features, summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist(), strict=True
-    )
-    for feature, least, most, is_whole in ranges:
-        kind, name = config.kind_of(feature), feature.name
+    ranges = (summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist())
+    for feature, kind, least, most, is_whole in zip(summary.features, config.kinds_of(summary), *ranges, strict=True):
+        name = feature.name
         if feature.type == "category" and kind != "categorical":
             raise UserError(f"column '{name}' holds text, which is not {kind}; declare it categorical, or leave it out")
         if kind != "gaussian" and least < 0:

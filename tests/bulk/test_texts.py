@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gendist
-from gendist import bulk
+from gendist import bulk, em_fitting
 from gendist.artifact import load_artifact
 from gendist.bulk.parts import Layout
 from gendist.data import DataConfig
@@ -28,7 +28,9 @@ TEXTS = pd.DataFrame({"body": np.array(["the fox", "a dog and the fox", "dog dog
 
 def fit(counter, path, data, **config):
     spec = {"name": "texts", "family": counter, "model": {}, "data": config, "fit": {"max_iterations": 2}}
-    return gendist.fit(spec, data=data, run_dir=path)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(em_fitting, "draw_samples", lambda *_: None)  # which takes longer than all the rest
+        return gendist.fit(spec, data=data, run_dir=path)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from blocks_of import EVERYTHING, dataset_of, matrix_of, one_run_a_leaf
 
 import gendist
+from gendist import em_fitting
 from gendist.data import DataConfig, Schema, source_of
 from gendist.data import domains as domains_module
 from gendist.data.survey import survey
@@ -122,7 +123,8 @@ def test_a_family_that_takes_no_texts_refuses_them_by_name(counter):
         gendist.fit(spec | {"data": {"columns": ["length", "size"]}}, data=FRAME)
 
 
-def test_a_fit_keeps_the_texts_and_goes_on_from_them(counter, tmp_path):
+def test_a_fit_keeps_the_texts_and_goes_on_from_them(counter, tmp_path, monkeypatch):
+    monkeypatch.setattr(em_fitting, "draw_samples", lambda *_: None)
     data = FRAME.drop(columns="length").dropna()
     spec = {"name": "texts", "family": counter, "model": {}, "fit": {"max_iterations": 2}}
     run = gendist.fit(spec, data=data, run_dir=tmp_path / "run")

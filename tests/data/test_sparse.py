@@ -17,6 +17,7 @@ from blocks_of import dataset_of, joined, matrix_of, one_run_a_leaf
 
 import gendist
 from gendist.blocks import Leaves
+from gendist.blocks.leaves import MAX_SPARSE_LEAF_ROWS
 from gendist.data.survey import survey
 from gendist.protocols import Block, UserError, as_matrix, as_tensor
 
@@ -71,8 +72,7 @@ def test_rows_are_held_out_as_dense_ones_are():
 def test_leaves_depend_on_the_number_of_rows_alone(num_rows):
     leaves = Leaves.of_sparse_rows(num_rows)
     rows = leaves.bounds[1]
-    assert rows <= 4096
-    assert rows == min(num_rows, 1 << max(64, min(4096, num_rows // 32)).bit_length() - 1)
+    assert rows == min(num_rows, 1 << max(64, min(MAX_SPARSE_LEAF_ROWS, num_rows // 32)).bit_length() - 1)
     assert leaves == Leaves.of_sparse_rows(num_rows)
 
 

@@ -12,6 +12,7 @@ from blocks_of import dataset_of, joined, matrix_of, one_run_a_leaf
 from sklearn.feature_extraction.text import CountVectorizer
 
 import gendist
+from gendist import em_fitting
 from gendist.artifact import load_artifact
 from gendist.data import DataConfig, Schema, source_of
 from gendist.data import domains as domains_module
@@ -109,7 +110,8 @@ def test_the_vocabulary_is_the_same_on_any_workers(cluster):
 
 
 @pytest.mark.parametrize("hash_buckets", [0, 16])
-def test_a_model_reads_texts_by_its_own_vocabulary(counter, tmp_path, hash_buckets):
+def test_a_model_reads_texts_by_its_own_vocabulary(counter, tmp_path, monkeypatch, hash_buckets):
+    monkeypatch.setattr(em_fitting, "draw_samples", lambda *_: None)
     spec = {
         "name": "texts",
         "family": counter,

@@ -106,7 +106,14 @@ def _log_factorials(counts: Tensor) -> Tensor:
 def poisson_quantile(u: Tensor, rates: Tensor) -> Tensor:
     """The smallest count whose cumulative probability is at least u, found by halving: P(x <= c) = Q(c + 1, rate), the upper
     regularized incomplete gamma function (Abramowitz & Stegun 26.4.21)."""
-    below = torch.full_like(rates, -1.0)
+    counts = torch.zeros_like(rates)
+    more = u > torch.exp(-rates)  # than none, which with small rates few have
+    counts[more] = _quantile_by_halving(u[more], rates[more])
+    return counts
+
+
+def _quantile_by_halving(u: Tensor, rates: Tensor) -> Tensor:
+    below = torch.zeros_like(rates)
     # Chernoff: P(x >= c) <= 2^-c for c >= 6 rate, which is less than any 1 - u that a number of 52 bits can be.
     above = torch.ceil(6.0 * rates + 64.0)
     for _ in range(int(above.max().log2().ceil()) + 1 if above.numel() else 0):
