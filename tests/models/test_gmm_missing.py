@@ -287,6 +287,24 @@ def test_known_components_are_counted_in_one_step(kind):
     np.testing.assert_allclose(found.weights, 1 / 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1.0, 1e-5])
+def test_counted_rows_have_the_moments_of_rows_that_are_added(kind, width):
+    model, block = mixture(kind, width), block_of(sample(mixture(kind)))
+    latent_N = torch.arange(120) % 3
+    kernels = GaussianKernel(model.gaussian, EXACT), GaussianKernel(model.gaussian, EXACT)
+    for rows in kernels[0].portions(block.x, block.missing):
+        for kernel in kernels:
+            kernel.load(block.x[rows], block.missing[rows])
+        kernels[0].count(latent_N[rows])
+        kernels[1].add(torch.nn.functional.one_hot(latent_N[rows], 3).T.double())
+    counted, added = (kernel.statistics() for kernel in kernels)
+    assert torch.equal(counted.counts, added.counts)
+    assert torch.equal(counted.weight, added.weight)
+    for first, second in zip(counted.moments(kind), added.moments(kind), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
+
+
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_known_components_with_complete_rows_and_others_are_em_of_each_alone(kind):
     """The components are known, the entries are not: as many EM fits of one Gaussian, where the covariance is not shared."""

@@ -46,6 +46,7 @@ from gendist.protocols import Compute
 
 ENTRIES_AT_ONCE = 1 << 21  # of t(z): 16 MiB of float64. Fewer rows make small products, more leave the cache
 ROWS_AT_ONCE = (256, 4096)
+ROWS_OF_VECTORS_AT_ONCE = 2048  # where covariances are no matrices
 FEATURES_FIRST = torch.backends.cpu.get_cpu_capability() == "AVX512"
 LEAST_LOG = -1e30  # of a density: finite in either precision, so that a row far from all latents is no NaN
 MANY_ROWS = 256  # of a pattern
@@ -162,6 +163,7 @@ class GaussianKernel:
 
     def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[Rows]:
         num_rows, (least, most) = max(len(x_ND), 1), ROWS_AT_ONCE
+        most = most if self._gaussian.has_matrices else ROWS_OF_VECTORS_AT_ONCE
         entries = max(self._tables.weights.shape)
         size = min(max(1 << (ENTRIES_AT_ONCE // entries).bit_length() - 1, least), most)
         if missing_ND is None or not self._gaussian.has_matrices or not bool(missing_ND.any()):
@@ -247,6 +249,23 @@ class GaussianKernel:
             second = self._second if kind == "tied" else self._second[i]
             second += rd_DN @ d_DN.T if self._gaussian.has_matrices else rd_DN.mul_(d_DN).sum(1)
         return None
+
+    def count(self, latent_N: Tensor) -> None:
+        """`add` of rows of which each belongs to one latent alone, with weight 1: several times as fast where no latent is
+        narrow, since there is nothing to multiply."""
+        num_latents = self._gaussian.num_latents
+        if self._gaussian.has_matrices or self._tables.own or self._features.dtype != self._shared.dtype:
+            one_hot_NK = torch.nn.functional.one_hot(latent_N.to(self._compute.torch_device), num_latents)
+            self.add(one_hot_NK.T.to(self._compute.dtype).contiguous())
+            return
+        latent_N = latent_N.to(self._shared.device)
+        counts_K = torch.bincount(latent_N, minlength=num_latents).to(self._counts)
+        self._counts += counts_K
+        if self._present is None:
+            self._weight += counts_K[:, None]
+        else:
+            self._weight.index_add_(0, latent_N, self._present)
+        self._shared.index_add_(0, latent_N, self._features)
 
     def _difference(self, x_ND: Tensor, point_D: Tensor, present_ND: Tensor | None) -> Tensor:
         """(D, N) x - point, 0 where x is missing; float64 in any precision."""
