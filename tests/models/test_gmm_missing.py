@@ -465,6 +465,26 @@ def test_a_column_without_a_value_is_refused(blobs):
         gendist.fit(spec_of("full", data={"weight": "w", "columns": ["x"]}), data={**columns, "w": columns["w"].astype(float)})
 
 
+DEGENERATE = {
+    "one point": lambda rng: np.full((200, 3), 3.5),
+    "constant column": lambda rng: np.column_stack([rng.normal(size=(200, 2)), np.full(200, 7.0)]),
+    "a column twice": lambda rng: rng.normal(size=(200, 2))[:, [0, 1, 1]],
+    "fewer rows than features": lambda rng: rng.normal(size=(8, 20)),
+}
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_data_end_finite(name, kind, precision):
+    x = with_holes(DEGENERATE[name](np.random.default_rng(0)))
+    fit = {"max_iterations": 4, "precision": precision}
+    run = gendist.fit(spec_of(kind, 4, fit=fit, covariance_regularization=0.0), data=x)
+    assert all(bool(tensor.isfinite().all()) for tensor in run.model.tensors().values())
+    for filled in (run.model.log_prob(x), run.model.impute(x), run.model.impute(x, seed=1)):
+        assert bool(filled.isfinite().all())
+
+
 def test_infinite_entries_are_refused():
     with pytest.raises(UserError, match="infinite entries"):
         mixture("full").log_prob([[0.0, np.inf, 0.0, 0.0]])

@@ -276,14 +276,12 @@ class GaussianKernel:
     def statistics(self) -> GaussianStatistics:
         """What was added."""
         reference, counts_K = self._tables.reference, self._counts.cpu()
-        completed = None
+        completed: CompletedMoments | None = None
         for part in self._parts.values():
             of_part_K, moments = part.statistics()
             counts_K = counts_K + of_part_K
-            if moments is not None and completed is None:
-                completed = moments
-            elif moments is not None and completed is not None:
-                completed.add_(moments)
+            if moments is not None:
+                completed = moments if completed is None else completed.merge(moments)
         weight, shared, first, second = (v.cpu() for v in (self._weight, self._shared, self._first, self._second))
         return GaussianStatistics(reference, counts_K, weight, shared, first, second, completed)
 
@@ -293,10 +291,10 @@ class GaussianKernel:
         num_statistics, dtype = tables.weights.shape[1], self._compute.dtype
         centred_ND = torch.sub(x_ND, tables.center, out=buffer("centred", (num_rows, num_features), torch.float64, device))
         if not self._gaussian.has_matrices:
+            if self._present is not None:
+                centred_ND.mul_(self._present)
             t_NF = buffer("t", (num_rows, num_statistics), dtype, device)
             z_ND = torch.mul(centred_ND, tables.to_z, out=t_NF[:, :num_features])
-            if self._present is not None:
-                z_ND.mul_(self._present)
             if self._gaussian.covariance_type == "diag":
                 torch.mul(z_ND, z_ND, out=t_NF[:, num_features:])
             else:
@@ -366,4 +364,4 @@ class _Part:
         if self._pattern is not None and self._kernel is not None:
             completed = self._pattern.complete(self._kernel.statistics(), self._points)
             moments = completed if moments is None else moments.merge(completed)
-        return (self._unseen if moments is None else moments.counts.clone()), moments
+        return (self._unseen if moments is None else moments.counts), moments
