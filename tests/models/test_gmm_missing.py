@@ -351,7 +351,7 @@ PRIOR = {"mean_precision": 5.0, "degrees_of_freedom": 9.0}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{"covariance_regularization": 0.0}, {"covariance_regularization": 0.3}, {"prior": PRIOR}])
 def test_no_iteration_gains_less_than_its_step_guarantees(kind, options, blobs):
-    run = gendist.fit(spec_of(kind, 4, **options), data=with_holes(blobs))
+    run = gendist.fit(spec_of(kind, 4, **options), data=with_holes(blobs[::2]))
     assert run.results["iterations_that_fell"] == []
     for record, following in itertools.pairwise(run.history):
         assert following["gain"] >= record["least_gain"] - 1e-9
@@ -473,12 +473,11 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "precision"), [("full", "float64"), ("tied", "float64"), ("diag", "float32")])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_data_end_finite(name, kind, precision):
     x = with_holes(DEGENERATE[name](np.random.default_rng(0)))
-    fit = {"max_iterations": 4, "precision": precision}
+    fit = {"max_iterations": 2, "precision": precision}
     run = gendist.fit(spec_of(kind, 4, fit=fit, covariance_regularization=0.0), data=x)
     assert all(bool(tensor.isfinite().all()) for tensor in run.model.tensors().values())
     for filled in (run.model.log_prob(x), run.model.impute(x), run.model.impute(x, seed=1)):
@@ -511,10 +510,10 @@ def test_what_is_missing_is_filled_in_with_its_conditional_mean(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("missing", SUBSETS[1:])
+@pytest.mark.parametrize("missing", [(2,), (1, 3), (0, 1, 2, 3)])
 def test_draws_have_the_moments_of_what_they_are_drawn_from(kind, missing):
     """Of many copies of one row, which the components share; the tolerance is 5 standard errors."""
-    model, size, missing = mixture(kind), 20_000, list(missing)
+    model, size, missing = mixture(kind), 5_000, list(missing)
     row = 0.5 * (model.means[0] + model.means[1]).numpy()
     row[missing] = np.nan
     joint = log_joint(model, row[None])[0]
