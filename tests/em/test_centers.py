@@ -20,6 +20,7 @@ KMEANS = METHODS[:2]
 
 
 def blocks_of(x, most: int = 1, weights=None, evidence=None, rows_a_leaf: int = 64) -> LocalBlocks:
+    """NaN is a missing entry."""
     columns = [None if values is None else torch.as_tensor(values) for values in (x, weights, evidence)]
 
     def load(bounds):
@@ -27,7 +28,8 @@ def blocks_of(x, most: int = 1, weights=None, evidence=None, rows_a_leaf: int = 
 
     def leaf(a, b):
         x, weights, evidence = (None if values is None else values[a:b] for values in columns)
-        return Block(x=x, rows=torch.arange(a, b), weights=weights, evidence=evidence)
+        missing = x.isnan() if bool(x.isnan().any()) else None
+        return Block(x.nan_to_num(0.0), torch.arange(a, b), weights, evidence, missing)
 
     return LocalBlocks(load, Leaves((*range(0, len(x), rows_a_leaf), len(x))), most)
 
@@ -163,3 +165,63 @@ def test_clusters_that_are_tiny_beside_the_space_between_them_are_told_apart():
     x = torch.tensor([0.0, 1.0, 1e9, 1e9 + 1.0], dtype=torch.float64).repeat(16)[:, None]
     nearest_N = centers.nearest_allowed(Block(x=x + 0.25, rows=torch.arange(64)), x[:4])
     assert nearest_N.tolist() == [0, 1, 2, 3] * 16
+
+
+# Missing entries
+
+
+def with_holes(x: np.ndarray, share: float = 0.2) -> np.ndarray:
+    """Some entries are missing; of every 50th row all."""
+    missing = np.random.default_rng(1).random(x.shape) < share
+    missing[::50] = True
+    return np.where(missing, np.nan, x)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e8])
+def test_the_nearest_center_is_that_of_the_entries_that_are_there(offset, blobs):
+    x = torch.from_numpy(with_holes(blobs)) + offset
+    centers_KD = torch.from_numpy(blobs[::60].copy()) + offset
+    exact_NK = (x[:, None] - centers_KD).square().nansum(2)
+    block = Block(x=x.nan_to_num(0.0), rows=torch.arange(600), missing=x.isnan())
+    nearest_N = centers.nearest_allowed(block, centers_KD)
+    torch.testing.assert_close(exact_NK[torch.arange(600), nearest_N], exact_NK.amin(1), rtol=1e-6, atol=0.0)
+    squared_N = centers._squared_to_nearest(block, centers_KD)
+    torch.testing.assert_close(squared_N, exact_NK.amin(1), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(centers._squared(block.x, centers_KD, (~block.missing).double()), exact_NK)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_with_holes_give_the_same_centers_for_every_run_of_leaves(method, blobs):
+    found = [find(blocks_of(with_holes(blobs), most), 5, method) for most in (1, 2, 16)]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert bool(found[0].isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_mask_of_nothing_changes_nothing(method, blobs):
+    plain, x = find(blocks_of(blobs), 5, method), torch.from_numpy(blobs)
+
+    def masked(bounds):
+        return [Block(x[a:b], torch.arange(a, b), missing=torch.zeros(b - a, 3).bool()) for a, b in itertools.pairwise(bounds)]
+
+    leaves = Leaves((*range(0, 600, 64), 600))
+    np.testing.assert_allclose(find(LocalBlocks(masked, leaves), 5, method), plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize("method", KMEANS)
+def test_kmeans_rests_at_the_means_of_the_entries_that_are_there(method, blobs):
+    x = with_holes(blobs)
+    found = find(blocks_of(x), 3, method).numpy()
+    nearest = np.nansum((x[:, None] - found) ** 2, 2).argmin(1)
+    np.testing.assert_allclose(found, [np.nanmean(x[nearest == k], 0) for k in range(3)], atol=0.01)
+    whole = find(blocks_of(blobs), 3, method)
+    assert np.abs(np.sort(found, 0) - np.sort(whole.numpy(), 0)).max() < 0.5
+
+
+def test_a_row_that_is_drawn_has_the_means_of_the_data_where_it_lacks_entries():
+    x = np.array([[1.0, np.nan], [np.nan, 2.0], [np.nan, np.nan]] * 20)
+    found = {tuple(find(blocks_of(x), 1, "random", seed)[0].tolist()) for seed in range(20)}
+    assert found == {(1.0, 2.0)}  # the rows without any entry are not drawn, and each column has but one value
+    spread = np.column_stack([np.arange(60.0), np.where(np.arange(60) % 2, np.nan, 7.0)])
+    for seed in range(5):
+        assert find(blocks_of(spread), 1, "random", seed)[0, 1] == 7.0

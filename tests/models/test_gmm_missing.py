@@ -287,6 +287,24 @@ def test_known_components_are_counted_in_one_step(kind):
     np.testing.assert_allclose(found.weights, 1 / 3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("width", [1.0, 1e-5])
+def test_counted_rows_have_the_moments_of_rows_that_are_added(kind, width):
+    model, block = mixture(kind, width), block_of(sample(mixture(kind)))
+    latent_N = torch.arange(120) % 3
+    kernels = GaussianKernel(model.gaussian, EXACT), GaussianKernel(model.gaussian, EXACT)
+    for rows in kernels[0].portions(block.x, block.missing):
+        for kernel in kernels:
+            kernel.load(block.x[rows], block.missing[rows])
+        kernels[0].count(latent_N[rows])
+        kernels[1].add(torch.nn.functional.one_hot(latent_N[rows], 3).T.double())
+    counted, added = (kernel.statistics() for kernel in kernels)
+    assert torch.equal(counted.counts, added.counts)
+    assert torch.equal(counted.weight, added.weight)
+    for first, second in zip(counted.moments(kind), added.moments(kind), strict=True):
+        np.testing.assert_allclose(first, second, rtol=1e-9, atol=1e-9 * float(second.abs().max()))
+
+
 @pytest.mark.parametrize("kind", ["full", "tied"])
 def test_known_components_with_complete_rows_and_others_are_em_of_each_alone(kind):
     """The components are known, the entries are not: as many EM fits of one Gaussian, where the covariance is not shared."""
@@ -333,7 +351,7 @@ PRIOR = {"mean_precision": 5.0, "degrees_of_freedom": 9.0}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{"covariance_regularization": 0.0}, {"covariance_regularization": 0.3}, {"prior": PRIOR}])
 def test_no_iteration_gains_less_than_its_step_guarantees(kind, options, blobs):
-    run = gendist.fit(spec_of(kind, 4, **options), data=with_holes(blobs))
+    run = gendist.fit(spec_of(kind, 4, **options), data=with_holes(blobs[::2]))
     assert run.results["iterations_that_fell"] == []
     for record, following in itertools.pairwise(run.history):
         assert following["gain"] >= record["least_gain"] - 1e-9
@@ -447,6 +465,25 @@ def test_a_column_without_a_value_is_refused(blobs):
         gendist.fit(spec_of("full", data={"weight": "w", "columns": ["x"]}), data={**columns, "w": columns["w"].astype(float)})
 
 
+DEGENERATE = {
+    "one point": lambda rng: np.full((200, 3), 3.5),
+    "constant column": lambda rng: np.column_stack([rng.normal(size=(200, 2)), np.full(200, 7.0)]),
+    "a column twice": lambda rng: rng.normal(size=(200, 2))[:, [0, 1, 1]],
+    "fewer rows than features": lambda rng: rng.normal(size=(8, 20)),
+}
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("full", "float64"), ("tied", "float64"), ("diag", "float32")])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_data_end_finite(name, kind, precision):
+    x = with_holes(DEGENERATE[name](np.random.default_rng(0)))
+    fit = {"max_iterations": 2, "precision": precision}
+    run = gendist.fit(spec_of(kind, 4, fit=fit, covariance_regularization=0.0), data=x)
+    assert all(bool(tensor.isfinite().all()) for tensor in run.model.tensors().values())
+    for filled in (run.model.log_prob(x), run.model.impute(x), run.model.impute(x, seed=1)):
+        assert bool(filled.isfinite().all())
+
+
 def test_infinite_entries_are_refused():
     with pytest.raises(UserError, match="infinite entries"):
         mixture("full").log_prob([[0.0, np.inf, 0.0, 0.0]])
@@ -473,10 +510,10 @@ def test_what_is_missing_is_filled_in_with_its_conditional_mean(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("missing", SUBSETS[1:])
+@pytest.mark.parametrize("missing", [(2,), (1, 3), (0, 1, 2, 3)])
 def test_draws_have_the_moments_of_what_they_are_drawn_from(kind, missing):
     """Of many copies of one row, which the components share; the tolerance is 5 standard errors."""
-    model, size, missing = mixture(kind), 20_000, list(missing)
+    model, size, missing = mixture(kind), 5_000, list(missing)
     row = 0.5 * (model.means[0] + model.means[1]).numpy()
     row[missing] = np.nan
     joint = log_joint(model, row[None])[0]

@@ -113,12 +113,6 @@ class CompletedMoments:
     def merge(self, other: CompletedMoments) -> CompletedMoments:
         return CompletedMoments(self.counts + other.counts, self.first + other.first, self.second + other.second)
 
-    def add_(self, other: CompletedMoments) -> None:
-        """Merge in place."""
-        self.counts.add_(other.counts)
-        self.first.add_(other.first)
-        self.second.add_(other.second)
-
 
 @dataclass(frozen=True, eq=False)
 class GaussianStatistics:
