@@ -493,7 +493,7 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
             {"fit": {"init": "kmean++"}},
             np.zeros((50, 2)),
             None,
-            "none of kmeans.., kmeans[+][+], random, random_responsibilities, and no artifact",
+            "none of auto, kmeans.., kmeans[+][+], random, random_responsibilities, labels, and no artifact",
         ),
         ({}, np.zeros((50, 2)), "nonsense", "init: a str"),
         ({}, np.zeros((50, 2)), "model", "has 1 features"),
