@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -558,6 +560,19 @@ def test_rows_with_holes_are_scored():
 
 
 # Patterns
+
+
+@pytest.mark.parametrize("many", [1, 256])
+def test_what_a_pass_keeps_of_patterns_goes_with_the_parameters(monkeypatch, many):
+    monkeypatch.setattr(gaussian_kernel, "MANY_ROWS", many)
+    model = mixture("full")
+    model.e_step(block_of(sample(model)))
+    parameters = weakref.ref(model.gaussian)
+    pattern = weakref.ref(next(iter(gaussian_kernel._tables(model.gaussian, EXACT, None).patterns.values())))
+    del model
+    gc.collect()
+    assert parameters() is None
+    assert pattern() is None
 
 
 def test_patterns_come_in_lexicographic_order_and_their_rows_ascend():

@@ -43,20 +43,23 @@ def rows_of_patterns(missing_ND: Tensor) -> list[Tensor]:
 class Pattern:
     """What the parameters say of rows that lack the same columns, and have others.
 
-    observed   (o,) column numbers
-    missing    (m,)
-    means      (K, o) of the observed columns
-    factor     (K, o, o) lower triangular, A A^T the covariance of the observed columns
-    whitening  (K, o, o) its inverse
-    completion (K, D, o): E[x | x_observed] = mean + completion (x_observed - mean_observed)
-    scale      (K, m, m) lower triangular, A A^T the covariance of the missing columns given the observed
-    reference  of a pass over complete rows
+    all_means    (K, D)
+    observed     (o,) column numbers
+    missing      (m,)
+    covariances  of the observed columns, in the layout of the covariance type
+    factor       (K, o, o) lower triangular, A A^T these covariances
+    whitening    (K, o, o) its inverse
+    completion   (K, D, o): E[x | x_observed] = mean + completion (x_observed - mean_observed)
+    scale        (K, m, m) lower triangular, A A^T the covariance of the missing columns given the observed
+    reference    of a pass over complete rows
+
+    It holds no Gaussian: a kernel's tables are kept for as long as theirs lives.
     """
 
-    gaussian: Gaussian
+    all_means: Tensor
     observed: Tensor
     missing: Tensor
-    means: Tensor
+    covariances: Tensor
     factor: Tensor
     whitening: Tensor
     completion: Tensor
@@ -82,22 +85,30 @@ class Pattern:
             completion[:, observed] = identity
             completion[:, missing] = factor[:, num_observed:, :num_observed] @ whitening
         of_missing = factor[:, num_observed:, num_observed:]
-        means = gaussian.means[:, observed]
-        return cls(gaussian, observed, missing, means, of_observed, whitening, completion, of_missing, reference)
+        own = gaussian.covariances[..., observed[:, None], observed]
+        return cls(gaussian.means, observed, missing, own, of_observed, whitening, completion, of_missing, reference)
+
+    @property
+    def is_tied(self) -> bool:
+        return self.covariances.ndim == 2
+
+    @cached_property
+    def means(self) -> Tensor:
+        """(K, o) of the observed columns."""
+        return self.all_means[:, self.observed]
 
     @property
     def num_bytes(self) -> int:
         """About what it holds, with the tables that a kernel may make of the marginal."""
-        return 8 * self.gaussian.num_latents * (self.gaussian.num_features**2 + 6 * len(self.observed) ** 2)
+        num_latents, num_features = self.all_means.shape
+        return 8 * num_latents * (num_features**2 + 6 * len(self.observed) ** 2)
 
     @cached_property
     def marginal(self) -> Gaussian:
         """The Gaussians of the observed columns."""
-        num_latents, observed = self.gaussian.num_latents, self.observed
-        covariances = self.gaussian.covariances[..., observed[:, None], observed]
-        marginal = Gaussian(self.means, covariances, self.gaussian.covariance_type)
+        marginal = Gaussian(self.means, self.covariances, "tied" if self.is_tied else "full")
         for name, value in (("scale", self.factor), ("whitening", self.whitening)):
-            vars(marginal)[name] = value.expand(num_latents, -1, -1)  # known, where rounding might deny it
+            vars(marginal)[name] = value.expand(len(self.means), -1, -1)  # known, where rounding might deny it
         return marginal
 
     @cached_property
@@ -109,7 +120,8 @@ class Pattern:
     @cached_property
     def conditional(self) -> Tensor:
         """(K, D, D) the covariance of x given what is observed of it."""
-        matrices = self.scale.new_zeros(len(self.scale), self.gaussian.num_features, self.gaussian.num_features)
+        num_features = self.all_means.shape[1]
+        matrices = self.scale.new_zeros(len(self.scale), num_features, num_features)
         matrices[:, self.missing[:, None], self.missing] = self.scale @ self.scale.mT
         return matrices
 
@@ -119,7 +131,7 @@ class Pattern:
         directions than in all, compared with the others."""
         reference = self.reference
         assert reference is not None
-        if self.gaussian.covariance_type == "tied":
+        if self.is_tied:
             scale = self.factor[0]
         else:
             with one_thread():
@@ -129,13 +141,13 @@ class Pattern:
 
     def complete(self, statistics: GaussianStatistics, points_KD: Tensor) -> CompletedMoments:
         """The expected moments about `points` of a pattern's rows, from the statistics of their observed entries."""
-        kind, counts_K1 = self.gaussian.covariance_type, statistics.counts[:, None]
-        observed_means_Ko, within = statistics.moments(kind)
+        counts_K1 = statistics.counts[:, None]
+        observed_means_Ko, within = statistics.moments("tied" if self.is_tied else "full")
         away_Ko1 = (observed_means_Ko - self.means)[:, :, None]
-        shift_KD = self.gaussian.means - points_KD + (self.completion @ away_Ko1)[:, :, 0]
+        shift_KD = self.all_means - points_KD + (self.completion @ away_Ko1)[:, :, 0]
         scatter = self.completion @ within @ self.completion.mT + self.conditional
         first_KD = counts_K1 * shift_KD
-        if kind == "tied":
+        if self.is_tied:
             second = statistics.counts.sum() * scatter[0] + first_KD.T @ shift_KD
         else:
             second = counts_K1[:, :, None] * scatter + first_KD[:, :, None] * shift_KD[:, None, :]
@@ -153,9 +165,9 @@ class Pattern:
 
     def moments(self, d_KNo: Tensor, responsibilities_KN: Tensor, points_KD: Tensor) -> CompletedMoments:
         """What `complete` gives."""
-        completed_KND = d_KNo @ self.completion.mT + (self.gaussian.means - points_KD)[:, None, :]
+        completed_KND = d_KNo @ self.completion.mT + (self.all_means - points_KD)[:, None, :]
         weighted_KND, counts_K = responsibilities_KN[:, :, None] * completed_KND, responsibilities_KN.sum(1)
-        if self.gaussian.covariance_type == "tied":
+        if self.is_tied:
             second = weighted_KND.flatten(0, 1).T @ completed_KND.flatten(0, 1) + counts_K.sum() * self.conditional[0]
         else:
             second = torch.baddbmm(counts_K[:, None, None] * self.conditional, weighted_KND.mT, completed_KND)
@@ -164,7 +176,7 @@ class Pattern:
     def expected(self, x_No: Tensor, k: int) -> Tensor:
         """(N, m) E[x_missing | x_observed, latent k]."""
         slope_mo = self.completion[k if len(self.completion) > 1 else 0, self.missing]
-        return torch.addmm(self.gaussian.means[k, self.missing], x_No - self.means[k], slope_mo.T)
+        return torch.addmm(self.all_means[k, self.missing], x_No - self.means[k], slope_mo.T)
 
 
 def _triangular(rows: Tensor) -> Tensor:
