@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -173,3 +174,31 @@ def test_any_number_of_workers_ends_in_the_same_bytes(cluster, data, tmp_path):
         gendist.fit(spec, data={"x": data["x"], "y": few}, run_dir=tmp_path / str(num_workers))
         found.add((tmp_path / str(num_workers) / "artifact" / "model.safetensors").read_bytes())
     assert len(found) == 1
+
+
+def test_missing_entries_weights_and_labels_together(data, model):
+    """An enumeration of the classes of rows that lack entries, some of them labelled, with weights."""
+    x = np.where(np.random.default_rng(5).random(data["x"].shape) < 0.2, np.nan, data["x"])
+    evidence = np.where(np.arange(600)[:, None] < 200, hard(data["y"]), 0.0)
+    weights = np.arange(600) % 3
+    joint = np.stack([np.log(float(w)) + m.log_prob(x).numpy() for w, m in zip(model.weights, model.models, strict=True)], 1)
+    joint += evidence
+    total = np.logaddexp.reduce(joint, 1)
+    missing = torch.from_numpy(np.isnan(x))
+
+    def e_step(index, known, shares):
+        block = block_of(np.nan_to_num(x[index]), known, shares)
+        return model.e_step(replace(block, missing=missing[index]))
+
+    statistics = e_step(np.arange(600), evidence, weights)
+    assert statistics.log_likelihood == pytest.approx((weights * total).sum(), rel=1e-12)
+    known = np.repeat(np.where(np.eye(2) == 1, 0.0, -np.inf), 600, axis=0)
+    shares = (np.exp(joint - total[:, None]) * weights[:, None]).T.reshape(-1)
+    assert_same(
+        model.m_step(statistics).model, model.m_step(e_step(np.tile(np.arange(600), 2), known, shares)).model, rtol=1e-7
+    )
+    filled = model.impute(x)
+    assert bool(filled.isfinite().all())
+    assert torch.equal(filled[~missing], torch.from_numpy(x)[~missing])
+    drawn = model.impute(x, seed=1)
+    assert torch.equal(drawn[~missing], filled[~missing])

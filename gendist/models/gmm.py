@@ -21,7 +21,7 @@ from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import drawn, expected
 from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
 from gendist.models.ops import criteria
-from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_prob_of_rows
+from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_joint, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
@@ -276,11 +276,7 @@ class GaussianMixture:
         return x_ND.masked_fill(missing_ND, 0.0), missing_ND
 
     def _log_joint(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[tuple[Rows, Tensor]]:
-        """Some rows after the other, and their (K, n) log p(x, component)."""
-        kernel, log_weights_K = GaussianKernel(self.gaussian, EXACT), self.weights.log()
-        for rows in kernel.portions(x_ND, missing_ND):
-            kernel.load(x_ND[rows], None if missing_ND is None else missing_ND[rows])
-            yield rows, kernel.log_prob(log_weights_K)
+        return log_joint(x_ND, missing_ND, GaussianKernel(self.gaussian, EXACT), self.weights.log())
 
     # Sampling
 

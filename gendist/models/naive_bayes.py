@@ -24,7 +24,7 @@ from gendist.models.distributions.multinomial import Multinomial
 from gendist.models.distributions.normal import Normal
 from gendist.models.distributions.poisson import Poisson
 from gendist.models.ops import criteria
-from gendist.models.ops.independent_latent import Kernel, draw_latents, latent_of, log_prob_of_rows, take
+from gendist.models.ops.independent_latent import Kernel, draw_latents, latent_of, loaded, log_joint, log_prob_of_rows, take
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Feature, Update, UserError, as_matrix, as_tensor
 
@@ -177,12 +177,10 @@ class NaiveBayes:
     def joint_log_prob(self, x_ND: Any) -> Tensor:
         """(N, K) log p(x, class)."""
         x_ND, missing_ND = self._rows(x_ND)
-        kernel, log_weights_K = self.columns.kernel(EXACT), self.weights.log()
-        parts = []
-        for rows in kernel.portions(x_ND, missing_ND):
-            kernel.load(take(x_ND, rows), None if missing_ND is None else take(missing_ND, rows))
-            parts.append(kernel.log_prob(log_weights_K).T.clone(memory_format=torch.contiguous_format))
-        return torch.cat(parts)
+        joint_NK = torch.empty(len(x_ND), self.num_classes, dtype=torch.float64)
+        for rows, joint_KN in log_joint(x_ND, missing_ND, self.columns.kernel(EXACT), self.weights.log()):
+            joint_NK[rows] = joint_KN.T
+        return joint_NK
 
     def encode(self, x_ND: Any) -> Tensor:
         """(N, K) p(class | x)."""
@@ -463,8 +461,7 @@ def _num_unknown(block: Block) -> int:
 def _count(block: Block, kernel: Kernel, compute: Compute) -> None:
     """Add rows whose class is known, and those of weight 0 as nothing."""
     assert block.evidence is not None
-    for rows in kernel.portions(block.x, block.missing):
-        kernel.load(take(block.x, rows), None if block.missing is None else take(block.missing, rows))
+    for rows in loaded(block.x, block.missing, kernel):
         shares_NK = (take(block.evidence, rows) == 0).to(compute.torch_device, compute.dtype)
         if block.weights is not None:
             shares_NK *= take(block.weights, rows).to(shares_NK)[:, None]

@@ -79,7 +79,7 @@ class Normal:
         return Step(replace(self, gaussian=estimate.gaussian, reference=None), estimate.repairs, redo)
 
     def log_prior(self, statistics: GaussianStatistics) -> float:
-        return -self._estimator.penalty(self.gaussian, statistics.counts)
+        return -self._estimator.penalty(self.gaussian, statistics.weight)
 
     def sample(self, latent_N: Tensor, noise_ND: Tensor) -> Tensor:
         return self.gaussian.sample(latent_N, noise_ND)

@@ -52,15 +52,25 @@ def take(values: Tensor, rows: Rows) -> Tensor:
     return values if isinstance(rows, slice) and rows == slice(0, len(values)) else values[rows]
 
 
+def loaded(x_ND: Tensor, missing_ND: Tensor | None, kernel: Kernel) -> Iterator[Rows]:
+    """The rows, some after the other, when the kernel has them at hand."""
+    for rows in kernel.portions(x_ND, missing_ND):
+        kernel.load(take(x_ND, rows), None if missing_ND is None else take(missing_ND, rows))
+        yield rows
+
+
+def log_joint(x_ND: Tensor, missing_ND: Tensor | None, kernel: Kernel, log_weights_K: Tensor) -> Iterator[tuple[Rows, Tensor]]:
+    """Some rows after the other, and their (K, n) log p(x, latent), a buffer."""
+    return ((rows, kernel.log_prob(log_weights_K)) for rows in loaded(x_ND, missing_ND, kernel))
+
+
 def log_prob_of_rows(
     block: Block, kernel: Kernel, log_weights_K: Tensor, use: Callable[[Tensor], None] | None = None
 ) -> Tensor:
     """(N,) log p(x, evidence); `use` is called with the (K, n) weighted responsibilities (PRML 9.23) of some rows after the
     other."""
     log_prob_N = torch.empty(block.num_rows, dtype=torch.float64)
-    for rows in kernel.portions(block.x, block.missing):
-        kernel.load(take(block.x, rows), None if block.missing is None else take(block.missing, rows))
-        joint_KN = kernel.log_prob(log_weights_K)
+    for rows, joint_KN in log_joint(block.x, block.missing, kernel, log_weights_K):
         if block.evidence is not None:
             joint_KN += take(block.evidence, rows).T.to(joint_KN.device)
         log_prob_N[rows] = responsibilities_(joint_KN).to(log_prob_N)
