@@ -24,7 +24,7 @@ from gendist.models.distributions.multinomial import Multinomial
 from gendist.models.distributions.normal import Normal
 from gendist.models.distributions.poisson import Poisson
 from gendist.models.ops import criteria
-from gendist.models.ops.independent_latent import Kernel, draw_latents, latent_of, loaded, log_joint, log_prob_of_rows, take
+from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Feature, Update, UserError, as_matrix, as_tensor
 
@@ -339,11 +339,17 @@ class NaiveBayes:
         the counts.
         """
         kernel, log_weights_K = self.columns.kernel(compute), self.weights.log()
-        num_unknown = _num_unknown(block)
-        if num_unknown or block.evidence is None:
+        class_N = known_latents(block)
+        if class_N is None:
             log_likelihood = block.weighted_sum(log_prob_of_rows(block, kernel, log_weights_K, kernel.add))
-            return NaiveBayesStatistics(log_likelihood, kernel.statistics(), num_unknown)
-        _count(block, kernel, compute)
+            return NaiveBayesStatistics(log_likelihood, kernel.statistics(), _num_unknown(block))
+        for rows in loaded(block.x, block.missing, kernel):
+            if block.weights is None:
+                kernel.count(class_N[rows])
+            else:
+                kernel.add(
+                    _shares(class_N[rows], block.weights[rows], self.num_classes).to(compute.torch_device, compute.dtype)
+                )
         statistics = kernel.statistics()
         counts_K = statistics.counts
         log_likelihood = float(torch.where(counts_K > 0, counts_K * log_weights_K, 0.0).sum())
@@ -446,26 +452,17 @@ class NaiveBayes:
 
 def _num_unknown(block: Block) -> int:
     """How many rows of positive weight have a class that the evidence leaves open."""
-    if block.evidence is None:
-        open_N = torch.ones(block.num_rows, dtype=torch.bool)
-    else:
-        num_left, num_certain = (int(torch.count_nonzero(each)) for each in (block.evidence > -torch.inf, block.evidence == 0))
-        if num_left == num_certain == block.num_rows:  # evidence leaves each row a class at least, so here exactly one
-            return 0
+    open_N = torch.ones(block.num_rows, dtype=torch.bool)
+    if block.evidence is not None:
         open_N = ((block.evidence > -torch.inf).sum(1) != 1) | (block.evidence.amax(1) != 0)
     if block.weights is not None:
         open_N = open_N & (block.weights > 0)
     return int(open_N.sum())
 
 
-def _count(block: Block, kernel: Kernel, compute: Compute) -> None:
-    """Add rows whose class is known, and those of weight 0 as nothing."""
-    assert block.evidence is not None
-    for rows in loaded(block.x, block.missing, kernel):
-        shares_NK = (take(block.evidence, rows) == 0).to(compute.torch_device, compute.dtype)
-        if block.weights is not None:
-            shares_NK *= take(block.weights, rows).to(shares_NK)[:, None]
-        kernel.add(shares_NK.T)
+def _shares(class_N: Tensor, weights_N: Tensor, num_classes: int) -> Tensor:
+    """(K, N) the weight of each row at its class, 0 elsewhere."""
+    return torch.zeros(num_classes, len(class_N), dtype=torch.float64).scatter_(0, class_N[None], weights_N[None])
 
 
 def _blank(config: NaiveBayesConfig, kind: str, columns: Tensor, summary: DataSummary, centers_KD: Tensor) -> Group:

@@ -194,5 +194,9 @@ class ColumnsKernel:
         for kernel in self._kernels:
             kernel.add(responsibilities_KN)
 
+    def count(self, latent_N: Tensor) -> None:
+        for kernel in self._kernels:
+            kernel.count(latent_N)
+
     def statistics(self) -> ColumnsStatistics:
         return ColumnsStatistics(tuple(kernel.statistics() for kernel in self._kernels))

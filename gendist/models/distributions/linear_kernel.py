@@ -117,6 +117,22 @@ class LinearKernel:
         if self._base is not None:
             self._sum_of_base += float((responsibilities_KN.sum(0) * self._base).sum())
 
+    def count(self, latent_N: Tensor) -> None:
+        """Each row added to the sums of its latent."""
+        latent_N = latent_N.to(self._device)
+        self._counts += torch.bincount(latent_N, minlength=len(self._counts))
+        if self._t.layout is torch.sparse_csr:
+            latent_n = torch.repeat_interleave(latent_N, self._t.crow_indices().diff())
+            cell_n = latent_n.mul_(self._sums.shape[1]).add_(self._t.col_indices())
+            self._sums += torch.bincount(cell_n, self._t.values(), self._sums.numel()).view_as(self._sums)
+        else:
+            self._sums.index_add_(0, latent_N, self._t.to(torch.float64))
+        if self._missing is not None:
+            self._absent = self._absent.expand(-1, self._missing.shape[1]).contiguous()
+            self._absent.index_add_(0, latent_N, self._missing.to(torch.float64))
+        if self._base is not None:
+            self._sum_of_base += float(self._base.sum())
+
     def statistics(self) -> LinearStatistics:
         """What was added."""
         return LinearStatistics(self._counts.cpu(), self._sums.cpu(), self._absent.cpu(), self._sum_of_base)

@@ -153,6 +153,12 @@ class MultinomialKernel(LinearKernel):
         weighted_KN /= self._log_sum_KN.exp()
         self._exposure = self._exposure + weighted_KN @ (1.0 - self._missing.to(torch.float64))
 
+    def count(self, latent_N: Tensor) -> None:
+        if self._missing is None:
+            super().count(latent_N)
+        else:
+            self.add(torch.nn.functional.one_hot(latent_N.to(self._device), len(self._probs)).T.to(self._dtype))
+
     def statistics(self) -> MultinomialStatistics:  # type: ignore[override]
         linear = super().statistics()
         whole_K1 = linear.sums.sum(1, keepdim=True)

@@ -42,6 +42,10 @@ class Kernel(Protocol):
         """Add the sufficient statistics of the rows, weighed."""
         ...
 
+    def count(self, latent_N: Tensor) -> None:
+        """`add`, of rows of which each belongs to one latent alone and weighs 1."""
+        ...
+
     def statistics(self) -> Any:
         """What was added."""
         ...
@@ -50,6 +54,16 @@ class Kernel(Protocol):
 def take(values: Tensor, rows: Rows) -> Tensor:
     """These rows; of a sparse matrix only all of them can be asked for."""
     return values if isinstance(rows, slice) and rows == slice(0, len(values)) else values[rows]
+
+
+def known_latents(block: Block) -> Tensor | None:
+    """(N,) the latent of each row, where the evidence leaves one to every row and says so without doubt; else None."""
+    if block.evidence is None or block.num_rows == 0:
+        return None
+    best_N, latent_N = block.evidence.max(1)
+    # It leaves each row a latent at least, so as many as rows are one each.
+    is_known = not bool(best_N.any()) and int(torch.count_nonzero(block.evidence > -torch.inf)) == block.num_rows
+    return latent_N if is_known else None
 
 
 def loaded(x_ND: Tensor, missing_ND: Tensor | None, kernel: Kernel) -> Iterator[Rows]:
