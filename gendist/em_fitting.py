@@ -233,8 +233,8 @@ class EMFitting:
         """
         restart = leader(candidates)
         model, history = candidates[restart].model, candidates[restart].history
-        # Where all was counted, the parameters are those that the last iteration began with, up to rounding.
-        counted = history[-1] if candidates[restart].decision is Decision.COUNTED else None
+        # Where all was counted, the start had counted it, too, unless it was given: the last record is of these parameters.
+        counted = history[-1] if candidates[restart].decision is Decision.COUNTED and self.start is None else None
         mean = counted["log_likelihood"] if counted else mean_log_likelihood(model, training, self.compute)
         log_likelihood = _shifted(mean, log_abs_det["training"])
         results: dict[str, Any] = {

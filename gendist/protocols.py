@@ -224,7 +224,7 @@ class DataSummary(Protocol):
     """What a family may know of the whole data set before it starts (`gendist.data.survey.Summary`).
 
     features          (D,) of the columns of x
-    minimum, maximum  (D,) of the entries that are there, of rows of any weight; inf and -inf of a column without entries
+    minimum, maximum  (D,) of the entries that are there, of rows of positive weight; inf and -inf of a column without entries
     all_integers      (D,) bool
     feature_weight    (D,) the weight of the rows that have the entry
     """

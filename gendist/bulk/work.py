@@ -77,8 +77,7 @@ def sample(
     columns, names, categories = loaded.schema.columns, loaded.schema.feature_names, loaded.schema.categories
     with_label = bool(loaded.model.labels) and hasattr(_untransformed(loaded.model), "sample_classes") and not _is_array(out)
     if with_label:
-        beside = columns if loaded.schema.is_sparse else names
-        label = LABEL if LABEL not in beside else f"{LABEL} of the class"
+        label = LABEL if LABEL not in (*names, *columns) else f"{LABEL} of the class"
         names, categories = (*names, label), {**categories, label: loaded.model.labels}
     work = _Work(
         request={

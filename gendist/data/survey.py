@@ -17,7 +17,7 @@ class Summary:
     """Moments of the columns and the fingerprint of the data, over some rows. D features.
 
     feature_weight  (D,) the weight of the rows that have the entry
-    minimum, maximum, all_integers   (D,) of the entries, whatever the rows weigh
+    minimum, maximum, all_integers   (D,) of the entries of rows of positive weight
     mean            (D,) weighted, over these rows
     scatter         (D,) weighted sum of squares about the mean
     num_missing     (D,)
@@ -80,10 +80,14 @@ def summarize(_: None, block: Block) -> Summary:
     centred_ND = block.x - reference
     shift = (weights_ND * centred_ND).sum(0) / feature_weight.clamp_min(torch.finfo(torch.float64).tiny)
     minimum, maximum = torch.full_like(reference, torch.inf), torch.full_like(reference, -torch.inf)
-    if block.num_rows:
-        absent = block.missing
-        minimum = (block.x if absent is None else block.x.masked_fill(absent, torch.inf)).amin(0)
-        maximum = (block.x if absent is None else block.x.masked_fill(absent, -torch.inf)).amax(0)
+    is_whole_ND = block.x == block.x.round()
+    if block.num_rows and (block.missing is not None or block.weights is not None):
+        left_out_ND = weights_ND == 0
+        minimum = block.x.masked_fill(left_out_ND, torch.inf).amin(0)
+        maximum = block.x.masked_fill(left_out_ND, -torch.inf).amax(0)
+        is_whole_ND |= left_out_ND
+    elif block.num_rows:
+        minimum, maximum = block.x.amin(0), block.x.amax(0)
     return Summary(
         num_rows=block.num_rows,
         num_weighted_rows=int((weights_N > 0).sum()),
@@ -94,7 +98,7 @@ def summarize(_: None, block: Block) -> Summary:
         num_missing=(present_ND == 0).sum(0),
         minimum=minimum,
         maximum=maximum,
-        all_integers=(block.x == block.x.round()).all(0),  # where an entry is missing there is a 0
+        all_integers=is_whole_ND.all(0),
         fingerprint=_fingerprint(block, block.x, block.missing),
     )
 
@@ -112,14 +116,16 @@ def _summarize_sparse(block: Block) -> Summary:
     mean = summed(weights_n * values_n) / total_weight.clamp_min(torch.finfo(torch.float64).tiny)
     weight_of_zeros = (total_weight - summed(weights_n)).clamp_min(0.0)
     scatter = summed(weights_n * (values_n - mean[columns_n]).square()) + weight_of_zeros * mean.square()
+    num_counted = int((weights_N > 0).sum())
+    columns_n, values_n = columns_n[weights_n > 0], values_n[weights_n > 0]
     # A column with an entry in every row has no 0.
-    has_zero = torch.bincount(columns_n, minlength=num_features) < block.num_rows
+    has_zero = torch.bincount(columns_n, minlength=num_features) < num_counted
     minimum = torch.where(has_zero, 0.0, torch.inf).to(torch.float64).scatter_reduce_(0, columns_n, values_n, "amin")
     maximum = torch.where(has_zero, 0.0, -torch.inf).to(torch.float64).scatter_reduce_(0, columns_n, values_n, "amax")
     num_fractions = torch.bincount(columns_n[values_n != values_n.round()], minlength=num_features)
     return Summary(
         num_rows=block.num_rows,
-        num_weighted_rows=int((weights_N > 0).sum()),
+        num_weighted_rows=num_counted,
         total_weight=float(total_weight),
         feature_weight=total_weight.expand(num_features).clone(),
         mean=mean,
@@ -128,7 +134,7 @@ def _summarize_sparse(block: Block) -> Summary:
         minimum=minimum,
         maximum=maximum,
         all_integers=num_fractions == 0,
-        fingerprint=_fingerprint(block, crow, columns_n, values_n),
+        fingerprint=_fingerprint(block, crow, block.x.col_indices(), block.x.values()),
     )
 
 

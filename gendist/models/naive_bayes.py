@@ -302,7 +302,7 @@ class NaiveBayes:
         num_classes = cls.count_latents(config, labels)
         if summary.num_weighted_rows < num_classes:
             raise UserError(f"{num_classes} classes, but only {summary.num_weighted_rows} rows of positive weight to fit")
-        for feature, is_empty in zip(features, (summary.num_missing == summary.num_rows).tolist(), strict=True):
+        for feature, is_empty in zip(features, (summary.feature_weight <= 0).tolist(), strict=True):
             if is_empty:
                 raise UserError(f"column '{feature.name}' has no value in any row; leave it out of data.columns")
         _check_kinds(config, summary)
@@ -313,8 +313,9 @@ class NaiveBayes:
         num_classes = len(centers_KD)
         members: dict[tuple[str, str], list[int]] = {}
         for index, (feature, kind) in enumerate(zip(summary.features, config.kinds_of(summary), strict=True)):
-            own = feature.column if kind == "multinomial" and config.kind == "mixed" else ""  # each bag of tokens its own
-            members.setdefault((kind, own), []).append(index)
+            # Of mixed kinds, a column of lists that is multinomial is a bag of tokens of its own; numbers are one together.
+            is_bag = kind == "multinomial" and config.kind == "mixed" and feature.name != feature.column
+            members.setdefault((kind, feature.column if is_bag else ""), []).append(index)
         groups = [_blank(config, kind, torch.tensor(indices), summary, centers_KD) for (kind, _), indices in members.items()]
         weights_K = torch.full((num_classes,), 1.0 / num_classes, dtype=torch.float64)
         if isinstance(config.class_prior, tuple):
@@ -324,13 +325,20 @@ class NaiveBayes:
     @classmethod
     def adopt(cls, config: NaiveBayesConfig, summary: DataSummary, model: NaiveBayes, labels: tuple[Any, ...]) -> NaiveBayes:
         """The parameters of a model, estimated from here on as the configuration says."""
-        blank = cls.start(config, summary, model.columns.means, labels or model.labels)
-        given = {name: tensor.shape for name, tensor in model.tensors().items()}
-        if given != {name: tensor.shape for name, tensor in blank.tensors().items()}:
-            raise UserError(
-                "the model to start from has other kinds of columns, classes or categories than the spec and the data"
-            )
-        return cls.from_tensors(config, model.tensors(), labels or model.labels)
+        labels = labels or model.labels
+        num_classes = cls.count_latents(config, labels)
+        if model.num_classes != num_classes:
+            raise UserError(f"the model to start from has {model.num_classes} classes, the spec and the data {num_classes}")
+        blank = cls.start(config, summary, model.columns.means, labels)
+        given, own = model.tensors(), blank.tensors()
+        same_shapes = {name: tensor.shape for name, tensor in given.items()} == {name: own[name].shape for name in own}
+        layout = [name for name in own if name.endswith((".columns", ".num_slots"))]
+        if not same_shapes or not all(torch.equal(given[name], own[name]) for name in layout):
+            raise UserError("the model to start from has other kinds of columns or categories than the spec and the data")
+        priors = {name: tensor for name, tensor in own.items() if name.endswith(".prior_rates")}
+        if config.class_prior != "empirical":
+            priors["weights"] = blank.weights
+        return cls.from_tensors(config, given | priors, labels)
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> NaiveBayesStatistics:
         """The statistics of a block's rows, weighed by p(class | x, evidence).
@@ -356,7 +364,9 @@ class NaiveBayes:
         return NaiveBayesStatistics(log_likelihood + self.columns.log_prob_of_counted(statistics), statistics, 0)
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p(x, evidence) of a block's rows."""
+        """(N,) log p(x, evidence) of a block's rows; UserError where x cannot be of this model."""
+        for group in self.columns.groups:
+            _check_values(group, block.x.values() if block.is_sparse else group.of(block.x, self.num_features))
         return log_prob_of_rows(block, self.columns.kernel(compute), self.weights.log())
 
     def m_step(self, statistics: NaiveBayesStatistics) -> Update[NaiveBayes]:
@@ -394,7 +404,9 @@ class NaiveBayes:
         if not hasattr(estimator, "classes_"):
             raise UserError(f"the {type(estimator).__name__} has no parameters: fit it")
         labels = tuple(label.item() if hasattr(label, "item") else label for label in estimator.classes_)
-        pseudocount = 0.0 if kind == "gaussian" else float(estimator.alpha)
+        pseudocount = 0.0 if kind == "gaussian" else estimator.alpha
+        if not isinstance(pseudocount, float | int):
+            raise UserError(f"the {type(estimator).__name__} has an alpha for each column; one number is needed")
         config = NaiveBayesConfig(kind=kind, pseudocount=pseudocount, unseen_categories=False)
         prior = estimator.class_prior_ if kind == "gaussian" else torch.from_numpy(estimator.class_log_prior_).exp()
         tensors = {"weights": as_tensor(prior) / as_tensor(prior).sum()}
@@ -496,8 +508,12 @@ def _blank(config: NaiveBayesConfig, kind: str, columns: Tensor, summary: DataSu
 
 def _check_kinds(config: NaiveBayesConfig, summary: DataSummary) -> None:
     """UserError where a column holds what its kind does not allow."""
+    kinds = config.kinds_of(summary)
+    if kinds.count("multinomial") == 1:
+        name = summary.features[kinds.index("multinomial")].name
+        raise UserError(f"column '{name}' is the only one of kind multinomial, of which it says nothing; declare it poisson")
     ranges = (summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist())
-    for feature, kind, least, most, is_whole in zip(summary.features, config.kinds_of(summary), *ranges, strict=True):
+    for feature, kind, least, most, is_whole in zip(summary.features, kinds, *ranges, strict=True):
         name = feature.name
         if feature.type == "category" and kind != "categorical":
             raise UserError(f"column '{name}' holds text, which is not {kind}; declare it categorical, or leave it out")
@@ -507,7 +523,13 @@ def _check_kinds(config: NaiveBayesConfig, summary: DataSummary) -> None:
             raise UserError(f"column '{name}' does not hold whole numbers alone, as {kind} columns do; declare it gaussian")
         if kind == "bernoulli" and most > 1:
             raise UserError(f"column '{name}' holds {most:g}, but bernoulli columns hold 0 and 1; declare it categorical")
-        if kind == "categorical" and most >= MAX_CATEGORIES:
+        if kind == "categorical" and feature.type == "category":
+            if most >= feature.num_categories and not config.unseen_categories:
+                raise UserError(
+                    f"column '{name}' holds texts that are no category of the model to start from; allow them with "
+                    "model.unseen_categories"
+                )
+        elif kind == "categorical" and most >= MAX_CATEGORIES:
             raise UserError(
                 f"column '{name}' holds {most:g}, but categorical columns number their categories, 0 to "
                 f"{MAX_CATEGORIES - 1:,} at most; declare it poisson, or make it a column of text"

@@ -37,12 +37,12 @@ def rows_of(kind: str, num_rows: int = 300, seed: int = 0) -> tuple[np.ndarray, 
     }
     if kind != "mixed":
         return of_kind[kind]().astype(np.float64), y
-    parts = [of_kind[each]() for each in ("gaussian", "bernoulli", "categorical", "poisson", "multinomial", "gaussian")]
+    parts = [of_kind[each]() for each in ("gaussian", "bernoulli", "categorical", "poisson", "multinomial", "multinomial")]
     return np.stack([part[:, d] for d, part in enumerate(parts)], 1).astype(np.float64), y
 
 
 MIXED = {"kind": "mixed", "columns": dict(zip("abcdef", ("gaussian", "bernoulli", "categorical", "poisson", "multinomial",
-                                                         "gaussian"), strict=True))}  # fmt: skip
+                                                         "multinomial"), strict=True))}  # fmt: skip
 
 
 def spec(
@@ -250,9 +250,6 @@ def test_weight_two_is_the_row_twice_and_weight_zero_no_row(kind, holes, share):
     w[:3] = 1
     fit = {"max_iterations": 5, "tolerance": 0}
     repeated = fitted(kind, np.repeat(x, w, axis=0), np.repeat(y, w), fit=fit)
-    if kind in ("categorical", "mixed"):  # what rows of weight 0 hold has a slot, too
-        repeated = fitted(kind, np.concatenate([x, np.repeat(x, w, axis=0)]), np.concatenate([y, np.repeat(y, w)]),
-                          np.repeat([0.0, 1.0], [len(x), w.sum()]), fit=fit)  # fmt: skip
     assert_same_model(fitted(kind, x, y, w.astype(float), fit=fit), repeated, rtol=1e-7)
 
 
@@ -406,6 +403,70 @@ def test_unseen_categories_have_a_slot_or_are_refused():
         refusing.log_prob(unseen)
 
 
+# Models to start from
+
+
+def test_a_model_goes_on_under_the_priors_of_the_spec():
+    x, y = rows_of("poisson")
+    far = fitted("poisson", 50 * x, y)
+    given = {**spec("poisson", label=True, class_prior="uniform", pseudocount=50.0), "fit": {"max_iterations": 3}}
+    run = gendist.fit(given, data=table(x, y), init=far)
+    assert_same_model(run.model, fitted("poisson", x, y, class_prior="uniform", pseudocount=50.0))
+    joint = run.model.joint_log_prob(x).numpy()[np.arange(len(x)), y]
+    assert run.results["log_likelihood"] == pytest.approx(joint.mean(), rel=1e-9)
+
+
+def test_a_model_of_other_columns_categories_or_classes_is_no_start():
+    x, y = rows_of("categorical")
+    model = fitted("categorical", x, y)
+    for data, options, said in (
+        (table(x[:, ::-1], y), {}, "other kinds of columns or categories"),
+        (table(x, y), {"num_classes": 4}, "has 3 classes, the spec and the data 4"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gendist.fit(spec("categorical", **options), data=data, init=model)
+
+
+def test_missing_counts_are_not_zeros():
+    """Half of the counts are missing: a document has as many tokens as before, and fills in as many."""
+    rng = np.random.default_rng(0)
+    x, y = rng.poisson(4.0, (4000, 6)).astype(float), rng.integers(0, 3, 4000)
+    holes = np.where(rng.random(x.shape) < 0.5, np.nan, x)
+    model = fitted("multinomial", holes, y)
+    assert float(model.columns.groups[0].distribution.mean_length) == pytest.approx(24.0, rel=0.02)
+    np.testing.assert_allclose(model.impute(holes)[np.isnan(holes)].mean(), 4.0, rtol=0.03)
+
+
+def test_a_column_that_a_class_lacks_keeps_its_share():
+    x, y = rows_of("multinomial")
+    x[y == 1, 2] = np.nan
+    model = fitted("multinomial", x, y, pseudocount=0.0)
+    before = rows_of("multinomial")[0].mean(0)
+    probs = model.columns.groups[0].distribution.probs
+    assert float(probs[1, 2]) == pytest.approx(before[2] / before.sum(), rel=0.2)
+    own = rows_of("multinomial")[0][y == 1].mean(0)[[0, 1, 3, 4, 5]]
+    np.testing.assert_allclose(probs[1, [0, 1, 3, 4, 5]] / probs[1, [0, 1, 3, 4, 5]].sum(), own / own.sum(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "categorical"])
+def test_sparse_rows_of_kinds_that_must_look_at_zeros_are_refused(kind):
+    x, y = rows_of("bernoulli")
+    with pytest.raises(UserError, match="sparse rows"):
+        gendist.fit({**spec(kind), "data": {"label": "y"}}, data={"x": scipy.sparse.csr_matrix(x), "y": y})
+    with pytest.raises(UserError, match="sparse rows"):
+        fitted(kind, x, y).log_prob(scipy.sparse.csr_matrix(x))
+
+
+def test_held_out_rows_are_held_to_the_kind():
+    x, y = rows_of("poisson")
+    given = spec("poisson")
+    given["data"]["validation_fraction"] = 0.3
+    parts = Noise(0, "validation").uniform_of_rows(torch.arange(len(x))).numpy() < 0.3
+    x[np.flatnonzero(parts)[0], 0] = -400
+    with pytest.raises(UserError, match="-400"):
+        gendist.fit(given, data=table(x, y))
+
+
 # Mistakes
 
 
@@ -424,6 +485,7 @@ def test_unseen_categories_have_a_slot_or_are_refused():
         ("gaussian", lambda x: x, {"num_classes": 2}, "3 different labels"),
         ("gaussian", lambda x: x, {"class_prior": (0.5, 0.6)}, "sum to 1"),
         ("gaussian", lambda x: x, {"class_prior": (0.5, 0.5)}, "3 different labels"),
+        ("gaussian", lambda x: abs(x), {"kind": "mixed", "columns": {"a": "multinomial"}}, "declare it poisson"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(kind, change, options, said):

@@ -98,7 +98,8 @@ class Categorical:
     def _slots(self, x_ND: Tensor, missing_ND: Tensor | None) -> Tensor:
         """(N, F) in CSR layout."""
         num_rows, num_columns = x_ND.shape
-        slot_ND = torch.minimum(x_ND.to(torch.int64), self.num_slots - 1).add_(self._first_slot)
+        x_ND, missing_ND = x_ND.cpu(), None if missing_ND is None else missing_ND.cpu()
+        slot_ND = torch.minimum(x_ND.to(torch.int64).clamp_min_(0), self.num_slots - 1).add_(self._first_slot)
         ones_ND = torch.ones(num_rows, num_columns, dtype=torch.float64)
         if missing_ND is not None:
             ones_ND.masked_fill_(missing_ND, 0.0)
@@ -107,7 +108,7 @@ class Categorical:
         return csr_from_arrays(bounds.numpy(), slot_ND.reshape(-1).numpy(), ones_ND.reshape(-1).numpy(), shape)
 
     def log_prob_of_counted(self, statistics: LinearStatistics) -> float:
-        return log_prob_of_counted(self._log_probs, torch.zeros_like(statistics.absent), statistics)
+        return log_prob_of_counted(self._log_probs, torch.zeros_like(statistics.present), statistics)
 
     def m_step(self, statistics: LinearStatistics) -> Step[Categorical]:
         total_KD = statistics.present + self.num_slots.to(torch.float64) * self.pseudocount

@@ -21,7 +21,7 @@ from gendist.models.distributions.poisson import Poisson
 from gendist.models.ops.buffers import buffer
 from gendist.models.ops.independent_latent import Kernel
 from gendist.noise import Noise
-from gendist.protocols import Compute
+from gendist.protocols import Compute, UserError
 
 KINDS: dict[str, type[Any]] = {
     "gaussian": Normal,
@@ -30,6 +30,8 @@ KINDS: dict[str, type[Any]] = {
     "categorical": Categorical,
     "poisson": Poisson,
 }
+
+SPARSE_KINDS = {"bernoulli", "multinomial", "poisson"}  # where a 0 needs no look
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,14 @@ class ColumnsKernel:
         self._kernels: list[Kernel] = [group.distribution.kernel(compute) for group in columns.groups]
 
     def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[slice]:
-        """As the group with the smallest ones, of which each takes any rows."""
+        """As the group with the smallest ones, of which each takes any rows. UserError where rows are sparse and cannot be."""
+        if x_ND.layout is torch.sparse_csr:
+            kinds = sorted({group.kind for group in self._columns.groups})
+            if len(self._columns.groups) > 1 or not set(kinds) <= SPARSE_KINDS:
+                raise UserError(
+                    f"sparse rows, but columns of kind {', '.join(kinds)}; sparse rows are of one kind, "
+                    f"{', '.join(sorted(SPARSE_KINDS))}"
+                )
         sizes = [next(iter(kernel.portions(x_ND, missing_ND))) for kernel in self._kernels]
         size = max(min(rows.stop for rows in sizes if isinstance(rows, slice)), 1)
         return (slice(start, min(start + size, len(x_ND))) for start in range(0, max(len(x_ND), 1), size))

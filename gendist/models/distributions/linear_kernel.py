@@ -27,25 +27,20 @@ ROWS_AT_ONCE = (256, 8192)
 class LinearStatistics:
     """Sums over samples, weighed by responsibilities r times the weights; float64 on the CPU.
 
-    counts  (K,) sum of r
-    sums    (K, F) sum of r t(x)
-    absent  (K, D) sum of r over the samples in which the column is missing; (K, 1) zeros where nothing is
-    base    sum of r base(x), over all latents
+    counts   (K,) sum of r
+    sums     (K, F) sum of r t(x)
+    present  (K, D) sum of r over the samples that have the column; (K, 1) where nothing is missing
+    base     sum of r base(x), over all latents
     """
 
     counts: Tensor
     sums: Tensor
-    absent: Tensor
+    present: Tensor
     base: float
-
-    @property
-    def present(self) -> Tensor:
-        """(K, D) sum of r over the samples that have the column; (K, 1) where nothing is missing."""
-        return (self.counts[:, None] - self.absent).clamp_min_(0.0)
 
     def merge(self, other: LinearStatistics) -> LinearStatistics:
         return LinearStatistics(
-            self.counts + other.counts, self.sums + other.sums, self.absent + other.absent, self.base + other.base
+            self.counts + other.counts, self.sums + other.sums, self.present + other.present, self.base + other.base
         )
 
 
@@ -76,7 +71,7 @@ class LinearKernel:
         self._base: Tensor | None = None
         self._counts = torch.zeros(len(weights), dtype=torch.float64, device=self._device)
         self._sums = torch.zeros(weights.shape, dtype=torch.float64, device=self._device)
-        self._absent = torch.zeros(len(weights), 1, dtype=torch.float64, device=self._device)
+        self._present = torch.zeros(len(weights), 1, dtype=torch.float64, device=self._device)
         self._sum_of_base = 0.0
 
     def portions(self, x_ND: Tensor, missing_ND: Tensor | None) -> Iterator[slice]:
@@ -89,7 +84,7 @@ class LinearKernel:
     def load(self, x_ND: Tensor, missing_ND: Tensor | None) -> None:
         x_ND = x_ND.to(self._device)
         self._missing = None if missing_ND is None else missing_ND.to(self._device, self._dtype)
-        self._t = self._make_features(x_ND, missing_ND).to(self._dtype)
+        self._t = self._make_features(x_ND, missing_ND).to(self._device, self._dtype)
         self._base = None if self._make_base is None else self._make_base(x_ND)
 
     def log_prob(self, offset_K: Tensor) -> Tensor:
@@ -112,30 +107,35 @@ class LinearKernel:
             self._sums += _transposed_product(self._t, responsibilities_KN.T.contiguous()).T
         else:
             self._sums += responsibilities_KN @ self._t
-        if self._missing is not None:
-            self._absent = self._absent + responsibilities_KN @ self._missing
+        if self._missing is None:
+            self._present += responsibilities_KN.sum(1, keepdim=True)
+        else:
+            self._present = self._present + responsibilities_KN @ (1.0 - self._missing)
         if self._base is not None:
             self._sum_of_base += float((responsibilities_KN.sum(0) * self._base).sum())
 
     def count(self, latent_N: Tensor) -> None:
         """Each row added to the sums of its latent."""
         latent_N = latent_N.to(self._device)
-        self._counts += torch.bincount(latent_N, minlength=len(self._counts))
+        counts_K = torch.bincount(latent_N, minlength=len(self._counts))
+        self._counts += counts_K
         if self._t.layout is torch.sparse_csr:
             latent_n = torch.repeat_interleave(latent_N, self._t.crow_indices().diff())
             cell_n = latent_n.mul_(self._sums.shape[1]).add_(self._t.col_indices())
             self._sums += torch.bincount(cell_n, self._t.values(), self._sums.numel()).view_as(self._sums)
         else:
             self._sums.index_add_(0, latent_N, self._t.to(torch.float64))
-        if self._missing is not None:
-            self._absent = self._absent.expand(-1, self._missing.shape[1]).contiguous()
-            self._absent.index_add_(0, latent_N, self._missing.to(torch.float64))
+        if self._missing is None:
+            self._present += counts_K[:, None]
+        else:
+            self._present = self._present.expand(-1, self._missing.shape[1]).contiguous()
+            self._present.index_add_(0, latent_N, 1.0 - self._missing.to(torch.float64))
         if self._base is not None:
             self._sum_of_base += float(self._base.sum())
 
     def statistics(self) -> LinearStatistics:
         """What was added."""
-        return LinearStatistics(self._counts.cpu(), self._sums.cpu(), self._absent.cpu(), self._sum_of_base)
+        return LinearStatistics(self._counts.cpu(), self._sums.cpu(), self._present.cpu(), self._sum_of_base)
 
 
 def _transposed_product(t_NF: Tensor, responsibilities_NK: Tensor) -> Tensor:

@@ -93,14 +93,17 @@ class Multinomial:
         generalized Bradley-Terry models"), so that it never falls.
         """
         sums_KD, exposure_KD = statistics.linear.sums, statistics.exposure
-        total_KD = exposure_KD + self.num_features * self.pseudocount
-        probs_KD = (sums_KD + self.pseudocount) / torch.where(total_KD > 0, total_KD, 1.0)
-        probs_KD = probs_KD.clamp_min(SMALLEST)
-        alive_K1 = (total_KD > 0).any(1, keepdim=True)
-        probs_KD = torch.where(alive_K1, probs_KD / probs_KD.sum(1, keepdim=True), self.probs)
-        total = statistics.counts.sum()
-        length = torch.where(total > 0, sums_KD.sum() / torch.where(total > 0, total, 1.0), self.mean_length)
-        is_final = bool((statistics.linear.absent == 0).all())
+        total_KD = (exposure_KD + self.num_features * self.pseudocount).expand_as(sums_KD)
+        is_seen_KD = total_KD > 0
+        probs_KD = ((sums_KD + self.pseudocount) / torch.where(is_seen_KD, total_KD, 1.0)).clamp_min(SMALLEST)
+        # Of a column that all samples of a latent lack nothing is learned: it keeps its share, and the others have the rest.
+        rest_K1 = 1.0 - torch.where(is_seen_KD, 0.0, self.probs).sum(1, keepdim=True)
+        share_K1 = torch.where(is_seen_KD, probs_KD, 0.0).sum(1, keepdim=True)
+        probs_KD = torch.where(is_seen_KD, rest_K1 * probs_KD / torch.where(share_K1 > 0, share_K1, 1.0), self.probs)
+        # A sample shows the part S of its tokens that are of the columns that are there.
+        shown = float((statistics.linear.present * self.probs).sum())
+        length = sums_KD.sum() / shown if shown > 0 else self.mean_length
+        is_final = statistics.linear.present.shape[1] == 1  # nothing is missing
         return Step(replace(self, probs=probs_KD, mean_length=length), is_final=is_final)
 
     def log_prior(self, statistics: MultinomialStatistics) -> float:
