@@ -74,7 +74,7 @@ def test_declared_labels_are_there_in_their_order_whether_rows_have_them_or_not(
 def test_a_label_that_is_not_declared_is_told_with_its_row():
     labels = np.array(["a", "b"], dtype=object)[RNG.integers(0, 2, 200)]
     labels[150] = "z"
-    with pytest.raises(UserError, match=r"column .y. holds .z. in row 150: labels out of range; data\.labels are a, b, c"):
+    with pytest.raises(UserError, match=r"column .y. holds .z. in row 150: labels out of range; data\.labels are .a., .b., .c."):
         evidence_of(dataset_of({"x": X, "y": labels}, label="y", labels=["a", "b", "c"]), 3)
 
 
