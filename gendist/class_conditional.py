@@ -221,11 +221,12 @@ class ClassConditional:
         return joint_CN
 
     def m_step(self, statistics: ClassStatistics) -> Update[ClassConditional]:
-        """Each model's own M-step; a class without rows keeps its model."""
-        there = [bool(count > 0) for count in statistics.counts]
+        """Each model's own M-step; a class without rows keeps its model, which is told when it lost them."""
         updates = [
-            model.m_step(own) if is_there else Update(model, ("no rows; the model stays",))
-            for model, own, is_there in zip(self.models, statistics.classes, there, strict=True)
+            model.m_step(own) if count > 0 else Update(model, ("no rows; the model stays",) if weight > 0 else ())
+            for model, own, count, weight in zip(
+                self.models, statistics.classes, statistics.counts.tolist(), self.weights.tolist(), strict=True
+            )
         ]
         weights_C = statistics.counts / statistics.counts.sum()
         redo = None
@@ -286,6 +287,5 @@ def _labelled(c: int, block: Block) -> Block:
     if block.evidence is None:
         shares_N = torch.zeros(block.num_rows, dtype=torch.float64)
     else:
-        is_labelled_N = (block.evidence != 0).any(1)
-        shares_N = torch.where(is_labelled_N, block.evidence.softmax(1)[:, c], 0.0)
+        shares_N = torch.where(block.is_labelled, block.evidence.softmax(1)[:, c], 0.0)
     return _weighed(block, shares_N * block.weights_or_ones())

@@ -119,11 +119,12 @@ class EMFitting:
             summary = survey(training)
         summary = replace(summary, features=self._features(transforms))
         self.family.check(spec.model, summary, dataset.labels)
-        if self.start is not None:
-            self._adopted(summary)  # a model that does not fit is told before anything is written
+        # Before anything is written: a mistake that the start tells can be put right in the same folder.
+        candidates = _candidates(resumed) if resumed else self._begin(training, summary)
         if directory:
             manifest = directory.begin(manifest)
-        candidates = _candidates(resumed) if resumed else self._begin(training, summary, transforms)
+            if not resumed:
+                self._save(candidates, transforms)
         iterations = expectation_maximization(candidates, training, summary.total_weight, self.config, validation, self.compute)
         try:
             # Models and records of an iteration come as one value, so that an interrupt finds them together.
@@ -166,10 +167,12 @@ class EMFitting:
         return Transforms(names) if transforms is None else replace(transforms, source_names=names)
 
     def _features(self, transforms: Transforms) -> tuple[Feature, ...]:
-        """What x holds behind the transforms."""
-        if not transforms.steps:
-            return self.dataset.schema.features
-        return tuple(Feature(name, name) for name in transforms.feature_names)
+        """What x holds behind the transforms: numbers, where they do not leave a feature as it was."""
+        own, left = {feature.name: feature for feature in self.dataset.schema.features}, transforms.left_names
+        return tuple(
+            own[name] if name in left else Feature(name, own[name].column if name in own else name)
+            for name in transforms.feature_names
+        )
 
     def _check_start(self) -> None:
         """UserError where the model to start from is of other data."""
@@ -185,12 +188,10 @@ class EMFitting:
         model = taken_apart(self.start)[0]
         return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
 
-    def _begin(self, blocks: Blocks[Block], summary: Summary, transforms: Transforms) -> Candidates:
+    def _begin(self, blocks: Blocks[Block], summary: Summary) -> Candidates:
         """The models to set out from."""
         updates = [self._first_parameters(i, blocks, summary) for i in range(self.config.num_restarts)]
-        candidates = tuple(Candidate(update.model, (), update.repairs) for update in updates)
-        self._save(candidates, transforms)
-        return candidates
+        return tuple(Candidate(update.model, (), update.repairs) for update in updates)
 
     def _first_parameters(self, restart: int, blocks: Blocks[Block], summary: Summary) -> Update[StatisticsModel]:
         if self.start is not None:

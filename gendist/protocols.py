@@ -110,6 +110,11 @@ class Mergeable(Protocol):
     def merge(self, other: Any) -> Any: ...
 
 
+def is_labelled(evidence_NL: Any) -> Any:
+    """(N,) bool: whether evidence, an array or a tensor, says anything of the row's latent. A single one is always known."""
+    return (evidence_NL != 0).any(1) | (evidence_NL.shape[1] == 1)
+
+
 @dataclass(frozen=True, eq=False)
 class Block:
     """A fixed run of rows: the unit that every kernel sees. A micro-batch of training is one, too.
@@ -142,6 +147,21 @@ class Block:
     @property
     def is_sparse(self) -> bool:
         return self.x.layout is torch.sparse_csr
+
+    @property
+    def is_labelled(self) -> Tensor:
+        """(N,) bool: whether anything is known of the row's latent."""
+        labelled_N: Tensor = (
+            torch.zeros(self.num_rows, dtype=torch.bool) if self.evidence is None else is_labelled(self.evidence)
+        )
+        return labelled_N
+
+    @property
+    def has_one_latent(self) -> Tensor:
+        """(N,) bool: whether the evidence leaves the row a single latent."""
+        if self.evidence is None:
+            return torch.zeros(self.num_rows, dtype=torch.bool)
+        return (self.evidence > -torch.inf).sum(1) == 1
 
     def weights_or_ones(self) -> Tensor:
         """(N,) the weights, ones where none were given."""

@@ -202,3 +202,18 @@ def test_missing_entries_weights_and_labels_together(data, model):
     assert torch.equal(filled[~missing], torch.from_numpy(x)[~missing])
     drawn = model.impute(x, seed=1)
     assert torch.equal(drawn[~missing], filled[~missing])
+
+
+def test_a_single_class_has_the_mixture_of_all_rows(data):
+    spec = {**SPEC, "model": {"num_components": 1, "labels": "classes"}}
+    one = gendist.fit(spec, data={"x": data["x"], "y": np.where(np.arange(600) < 3, "yes", None)}).model
+    np.testing.assert_allclose(one.models[0].means[0], data["x"].mean(0), rtol=1e-9)
+    assert one.weights.tolist() == [1.0]
+
+
+def test_a_class_that_has_no_rows_is_told_when_it_lost_them(data, model):
+    rows_of_no = data["y"] == "no"
+    block = block_of(data["x"][rows_of_no], hard(data["y"][rows_of_no]))
+    update = model.m_step(model.e_step(block))
+    assert "class yes: no rows; the model stays" in update.repairs
+    assert not any("no rows" in line for line in update.model.m_step(update.model.e_step(block)).repairs)

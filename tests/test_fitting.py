@@ -458,6 +458,16 @@ def test_a_mistake_in_the_data_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_that_the_start_tells_can_be_put_right_in_the_same_folder(blobs, tmp_path):
+    frame = pd.DataFrame(blobs, columns=list("abc")).assign(y=pd.Series([None] * len(blobs), dtype=object))
+    spec = {**SPEC, "data": {"label": "y", "labels": ["p", "q"]}, "fit": {"init": "labels", "max_iterations": 2}}
+    with pytest.raises(UserError, match="no row to fit has a label"):
+        gendist.fit(spec, data=frame, run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    spec["fit"]["init"] = "random"
+    assert gendist.fit(spec, data=frame, run_dir=tmp_path / "run").path == tmp_path / "run"
+
+
 def test_two_processes_cannot_work_on_one_run(tmp_path):
     spec = gendist.config.load_spec(SPEC)
     with (

@@ -48,6 +48,11 @@ class Coordinates(ABC):
         """What the E features are called, after what the D are called."""
         return names
 
+    @property
+    def leaves(self) -> Tensor:
+        """(E,) bool: the coordinates that are the feature of their name as it was."""
+        return torch.zeros(self.num_coordinates, dtype=torch.bool)
+
     def outside(self, x_ND: Tensor) -> Tensor:
         """(N, D) bool: the entries that cannot be transformed."""
         return torch.zeros_like(x_ND, dtype=torch.bool)
@@ -80,6 +85,10 @@ class LogPlusOne(Coordinates):
     @property
     def num_features(self) -> int:
         return len(self.chosen)
+
+    @property
+    def leaves(self) -> Tensor:
+        return ~self.chosen
 
     def outside(self, x_ND: Tensor) -> Tensor:
         return self.chosen & (x_ND <= -1.0)

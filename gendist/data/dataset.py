@@ -21,7 +21,7 @@ from gendist.data.sparse import to_csr
 from gendist.data.tokens import to_counts
 from gendist.data.transforms import Transforms
 from gendist.noise import Noise
-from gendist.protocols import Block, UserError, as_matrix
+from gendist.protocols import Block, UserError, as_matrix, is_labelled
 
 MAX_RUN_BYTES = 256 * 2**20  # what one task holds of x at a time
 MAX_PASSING_BYTES = 32 * 2**20  # the same where rows are read again in every pass: it is held several times while it is read
@@ -141,7 +141,7 @@ class _BlockLoader:
         table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
         weights, evidence = self._weights(table, bounds[0]), self._evidence(table, bounds[0])
         if evidence is not None and self.unlabelled_weight != 1.0:
-            factors = np.where((evidence == 0.0).all(1), self.unlabelled_weight, 1.0)
+            factors = np.where(is_labelled(evidence), 1.0, self.unlabelled_weight)
             weights = factors if weights is None else weights * factors
         matrix = self._sparse_matrix(table, bounds[0]) if self.schema.is_sparse else self._matrix(table, bounds)
         columns = (matrix, weights, evidence)

@@ -32,9 +32,9 @@ def known_evidence(column: pa.ChunkedArray, labels: Sequence[Any], num_latents: 
     outside = np.flatnonzero(latent_N == len(labels))
     if len(outside):
         row = int(outside[0])
-        allowed = ", ".join(map(str, labels[:12])) + (", ..." if len(labels) > 12 else "")
+        allowed = ", ".join(map(repr, labels[:12])) + (", ..." if len(labels) > 12 else "")
         raise UserError(
-            f"{where} holds '{distinct[which_N[row]]}' in row {first_row + row}: labels out of range; data.labels are {allowed}"
+            f"{where} holds {distinct[which_N[row]]!r} in row {first_row + row}: labels out of range; data.labels are {allowed}"
         )
     evidence_NL = np.where(latent_N[:, None] < 0, 0.0, np.full((1, num_latents), -np.inf))
     labelled = np.flatnonzero(latent_N >= 0)

@@ -226,6 +226,14 @@ class Transforms:
         return self._names[-1]
 
     @property
+    def left_names(self) -> frozenset[str]:
+        """Those features that every step has left as they were."""
+        left = set(self.source_names)
+        for step, names in zip(self.steps, self._names[1:], strict=True):
+            left &= {name for name, is_left in zip(names, step.leaves.tolist(), strict=True) if is_left}
+        return frozenset(left)
+
+    @property
     def num_kept(self) -> int | None:
         """How many coordinates the last pca that drops directions keeps; None where none drops any: x has a density."""
         return next((step.num_coordinates for step in reversed(self.steps) if step.drops), None)

@@ -229,7 +229,7 @@ def _nearest_cells(centers_LD: Tensor, block: Block) -> _Cells:
 
 
 def _known_cells(centers_LD: Tensor, block: Block) -> _Cells:
-    return _cells(centers_LD, block, block.weights_or_ones() * _is_known(block), nearest_allowed(block, centers_LD))
+    return _cells(centers_LD, block, block.weights_or_ones() * block.has_one_latent, nearest_allowed(block, centers_LD))
 
 
 def _unlabelled_cells(centers_CD: Tensor, block: Block) -> _Cells:
@@ -309,14 +309,7 @@ def _present(block: Block) -> Tensor | None:
     return None if block.missing is None else (~block.missing).to(block.x.dtype)
 
 
-def _is_known(block: Block) -> Tensor:
-    """(N,) 1.0 where the evidence leaves a single latent."""
-    if block.evidence is None:
-        return torch.zeros(block.num_rows, dtype=torch.float64)
-    return ((block.evidence > -torch.inf).sum(1) == 1).to(torch.float64)
-
-
 def _unlabelled_weights(block: Block) -> Tensor:
     """(N,) the weights of the rows that may become centers; those without any entry may not."""
-    weights_N = block.weights_or_ones() * (1.0 - _is_known(block))
+    weights_N = block.weights_or_ones() * ~block.has_one_latent
     return weights_N if block.missing is None else weights_N * ~block.missing.all(1)

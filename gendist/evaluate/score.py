@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gendist.data.transforms import RowError
-from gendist.protocols import Block, UserError
+from gendist.protocols import Block, UserError, csr_from_arrays
 
 DENSITIES = ("log_prob", "log_prob_bound", "elbo")  # the best first
 
@@ -30,11 +31,33 @@ def scores_of_rows(model: Any, blocks: Sequence[Block]) -> Tensor:
     for block in blocks:
         x_ND = block.x if block.missing is None else block.x.masked_fill(block.missing, torch.nan)
         options = {} if verb == "log_prob" else {"offset": int(block.rows[0])}
+        score = partial(getattr(model, verb), **options)
         try:
-            scores.append(getattr(model, verb)(x_ND, **options))
+            scores.append(score(x_ND))
         except RowError as error:
             raise UserError(f"row {int(block.rows[error.row])}: {error.reason}") from None
         except UserError as error:
-            rows = block.rows if block.missing is None else block.rows[block.missing.any(1)]
-            raise UserError(f"row {int(rows[0])}: {error}") from None
+            row, reason = _first_refused(score, x_ND, error)
+            raise UserError(f"row {int(block.rows[row])}: {reason}") from None
     return torch.cat(scores)
+
+
+def _first_refused(score: Callable[[Tensor], Tensor], x_ND: Tensor, reason: UserError) -> tuple[int, UserError]:
+    """The position of the first row that is refused, and why, of rows that together are refused for this reason."""
+    num_taken, num_refused = 0, x_ND.shape[0]
+    while num_refused - num_taken > 1:
+        middle = (num_taken + num_refused) // 2
+        try:
+            score(_first_rows(x_ND, middle))
+            num_taken = middle
+        except UserError as error:
+            num_refused, reason = middle, error
+    return num_refused - 1, reason
+
+
+def _first_rows(x_ND: Tensor, number: int) -> Tensor:
+    if x_ND.layout is not torch.sparse_csr:
+        return x_ND[:number]
+    crow, columns, values = (part.numpy() for part in (x_ND.crow_indices(), x_ND.col_indices(), x_ND.values()))
+    stop = crow[number]
+    return csr_from_arrays(crow[: number + 1], columns[:stop], values[:stop], (number, x_ND.shape[1]))

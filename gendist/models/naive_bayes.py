@@ -370,7 +370,7 @@ class NaiveBayes:
         return log_prob_of_rows(block, self.columns.kernel(compute), self.weights.log())
 
     def m_step(self, statistics: NaiveBayesStatistics) -> Update[NaiveBayes]:
-        """The mode of the posterior of all parameters."""
+        """The mode of the posterior of all parameters. A class without rows is told when it lost them."""
         counts_K = statistics.columns.counts
         step = self.columns.m_step(statistics.columns)
         weights_K = self.weights
@@ -378,7 +378,8 @@ class NaiveBayes:
             weights_K = counts_K + self.config.class_pseudocount
             weights_K = weights_K / weights_K.sum()
         model = replace(self, weights=weights_K, columns=step.distribution)
-        empty = [self.labels[k] if k < len(self.labels) else k for k in torch.nonzero(counts_K == 0)[:, 0].tolist()]
+        emptied = torch.nonzero((counts_K == 0) & (self.weights > 0))[:, 0].tolist()
+        empty = [self.labels[k] if k < len(self.labels) else k for k in emptied]
         repairs = [f"class {label} has no rows; its parameters are what the prior or the start says" for label in empty]
         least_gain = self._log_prior(statistics) - model._log_prior(statistics)
         redo = None if step.redo is None else replace(self, columns=step.redo)
@@ -464,9 +465,7 @@ class NaiveBayes:
 
 def _num_unknown(block: Block) -> int:
     """How many rows of positive weight have a class that the evidence leaves open."""
-    open_N = torch.ones(block.num_rows, dtype=torch.bool)
-    if block.evidence is not None:
-        open_N = ((block.evidence > -torch.inf).sum(1) != 1) | (block.evidence.amax(1) != 0)
+    open_N = ~block.has_one_latent
     if block.weights is not None:
         open_N = open_N & (block.weights > 0)
     return int(open_N.sum())

@@ -10,6 +10,8 @@ import pandas as pd
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse
+import torch
 from test_part_folder import content
 
 import gendist
@@ -17,8 +19,9 @@ from gendist import bulk
 from gendist.bulk import work
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig
+from gendist.evaluate.score import scores_of_rows
 from gendist.models.gmm import GaussianMixture
-from gendist.protocols import UserError
+from gendist.protocols import Block, UserError, as_matrix
 
 OUT = ["parts", "all.parquet", "all.csv", "all.npy", "all.npz"]
 
@@ -188,3 +191,18 @@ def test_rows_that_lack_entries_are_scored_by_those_they_have(folder, tmp_path):
     bulk.score(folder / "run", DataConfig(path=str(tmp_path / "holes.parquet")), tmp_path / "all.npy")
     expected = gendist.load(folder / "run").log_prob(frame.to_numpy())
     np.testing.assert_allclose(np.load(tmp_path / "all.npy"), expected, rtol=1e-13)
+
+
+@pytest.mark.parametrize("is_sparse", [False, True])
+def test_the_first_row_that_a_model_refuses_is_named(tmp_path, is_sparse):
+    x = np.random.default_rng(0).poisson(2.0, (400, 3)).astype(float)
+    model = {"kind": "poisson", "num_classes": 1}
+    gendist.fit({"name": "counts", "family": "naive_bayes", "model": model}, data=x, run_dir=tmp_path / "run")
+    fitted = gendist.load(tmp_path / "run")
+    for row in (0, 250, 399):
+        wrong = x.copy()
+        wrong[[row, 399], 1] = -3.0
+        rows = torch.arange(1000, 1400)
+        block = Block(as_matrix(scipy.sparse.csr_array(wrong)) if is_sparse else torch.from_numpy(wrong), rows)
+        with pytest.raises(UserError, match=f"^row {1000 + row}: x has the entry -3; poisson columns hold 0 and more$"):
+            scores_of_rows(fitted, [block])

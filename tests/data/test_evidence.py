@@ -74,7 +74,9 @@ def test_declared_labels_are_there_in_their_order_whether_rows_have_them_or_not(
 def test_a_label_that_is_not_declared_is_told_with_its_row():
     labels = np.array(["a", "b"], dtype=object)[RNG.integers(0, 2, 200)]
     labels[150] = "z"
-    with pytest.raises(UserError, match=r"column .y. holds .z. in row 150: labels out of range; data\.labels are a, b, c"):
+    with pytest.raises(
+        UserError, match=r"column .y. holds .z. in row 150: labels out of range; data\.labels are .a., .b., .c."
+    ):
         evidence_of(dataset_of({"x": X, "y": labels}, label="y", labels=["a", "b", "c"]), 3)
 
 
@@ -166,3 +168,16 @@ def test_a_weight_for_unlabelled_rows_needs_labels():
         gendist.fit(spec, data=X)
     with pytest.raises(UserError, match=r"fit\.unlabelled_weight: input should be greater than or equal to 0"):
         gendist.fit(spec | {"fit": {"unlabelled_weight": -1}}, data=X)
+
+
+def test_of_a_single_label_every_row_is_known():
+    blocks = dataset_of({"x": X, "y": np.where(np.arange(200) < 5, "a", None)}, label="y").blocks(1, unlabelled_weight=0.0)
+    assert all(bool(block.is_labelled.all()) and bool(block.has_one_latent.all()) for block in joined(blocks))
+    assert survey(blocks).total_weight == 200.0
+
+
+def test_numbers_and_texts_are_told_apart():
+    with pytest.raises(UserError, match=r"holds '2' in row 0: .* data\.labels are 1, 2$"):
+        evidence_of(dataset_of({"x": X[:2], "y": ["2", "1"]}, label="y", labels=[1, 2]), 2)
+    with pytest.raises(UserError, match=r"holds 2 in row 0: .* data\.labels are '1', '2'$"):
+        evidence_of(dataset_of({"x": X[:2], "y": [2, 1]}, label="y", labels=["1", "2"]), 2)

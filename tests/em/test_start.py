@@ -14,7 +14,7 @@ from gendist.data.survey import survey
 from gendist.em import start
 from gendist.em.config import STARTS
 from gendist.models.gmm import GaussianMixture
-from gendist.protocols import Block
+from gendist.protocols import Block, UserError
 
 
 def blocks_of(x: np.ndarray, most: int = 1, evidence: np.ndarray | None = None) -> LocalBlocks:
@@ -88,3 +88,33 @@ def test_random_responsibilities_keep_to_what_is_known():
     assert (shares[50:100, 2] == 0).all()
     assert (shares[50:100, :2] > 0).all()
     assert (shares[100:] > 0).all()
+
+
+def evidence_with_labels(of_row: np.ndarray) -> np.ndarray:
+    """(N, 3) of labels, -1 where there is none."""
+    certain = np.where(np.arange(3) == of_row[:, None], 0.0, -np.inf)
+    return np.where(of_row[:, None] < 0, 0.0, certain)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2, 3])
+def test_latents_without_a_label_begin_at_the_rows_without_one(blobs, num_labels):
+    of_row = np.where(np.arange(len(blobs)) % 3 == 0, np.arange(len(blobs)) // 3 % num_labels, -1)
+    model = first_parameters(blocks_of(blobs, 2, evidence_with_labels(of_row)), "labels", labels=("a", "b", "c"))
+    for label in range(num_labels):
+        np.testing.assert_allclose(model.means[label], blobs[of_row == label].mean(0), atol=1e-9)
+    free = model.weights[num_labels:].numpy()
+    if num_labels == 3:  # unlabelled rows do not count
+        np.testing.assert_allclose(model.weights, np.bincount(of_row[of_row >= 0]) / (of_row >= 0).sum(), atol=1e-12)
+    else:
+        assert (free > 0).all()
+        assert free.sum() == pytest.approx((of_row < 0).mean(), rel=1e-12)
+        mean = (free[:, None] * model.means[num_labels:].numpy()).sum(0) / free.sum()
+        np.testing.assert_allclose(mean, blobs[of_row < 0].mean(0), atol=1e-9)
+
+
+def test_a_start_from_labels_needs_one(blobs):
+    evidence = evidence_with_labels(np.full(len(blobs), -1))
+    with pytest.raises(
+        UserError, match=r"no row to fit has a label; give labels to rows .* fit\.init: random_responsibilities"
+    ):
+        first_parameters(blocks_of(blobs, 1, evidence), "labels", labels=("a", "b", "c"))

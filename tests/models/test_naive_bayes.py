@@ -510,6 +510,61 @@ def test_a_class_that_lost_its_rows_is_reported():
     assert bool(run.model.log_prob(x).isfinite().all())
 
 
+def test_a_single_class_is_that_of_all_rows():
+    x, y = rows_of("gaussian")
+    reference = sklearn.naive_bayes.GaussianNB(var_smoothing=0.0).fit(x, np.zeros(len(x)))
+    for labels in (np.zeros(len(x)), np.where(y == 0, 0.0, np.nan)):
+        run = gendist.fit(spec("gaussian", covariance_regularization=0.0), data=table(x, labels))
+        gaussian = run.model.columns.groups[0].distribution.gaussian
+        np.testing.assert_allclose(gaussian.means, reference.theta_, rtol=1e-9)
+        np.testing.assert_allclose(gaussian.covariances, reference.var_, rtol=1e-9)
+        assert len(run.history) == 1
+
+
+def test_a_declared_class_without_a_label_is_found_among_the_unlabelled_rows():
+    """Three clusters far apart, the rows of one of them all unlabelled."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    x = rng.normal(size=(300, 6)) + 20.0 * y[:, None]
+    some = np.where((np.arange(300) < 100) & (y != 1), y.astype(float), np.nan)
+    declared = spec("gaussian")
+    declared["data"]["labels"] = [0, 1, 2]
+    run = gendist.fit(declared, data=table(x, some))
+    assert run.results["repairs"] == []
+    assert (run.model.classify(x).argmax(1).numpy() == y).mean() > 0.99
+
+
+def test_a_class_without_rows_is_told_once():
+    x, y = rows_of("gaussian")
+    some = np.where(np.arange(300) < 200, np.where(y == 1, 0.0, y), np.nan)
+    declared = spec("gaussian", fit={"unlabelled_weight": 0.0})
+    declared["data"]["labels"] = [0, 1, 2]
+    run = gendist.fit(declared, data=table(x, some))
+    assert [line for line in run.results["repairs"] if "no rows" in line] == [
+        "class 1 has no rows; its parameters are what the prior or the start says"
+    ]
+    assert float(run.model.weights[1]) == 0.0
+
+
+def test_a_list_beside_a_transformed_column_keeps_its_kind():
+    """log1p leaves it as it was."""
+    x, y = rows_of("multinomial")
+    data = {"a": x[:, 0], "c": x[:, 1:], "y": y}
+    step = {"log1p": {"columns": ["a"]}}
+    chosen = spec("mixed") | {
+        "model": {"kind": "mixed", "columns": {"c": "multinomial"}},
+        "data": {"label": "y", "transforms": [step]},
+    }
+    model = gendist.fit(chosen, data=data).model.model
+    assert {group.kind: group.columns.tolist() for group in model.columns.groups} == {
+        "gaussian": [0],
+        "multinomial": [1, 2, 3, 4, 5],
+    }
+    # Of a column that a transform changed the list is known, too.
+    chosen["model"], chosen["data"]["transforms"] = {"kind": "mixed", "columns": {"c": "gaussian"}}, ["standardize"]
+    assert [group.kind for group in gendist.fit(chosen, data=data).model.model.columns.groups] == ["gaussian"]
+
+
 @pytest.mark.ray
 def test_any_number_of_workers_ends_in_the_same_bytes(cluster, tmp_path):
     x, y = rows_of("mixed", 5000)
