@@ -76,7 +76,7 @@ CASES = {
         {"family": "naive_bayes", "model": {"kind": "multinomial", "pseudocount": 0.1}},
     ),
     "mnist": Case(
-        f"MNIST, {MNIST_ROWS:,} rows, 50 principal components, naive Bayes, gaussian",
+        f"MNIST ({MNIST_ROWS:,} rows, 50 PCs), naive Bayes, gaussian",
         mnist,
         {"family": "naive_bayes", "model": {"kind": "gaussian", "covariance_regularization": 0.01}},
     ),
