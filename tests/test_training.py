@@ -280,29 +280,27 @@ def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_pa
 
 
 def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):
-    """Rank 0 alone writes. One is killed, torchrun starts both again, and they come to what one process comes to."""
+    """Rank 0 alone writes. Killed and started again, they come to what one process comes to."""
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += [PROGRAM, "fit", "spec.yaml", "--run-dir", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", PROGRAM]
+    command += ["fit", "spec.yaml", "--run-dir", "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    torchrun = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    first = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     try:
         deadline = time.monotonic() + 240
         while not (tmp_path / "run" / "checkpoints" / "00000010").exists():
             assert time.monotonic() < deadline
-            assert torchrun.poll() is None, torchrun.stderr.read()
+            assert first.poll() is None, first.stderr.read()
             time.sleep(0.02)
-        children = subprocess.run(["pgrep", "-P", str(torchrun.pid), "-f", "toy_family"], capture_output=True, text=True)
+        children = subprocess.run(["pgrep", "-P", str(first.pid), "-f", "toy_family"], capture_output=True, text=True)
         for child in children.stdout.split():
             os.kill(int(child), signal.SIGKILL)
-        out, err = torchrun.communicate(timeout=120)
+        first.communicate(timeout=60)
     finally:
-        torchrun.kill()
-    assert torchrun.returncode == 0, err
-    assert "1/1 attempts left; will restart worker group" in err
-    assert out.count("next:") == 1, "one process alone speaks"
+        first.kill()
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next:") == 1, "one process alone speaks"
     assert trace(records(tmp_path / "run"))[-1]["step"] == 40
     alone = gendist.load(unbroken).tensors()
     for name, tensor in gendist.load(tmp_path / "run").tensors().items():
