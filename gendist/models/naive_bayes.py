@@ -8,91 +8,46 @@ Legend: N samples, D columns, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from gendist.models.distributions.bernoulli import Bernoulli
-from gendist.models.distributions.categorical import Categorical
-from gendist.models.distributions.columns import Columns, ColumnsStatistics, Group
-from gendist.models.distributions.gaussian import Gaussian
-from gendist.models.distributions.multinomial import Multinomial
-from gendist.models.distributions.normal import Normal
-from gendist.models.distributions.poisson import Poisson
+from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
+from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
 from gendist.noise import Noise
-from gendist.protocols import EXACT, Block, Compute, DataSummary, Feature, Update, UserError, as_matrix, as_tensor
-
-Kind = Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson"]
+from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_matrix, as_tensor
 
 ROWS_AT_ONCE = 8_192  # of a sample, to stay in the processor's cache
-MAX_CATEGORIES = 10_000  # of a column of whole numbers
+
+PositiveNumber = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 
 
-class NaiveBayesConfig(BaseModel):
-    """The `model:` block of a spec of family `naive_bayes`.
+class NaiveBayesConfig(ColumnsConfig):
+    """The `model:` block of a spec of family `naive_bayes`: that of its columns, and
 
-    kind                       of all columns; or "mixed": each its own, by `columns` or else by what the data hold: text is
-                               categorical, 0 and 1 alone (true and false) bernoulli, whole numbers from 0 on poisson, other
-                               numbers gaussian
-    columns                    of kind mixed: the kinds of columns by name
     num_classes                the classes; as many as there are labels where left out
     class_prior                of the classes: as the data have them, uniform, or given, in the order of the labels
     class_pseudocount          samples that are taken to have been seen of each class
-    pseudocount                what is taken to have been seen for each class: tokens of each kind (multinomial), samples of
-                               each value (bernoulli, categorical), samples like the mean of all (poisson)
-    unseen_categories          whether categories that the data do not have keep a probability, that of one category more
-    covariance_regularization  is added to the variances of gaussian columns
-    covariance_floor           no variance of theirs is below this
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson", "mixed"]
-    columns: dict[str, Kind] = {}
     num_classes: int | None = Field(default=None, ge=1)
-    class_prior: Literal["empirical", "uniform"] | tuple[Annotated[float, Field(gt=0.0, allow_inf_nan=False)], ...] = (
-        "empirical"
-    )
+    class_prior: Literal["empirical", "uniform"] | tuple[PositiveNumber, ...] = "empirical"
     class_pseudocount: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
-    pseudocount: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    unseen_categories: bool = True
-    covariance_regularization: float = Field(default=1e-9, ge=0.0, allow_inf_nan=False)
-    covariance_floor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.columns and self.kind != "mixed":
-            raise ValueError(f"columns: of kind mixed alone; every column is {self.kind} here")
+    def _prior_fits(self) -> Self:
         if isinstance(self.class_prior, tuple):
             if not math.isclose(sum(self.class_prior), 1.0, rel_tol=1e-6):
                 raise ValueError(f"class_prior sums to {sum(self.class_prior):g}; it must sum to 1")
             if self.num_classes not in (None, len(self.class_prior)):
                 raise ValueError(f"class_prior has {len(self.class_prior)} entries for {self.num_classes} classes")
         return self
-
-    def kinds_of(self, summary: DataSummary) -> list[str]:
-        """The kind of each column."""
-        ranges = zip(summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist(), strict=True)
-        return [self._kind_of(feature, *each) for feature, each in zip(summary.features, ranges, strict=True)]
-
-    def _kind_of(self, feature: Feature, least: float, most: float, is_whole: bool) -> str:
-        if self.kind != "mixed":
-            return self.kind
-        declared = self.columns.get(feature.column, self.columns.get(feature.name))
-        if declared is not None:
-            return declared
-        if feature.type == "category":
-            return "categorical"
-        # By the numbers and not by their type, of which files of other formats know nothing.
-        if is_whole and least >= 0:
-            return "bernoulli" if most <= 1 else "poisson"
-        return "gaussian"
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,7 +200,7 @@ class NaiveBayes:
         else:
             missing_ND = None
         for group in self.columns.groups:
-            _check_values(group, values if is_sparse else group.of(x_ND, self.num_features))
+            check_values(group, values if is_sparse else group.of(x_ND, self.num_features))
         return x_ND, missing_ND
 
     # Sampling
@@ -294,33 +249,19 @@ class NaiveBayes:
 
     @classmethod
     def check(cls, config: NaiveBayesConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
-        features = summary.features
-        known = {feature.name for feature in features} | {feature.column for feature in features}
-        for name in config.columns:
-            if name not in known:
-                raise UserError(f"model.columns: '{name}' is no column that is fitted; these are {_listing(features)}")
         num_classes = cls.count_latents(config, labels)
         if summary.num_weighted_rows < num_classes:
             raise UserError(f"{num_classes} classes, but only {summary.num_weighted_rows} rows of positive weight to fit")
-        for feature, is_empty in zip(features, (summary.feature_weight <= 0).tolist(), strict=True):
-            if is_empty:
-                raise UserError(f"column '{feature.name}' has no value in any row; leave it out of data.columns")
-        _check_kinds(config, summary)
+        check_columns(config, summary)
 
     @classmethod
     def start(cls, config: NaiveBayesConfig, summary: DataSummary, centers_KD: Tensor, labels: tuple[Any, ...]) -> NaiveBayes:
         """Classes that are alike but for the centers: of each column what all rows together suggest."""
         num_classes = len(centers_KD)
-        members: dict[tuple[str, str], list[int]] = {}
-        for index, (feature, kind) in enumerate(zip(summary.features, config.kinds_of(summary), strict=True)):
-            # Of mixed kinds, a column of lists that is multinomial is a bag of tokens of its own; numbers are one together.
-            is_bag = kind == "multinomial" and config.kind == "mixed" and feature.name != feature.column
-            members.setdefault((kind, feature.column if is_bag else ""), []).append(index)
-        groups = [_blank(config, kind, torch.tensor(indices), summary, centers_KD) for (kind, _), indices in members.items()]
         weights_K = torch.full((num_classes,), 1.0 / num_classes, dtype=torch.float64)
         if isinstance(config.class_prior, tuple):
             weights_K = torch.tensor(config.class_prior, dtype=torch.float64)
-        return cls(config, weights_K, Columns(tuple(groups)), labels)
+        return cls(config, weights_K, blank_columns(config, summary, centers_KD), labels)
 
     @classmethod
     def adopt(cls, config: NaiveBayesConfig, summary: DataSummary, model: NaiveBayes, labels: tuple[Any, ...]) -> NaiveBayes:
@@ -366,7 +307,7 @@ class NaiveBayes:
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
         """(N,) log p(x, evidence) of a block's rows; UserError where x cannot be of this model."""
         for group in self.columns.groups:
-            _check_values(group, block.x.values() if block.is_sparse else group.of(block.x, self.num_features))
+            check_values(group, block.x.values() if block.is_sparse else group.of(block.x, self.num_features))
         return log_prob_of_rows(block, self.columns.kernel(compute), self.weights.log())
 
     def m_step(self, statistics: NaiveBayesStatistics) -> Update[NaiveBayes]:
@@ -474,87 +415,6 @@ def _num_unknown(block: Block) -> int:
 def _shares(class_N: Tensor, weights_N: Tensor, num_classes: int) -> Tensor:
     """(K, N) the weight of each row at its class, 0 elsewhere."""
     return torch.zeros(num_classes, len(class_N), dtype=torch.float64).scatter_(0, class_N[None], weights_N[None])
-
-
-def _blank(config: NaiveBayesConfig, kind: str, columns: Tensor, summary: DataSummary, centers_KD: Tensor) -> Group:
-    """What all rows together suggest of some columns of one kind, the same for each class."""
-    num_classes, mean_D = len(centers_KD), summary.mean[columns]
-    pseudocount = config.pseudocount
-    distribution: Any
-    if kind == "gaussian":
-        variance_D = summary.variance[columns] + config.covariance_regularization
-        variance_D = torch.where(variance_D > 0, variance_D, 1.0)  # a constant column, no regularization
-        gaussian = Gaussian(centers_KD[:, columns], variance_D.repeat(num_classes, 1), "diag")
-        distribution = Normal(gaussian, config.covariance_regularization, config.covariance_floor)
-    elif kind == "bernoulli":
-        distribution = Bernoulli(mean_D.clamp(1e-3, 1.0 - 1e-3).repeat(num_classes, 1), pseudocount)
-    elif kind == "poisson":
-        distribution = Poisson(mean_D.clamp_min(1e-3).repeat(num_classes, 1), mean_D, pseudocount)
-    elif kind == "multinomial":
-        length = mean_D.sum()
-        smooth_D = mean_D + 1e-3 * torch.where(length > 0, length, 1.0) / len(columns)
-        distribution = Multinomial((smooth_D / smooth_D.sum()).repeat(num_classes, 1), length, pseudocount)
-    else:
-        numbers = [summary.features[d].num_categories or int(summary.maximum[d]) + 1 for d in columns.tolist()]
-        num_slots = torch.tensor(numbers) + int(config.unseen_categories)
-        probs_F = torch.repeat_interleave(1.0 / num_slots.to(torch.float64), num_slots)
-        distribution = Categorical(probs_F.repeat(num_classes, 1), num_slots, pseudocount, config.unseen_categories)
-    return Group(kind, columns, distribution)
-
-
-# What columns of a kind may hold
-
-
-def _check_kinds(config: NaiveBayesConfig, summary: DataSummary) -> None:
-    """UserError where a column holds what its kind does not allow."""
-    kinds = config.kinds_of(summary)
-    if kinds.count("multinomial") == 1:
-        name = summary.features[kinds.index("multinomial")].name
-        raise UserError(f"column '{name}' is the only one of kind multinomial, of which it says nothing; declare it poisson")
-    ranges = (summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist())
-    for feature, kind, least, most, is_whole in zip(summary.features, kinds, *ranges, strict=True):
-        name = feature.name
-        if feature.type == "category" and kind != "categorical":
-            raise UserError(f"column '{name}' holds text, which is not {kind}; declare it categorical, or leave it out")
-        if kind != "gaussian" and least < 0:
-            raise UserError(f"column '{name}' holds {least:g}, but {kind} columns hold 0 and more; declare it gaussian")
-        if kind in ("categorical", "poisson", "bernoulli") and not is_whole:
-            raise UserError(f"column '{name}' does not hold whole numbers alone, as {kind} columns do; declare it gaussian")
-        if kind == "bernoulli" and most > 1:
-            raise UserError(f"column '{name}' holds {most:g}, but bernoulli columns hold 0 and 1; declare it categorical")
-        if kind == "categorical" and feature.type == "category":
-            if most >= feature.num_categories and not config.unseen_categories:
-                raise UserError(
-                    f"column '{name}' holds texts that are no category of the model to start from; allow them with "
-                    "model.unseen_categories"
-                )
-        elif kind == "categorical" and most >= MAX_CATEGORIES:
-            raise UserError(
-                f"column '{name}' holds {most:g}, but categorical columns number their categories, 0 to "
-                f"{MAX_CATEGORIES - 1:,} at most; declare it poisson, or make it a column of text"
-            )
-
-
-def _check_values(group: Group, values: Tensor) -> None:
-    """UserError where values cannot be of the group's kind."""
-    if group.kind == "gaussian" or values.numel() == 0:
-        return
-    if bool((values < 0).any()):
-        raise UserError(f"x has the entry {float(values.min()):g}; {group.kind} columns hold 0 and more")
-    if group.kind in ("categorical", "poisson", "bernoulli") and not bool((values == values.round()).all()):
-        raise UserError(f"x has entries that are no whole numbers, in {group.kind} columns")
-    if group.kind == "bernoulli" and bool((values > 1).any()):
-        raise UserError(f"x has the entry {float(values.max()):g}; bernoulli columns hold 0 and 1")
-    if isinstance(group.distribution, Categorical) and not group.distribution.has_unseen:
-        beyond = values > group.distribution.num_slots - 1
-        if bool(beyond.any()):
-            raise UserError(f"x has the category {float(values[beyond][0]):g}, which the fit did not see; allow it with "
-                            "model.unseen_categories")  # fmt: skip
-
-
-def _listing(features: Sequence[Feature], most: int = 12) -> str:
-    names = [feature.name for feature in features]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 Model = NaiveBayes

@@ -1,0 +1,173 @@
+"""Which kind each column of the data is, what a column of a kind may hold, and where its distributions begin.
+
+Legend: D columns, K latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from gendist.models.distributions.bernoulli import Bernoulli
+from gendist.models.distributions.categorical import Categorical
+from gendist.models.distributions.columns import Columns, Group
+from gendist.models.distributions.gaussian import Gaussian
+from gendist.models.distributions.multinomial import Multinomial
+from gendist.models.distributions.normal import Normal
+from gendist.models.distributions.poisson import Poisson
+from gendist.protocols import DataSummary, Feature, UserError
+
+Kind = Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson"]
+
+MAX_CATEGORIES = 10_000  # of a column of whole numbers
+
+
+class ColumnsConfig(BaseModel):
+    """How columns that are independent given a latent are distributed.
+
+    kind                       of all columns; or "mixed": each its own, by `columns` or else by what the data hold: text is
+                               categorical, 0 and 1 alone (true and false) bernoulli, whole numbers from 0 on poisson, other
+                               numbers gaussian
+    columns                    of kind mixed: the kinds of columns by name
+    pseudocount                what is taken to have been seen for each latent: tokens of each kind (multinomial), samples of
+                               each value (bernoulli, categorical), samples like the mean of all (poisson)
+    unseen_categories          whether categories that the data do not have keep a probability, that of one category more
+    covariance_regularization  is added to the variances of gaussian columns
+    covariance_floor           no variance of theirs is below this
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson", "mixed"]
+    columns: dict[str, Kind] = {}
+    pseudocount: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    unseen_categories: bool = True
+    covariance_regularization: float = Field(default=1e-9, ge=0.0, allow_inf_nan=False)
+    covariance_floor: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _kinds_are_for_mixed_columns(self) -> Self:
+        if self.columns and self.kind != "mixed":
+            raise ValueError(f"columns: of kind mixed alone; every column is {self.kind} here")
+        return self
+
+    def kinds_of(self, summary: DataSummary) -> list[str]:
+        """The kind of each column."""
+        ranges = zip(summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist(), strict=True)
+        return [self._kind_of(feature, *each) for feature, each in zip(summary.features, ranges, strict=True)]
+
+    def _kind_of(self, feature: Feature, least: float, most: float, is_whole: bool) -> str:
+        if self.kind != "mixed":
+            return self.kind
+        declared = self.columns.get(feature.column, self.columns.get(feature.name))
+        if declared is not None:
+            return declared
+        if feature.type == "category":
+            return "categorical"
+        # By the numbers and not by their type, of which files of other formats know nothing.
+        if is_whole and least >= 0:
+            return "bernoulli" if most <= 1 else "poisson"
+        return "gaussian"
+
+
+def blank_columns(config: ColumnsConfig, summary: DataSummary, centers_KD: Tensor) -> Columns:
+    """What all rows together suggest, the same for each latent but for the centers of gaussian columns."""
+    members: dict[tuple[str, str], list[int]] = {}
+    for index, (feature, kind) in enumerate(zip(summary.features, config.kinds_of(summary), strict=True)):
+        # Of mixed kinds, a column of lists that is multinomial is a bag of tokens of its own; numbers are one together.
+        is_bag = kind == "multinomial" and config.kind == "mixed" and feature.name != feature.column
+        members.setdefault((kind, feature.column if is_bag else ""), []).append(index)
+    groups = [_blank(config, kind, torch.tensor(indices), summary, centers_KD) for (kind, _), indices in members.items()]
+    return Columns(tuple(groups))
+
+
+def _blank(config: ColumnsConfig, kind: str, columns: Tensor, summary: DataSummary, centers_KD: Tensor) -> Group:
+    """What all rows together suggest of some columns of one kind, the same for each class."""
+    num_classes, mean_D = len(centers_KD), summary.mean[columns]
+    pseudocount = config.pseudocount
+    distribution: Any
+    if kind == "gaussian":
+        variance_D = summary.variance[columns] + config.covariance_regularization
+        variance_D = torch.where(variance_D > 0, variance_D, 1.0)  # a constant column, no regularization
+        gaussian = Gaussian(centers_KD[:, columns], variance_D.repeat(num_classes, 1), "diag")
+        distribution = Normal(gaussian, config.covariance_regularization, config.covariance_floor)
+    elif kind == "bernoulli":
+        distribution = Bernoulli(mean_D.clamp(1e-3, 1.0 - 1e-3).repeat(num_classes, 1), pseudocount)
+    elif kind == "poisson":
+        distribution = Poisson(mean_D.clamp_min(1e-3).repeat(num_classes, 1), mean_D, pseudocount)
+    elif kind == "multinomial":
+        length = mean_D.sum()
+        smooth_D = mean_D + 1e-3 * torch.where(length > 0, length, 1.0) / len(columns)
+        distribution = Multinomial((smooth_D / smooth_D.sum()).repeat(num_classes, 1), length, pseudocount)
+    else:
+        numbers = [summary.features[d].num_categories or int(summary.maximum[d]) + 1 for d in columns.tolist()]
+        num_slots = torch.tensor(numbers) + int(config.unseen_categories)
+        probs_F = torch.repeat_interleave(1.0 / num_slots.to(torch.float64), num_slots)
+        distribution = Categorical(probs_F.repeat(num_classes, 1), num_slots, pseudocount, config.unseen_categories)
+    return Group(kind, columns, distribution)
+
+
+# What columns of a kind may hold
+
+
+def check_columns(config: ColumnsConfig, summary: DataSummary) -> None:
+    """UserError where a column holds nothing, or what its kind does not allow."""
+    known = {feature.name for feature in summary.features} | {feature.column for feature in summary.features}
+    for name in config.columns:
+        if name not in known:
+            raise UserError(f"model.columns: '{name}' is no column that is fitted; these are {_listing(summary.features)}")
+    for feature, is_empty in zip(summary.features, (summary.feature_weight <= 0).tolist(), strict=True):
+        if is_empty:
+            raise UserError(f"column '{feature.name}' has no value in any row; leave it out of data.columns")
+    kinds = config.kinds_of(summary)
+    if kinds.count("multinomial") == 1:
+        name = summary.features[kinds.index("multinomial")].name
+        raise UserError(f"column '{name}' is the only one of kind multinomial, of which it says nothing; declare it poisson")
+    ranges = (summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist())
+    for feature, kind, least, most, is_whole in zip(summary.features, kinds, *ranges, strict=True):
+        name = feature.name
+        if feature.type == "category" and kind != "categorical":
+            raise UserError(f"column '{name}' holds text, which is not {kind}; declare it categorical, or leave it out")
+        if kind != "gaussian" and least < 0:
+            raise UserError(f"column '{name}' holds {least:g}, but {kind} columns hold 0 and more; declare it gaussian")
+        if kind in ("categorical", "poisson", "bernoulli") and not is_whole:
+            raise UserError(f"column '{name}' does not hold whole numbers alone, as {kind} columns do; declare it gaussian")
+        if kind == "bernoulli" and most > 1:
+            raise UserError(f"column '{name}' holds {most:g}, but bernoulli columns hold 0 and 1; declare it categorical")
+        if kind == "categorical" and feature.type == "category":
+            if most >= feature.num_categories and not config.unseen_categories:
+                raise UserError(
+                    f"column '{name}' holds texts that are no category of the model to start from; allow them with "
+                    "model.unseen_categories"
+                )
+        elif kind == "categorical" and most >= MAX_CATEGORIES:
+            raise UserError(
+                f"column '{name}' holds {most:g}, but categorical columns number their categories, 0 to "
+                f"{MAX_CATEGORIES - 1:,} at most; declare it poisson, or make it a column of text"
+            )
+
+
+def check_values(group: Group, values: Tensor) -> None:
+    """UserError where values cannot be of the group's kind."""
+    if group.kind == "gaussian" or values.numel() == 0:
+        return
+    if bool((values < 0).any()):
+        raise UserError(f"x has the entry {float(values.min()):g}; {group.kind} columns hold 0 and more")
+    if group.kind in ("categorical", "poisson", "bernoulli") and not bool((values == values.round()).all()):
+        raise UserError(f"x has entries that are no whole numbers, in {group.kind} columns")
+    if group.kind == "bernoulli" and bool((values > 1).any()):
+        raise UserError(f"x has the entry {float(values.max()):g}; bernoulli columns hold 0 and 1")
+    if isinstance(group.distribution, Categorical) and not group.distribution.has_unseen:
+        beyond = values > group.distribution.num_slots - 1
+        if bool(beyond.any()):
+            raise UserError(f"x has the category {float(values[beyond][0]):g}, which the fit did not see; allow it with "
+                            "model.unseen_categories")  # fmt: skip
+
+
+def _listing(features: Sequence[Feature], most: int = 12) -> str:
+    names = [feature.name for feature in features]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
