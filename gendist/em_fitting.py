@@ -67,6 +67,11 @@ def estimate(
             raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
         with execution(spec.cluster, address) as make_blocks, tracked(directory, watch) as watch:
             dataset = Dataset.open(source, spec.data, schema, make_blocks)
+            if start is not None and start_schema is None and dataset.schema.categories:
+                raise UserError(
+                    f"init: a model in memory does not say which texts its categories are (column "
+                    f"'{next(iter(dataset.schema.categories))}'); name its run or artifact in fit.init instead"
+                )
             return EMFitting(spec, spec.fit, family, dataset, start, directory, watch).run()
 
 
