@@ -126,7 +126,9 @@ class Block:
     evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
                      log p for a soft label
     missing          (N, D) bool, True where the entry is missing, or None: nothing is missing
-    sequence_bounds  (S + 1,) int64 offsets into the rows, or None: the rows are independent
+    sequence_bounds  (S + 1,) int64 offsets into the rows, from 0 to N, or None: the rows are independent. Else a row is a step
+                     in time of one of S sequences; one may be empty
+    open_ends        whether the first sequence began in an earlier block, and whether the last goes on in a later one
     """
 
     x: Tensor
@@ -135,6 +137,7 @@ class Block:
     evidence: Tensor | None = None
     missing: Tensor | None = None
     sequence_bounds: Tensor | None = None
+    open_ends: tuple[bool, bool] = (False, False)
 
     @property
     def num_rows(self) -> int:
@@ -179,17 +182,21 @@ class Block:
         tensors = (self.rows, self.weights, self.evidence, self.missing, self.sequence_bounds)
         arrays = tuple(None if values is None else values.numpy() for values in tensors)
         if not self.is_sparse:
-            return _block_from_arrays, ((self.x.numpy(),), None, *arrays)
+            return _block_from_arrays, ((self.x.numpy(),), None, self.open_ends, *arrays)
         x = self.x
         return _block_from_arrays, (
             (x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()),
             tuple(x.shape),
+            self.open_ends,
             *arrays,
         )
 
 
 def _block_from_arrays(
-    of_x: tuple[np.ndarray[Any, Any], ...], sparse_shape: tuple[int, int] | None, *arrays: np.ndarray[Any, Any] | None
+    of_x: tuple[np.ndarray[Any, Any], ...],
+    sparse_shape: tuple[int, int] | None,
+    open_ends: tuple[bool, bool],
+    *arrays: np.ndarray[Any, Any] | None,
 ) -> Block:
     with warnings.catch_warnings():
         # Shared memory is read-only, and nothing writes into a block.
@@ -197,7 +204,8 @@ def _block_from_arrays(
         x = torch.from_numpy(of_x[0]) if sparse_shape is None else csr_from_arrays(of_x[0], of_x[1], of_x[2], sparse_shape)
         rows, *rest = (None if values is None else torch.from_numpy(values) for values in arrays)
     assert rows is not None
-    return Block(x, rows, *rest)
+    weights, evidence, missing, sequence_bounds = rest
+    return Block(x, rows, weights, evidence, missing, sequence_bounds, open_ends)
 
 
 @dataclass(frozen=True)
