@@ -8,7 +8,6 @@ Legend: N steps of all sequences, S sequences, T steps of one, D features, K sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
 from gendist.models.ops import criteria, topology
 from gendist.models.ops.chain import Chain, ChainPass, ChainStatistics, Messages, sequence_weights
-from gendist.models.ops.forward_backward import drawn_states, log_forward, log_messages, most_likely_states
+from gendist.models.ops.forward_backward import drawn_states, log_forward, most_likely_states
 from gendist.models.ops.independent_latent import latent_of, loaded, log_prob_of_rows
 from gendist.models.ops.packing import Packing
 from gendist.noise import Noise
@@ -94,15 +93,14 @@ def _kind_of(given: Any) -> str:
 class Piece:
     """A piece of a sequence that lies in several blocks.
 
-    first_row     the number of its first row
-    log_transfer  (K, K) log p(x of the piece, its last state = j | the state before it = i)
-    begins, ends  whether the sequence does so with it
+    first_row      the number of its first row
+    log_transfers  (segments, K, K) log p(x of a segment, its last state = j | the state before it = i)
+    begins         whether the sequence does so with it
     """
 
     first_row: int
-    log_transfer: Tensor
+    log_transfers: Tensor
     begins: bool
-    ends: bool
     weight: float
 
 
@@ -136,10 +134,7 @@ class HiddenMarkovStatistics:
     def log_likelihood(self) -> float:
         total = self.log_likelihood_of_whole
         for pieces in self.cut_sequences:
-            log_prob_K = torch.zeros(len(self.initial), dtype=torch.float64)
-            for piece in reversed(pieces):
-                log_prob_K = (piece.log_transfer + log_prob_K).logsumexp(1)
-            total += pieces[0].weight * float(log_prob_K[0])  # alike for all states that nothing comes before
+            total += pieces[0].weight * Messages.between(torch.cat([piece.log_transfers for piece in pieces]))[1]
         return total
 
     @property
@@ -572,9 +567,8 @@ class HiddenMarkovModel:
         weight = float(sequence_weights(block)[0])
         if weight == 0.0:
             return nothing
-        log_transfer_KK = ChainPass(self.chain, self.emission.kernel(compute), block, compute).transfer()
-        begins, ends = (not is_open for is_open in block.open_ends)
-        return replace(nothing, pieces=(Piece(int(block.rows[0]), log_transfer_KK, begins, ends, weight),))
+        log_transfers_SKK = ChainPass(self.chain, self.emission.kernel(compute), block, compute).transfers()
+        return replace(nothing, pieces=(Piece(int(block.rows[0]), log_transfers_SKK, not block.open_ends[0], weight),))
 
     def _nothing(self, compute: Compute) -> HiddenMarkovStatistics:
         return HiddenMarkovStatistics(0.0, ChainStatistics.zeros(self.num_states), self.emission.kernel(compute).statistics())
@@ -646,13 +640,13 @@ class HiddenMarkovModel:
         )
 
     def _relay(self, statistics: HiddenMarkovStatistics) -> Relay:
-        alike_K = torch.full((self.num_states,), -math.log(self.num_states), dtype=torch.float64)
-        messages: dict[int, Messages] = {}
+        found: dict[int, Messages] = {}
         for pieces in statistics.cut_sequences:
-            before_SK, after_SK = log_messages([piece.log_transfer for piece in pieces], alike_K, torch.zeros_like(alike_K))
-            for piece, before_K, after_K in zip(pieces, before_SK, after_SK, strict=True):
-                messages[piece.first_row] = Messages(None if piece.begins else before_K, None if piece.ends else after_K)
-        return Relay(messages, replace(statistics, pieces=()))
+            messages, _ = Messages.between(torch.cat([piece.log_transfers for piece in pieces]))
+            sizes = [len(piece.log_transfers) for piece in pieces]
+            parts = zip(pieces, messages.before.split(sizes), messages.after.split(sizes), strict=True)
+            found |= {piece.first_row: Messages(before_SK, after_SK) for piece, before_SK, after_SK in parts}
+        return Relay(found, replace(statistics, pieces=()))
 
 
 def _emission_class(config: HiddenMarkovModelConfig) -> type[GaussianEmission] | type[Columns]:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -33,7 +34,6 @@ from gendist.models.ops.forward_backward import (
     backward_,
     forward_,
     log_backward,
-    log_chained,
     log_forward,
     log_messages,
     log_transfer,
@@ -45,6 +45,7 @@ from gendist.models.ops.segments import cut
 from gendist.one_thread import one_thread
 from gendist.protocols import Block, Compute
 
+MAX_STRIDE = 8
 ROWS_AT_ONCE = 8_192  # of products that are summed in float64
 
 
@@ -118,11 +119,22 @@ class ChainStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Messages:
-    """What a piece of a sequence must know of the rest: (K,) log p(state before it | x before it) and log p(x after it | its
-    last state) up to a constant; None where the sequence begins or ends with it."""
+    """What segments, in the order of time, must know of the rest of their sequence.
 
-    before: Tensor | None
-    after: Tensor | None
+    before  (S, K) log p(state before the segment | x before it); alike for all states where the sequence begins
+    after   (S, K) log p(x after the segment | its last state) up to a constant; 0 where the sequence ends
+    """
+
+    before: Tensor
+    after: Tensor
+
+    @classmethod
+    def between(cls, log_transfers_SKK: Tensor) -> tuple[Self, float]:
+        """Of the segments of one sequence, and its log p."""
+        num_states = log_transfers_SKK.shape[1]
+        alike_K = torch.full((num_states,), -math.log(num_states), dtype=torch.float64)
+        before_SK, after_SK, log_prob = log_messages(log_transfers_SKK, alike_K, torch.zeros_like(alike_K))
+        return cls(before_SK, after_SK), log_prob
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +143,7 @@ class Smoothed:
 
     rows       (n,) the rows that count, as they are packed
     probs      (n, K) p(state | all of x), a buffer
-    log_prob   (n,) log p(x_t | x before it)
+    log_prob   (n,) log p(x_t | x before it), of some steps together at the last of them: their sum over a sequence is its log p
     """
 
     rows: Tensor
@@ -159,6 +171,8 @@ class ChainPass:
         bound = chain.bound(compute.dtype)
         self._is_checked = bound is None
         self._bound = CHECKED_BOUND[compute.dtype] if bound is None else bound
+        # As many steps as cannot vanish together, the transitions among them.
+        self._stride = 1 if bound is None else max(1, min(MAX_STRIDE, int(self._digits.lowest / bound)))
         weights_S = sequence_weights(block)
         assert block.sequence_bounds is not None
         # Logarithms would make the transfers dear; then long sequences that lie in one block go step by step.
@@ -169,9 +183,9 @@ class ChainPass:
         self._in_time = torch.argsort(self._packing.order)  # the place of each segment
         rows = self._packing.rows
         is_all = len(rows) == block.num_rows and torch.equal(rows, torch.arange(len(rows)))
-        self._x = block.x if is_all else block.x[rows]
+        self._x = block.x if is_all else block.x.index_select(0, rows)
         self._missing, self._evidence = (
-            values if values is None or is_all else values[rows] for values in (block.missing, block.evidence)
+            values if values is None or is_all else values.index_select(0, rows) for values in (block.missing, block.evidence)
         )
         self._transition = chain.transition_matrix.to(self._device, self._dtype)
         self._transitions_again = torch.zeros_like(chain.transition_matrix)  # of what was done in logarithms
@@ -205,8 +219,8 @@ class ChainPass:
         for rows, joint_KN in self._joint():
             if shape[0] == 0:
                 break
-            largest_N, least_N = torch.aminmax(joint_KN, dim=0)[::-1]
-            is_impossible_KN = joint_KN == -torch.inf if bool((least_N == -torch.inf).any()) else None
+            largest_N = torch.amax(joint_KN, 0)
+            is_impossible_KN = None if math.isfinite(float(joint_KN.sum())) else joint_KN == -torch.inf
             if is_impossible_KN is not None:  # also where the largest is -inf, and its difference no number
                 largest_N = torch.where(largest_N == -torch.inf, 0.0, largest_N)
             joint_KN -= largest_N
@@ -221,38 +235,34 @@ class ChainPass:
 
     # Between segments
 
-    def transfer(self) -> Tensor:
-        """(K, K) log p(x of the block's one sequence, its last state = j | the state before it = i); where the sequence begins
-        with the block, alike for all i."""
-        likelihood_NK, log_largest_N, _ = self._likelihoods()
+    def transfers(self) -> Tensor:
+        """(S, K, K) log p(x of the segment, its last state = j | the state before it = i) of all segments in the order of time;
+        where a sequence begins, alike for all i."""
         with one_thread():
-            return log_chained(self._transfers(likelihood_NK, log_largest_N)[self._in_time])
+            likelihood_NK, log_largest_N, _ = self._likelihoods()
+            return self._transfers(likelihood_NK, log_largest_N)
 
     def _transfers(self, likelihood_NK: Tensor, log_largest_N: Tensor) -> Tensor:
-        """(S, K, K) of each segment."""
-        packing, begins_S11 = self._packing, self._segments.begins[:, None, None]
-        if not self._is_checked:
+        packing = self._packing
+        if self._is_checked:
+            log_first_SKK = torch.where(self._segments.begins[:, None, None], 0.0, self._chain.log_transition)
+            log_transfer_SKK = log_transfer(self._log_likelihoods(), packing, self._chain.log_transition, log_first_SKK)
+        else:
             # The likelihoods of first steps include the initial probabilities, which no state comes before.
-            first_SKK = torch.where(begins_S11, 1.0, self._transition.cpu()).to(self._transition)
-            log_transfer_SKK = transfer(likelihood_NK, packing, self._transition, first_SKK).cpu()
-            return log_transfer_SKK + packing.sums(log_largest_N.cpu())[:, None, None]
-        log_first_SKK = torch.where(begins_S11, 0.0, self._chain.log_transition)
-        return log_transfer(self._log_likelihoods(), packing, self._chain.log_transition, log_first_SKK)
+            first_KKS = torch.where(self._segments.begins, 1.0, self._chain.transition_matrix.T[:, :, None])
+            log_transfer_SKK = transfer(
+                likelihood_NK, packing, self._transition, first_KKS.to(self._transition), self._stride
+            ).cpu()
+            log_transfer_SKK += packing.sums(log_largest_N.cpu())[:, None, None]
+        return log_transfer_SKK[self._in_time]
 
-    def _linked(self, likelihood_NK: Tensor, log_largest_N: Tensor, given: Messages) -> tuple[Tensor, Tensor]:
-        """(S, K) each: the logarithms of what comes to each segment from before and after it."""
-        segments, in_time = self._segments, self._in_time
-        log_transfer_SKK = self._transfers(likelihood_NK, log_largest_N)
-        # Where a sequence begins nothing is asked of the state before; where it ends, all states are alike.
-        alike_K = torch.full((self._chain.num_states,), -math.log(self._chain.num_states), dtype=torch.float64)
-        before_SK, after_SK = torch.empty(len(in_time), len(alike_K)).double(), torch.empty(len(in_time), len(alike_K)).double()
-        starts = torch.nonzero(segments.sequences[in_time].diff())[:, 0] + 1
-        for start, stop in pairwise([0, *starts.tolist(), len(in_time)]):
-            places = in_time[start:stop]
-            before = alike_K if given.before is None or start > 0 else given.before
-            after = torch.zeros_like(alike_K) if given.after is None or stop < len(in_time) else given.after
-            before_SK[places], after_SK[places] = log_messages(list(log_transfer_SKK[places]), before, after)
-        return before_SK, after_SK
+    def _messages(self, likelihood_NK: Tensor, log_largest_N: Tensor) -> Messages:
+        """Of the block's segments, where no sequence goes on in another block."""
+        log_transfers_SKK, sequences = self._transfers(likelihood_NK, log_largest_N), self._segments.sequences[self._in_time]
+        starts = torch.nonzero(sequences.diff())[:, 0] + 1
+        bounds = [0, *starts.tolist(), len(sequences)]
+        each = [Messages.between(log_transfers_SKK[start:stop])[0] for start, stop in pairwise(bounds)]
+        return Messages(torch.cat([m.before for m in each]), torch.cat([m.after for m in each]))
 
     # The pass
 
@@ -268,11 +278,12 @@ class ChainPass:
         before_SK = after_SK = predicted_SK = message_SK = None
         with one_thread():
             if segments.are_linked:
-                before_SK, after_SK = self._linked(likelihood_NK, log_largest_N, given or Messages(None, None))
+                messages = given or self._messages(likelihood_NK, log_largest_N)
+                before_SK, after_SK = messages.before[self._packing.order], messages.after[self._packing.order]
                 predicted_SK = before_SK.exp() @ self._chain.transition_matrix
                 predicted_SK = torch.where(segments.begins[:, None], 1.0, predicted_SK).to(self._transition)
             least = self._digits.least if self._is_checked else 0.0
-            norm_N = forward_(likelihood_NK, packing, self._transition, predicted_SK, least, filtered_NK)
+            norm_N = forward_(likelihood_NK, packing, self._transition, predicted_SK, filtered_NK, self._stride, least)
             trust_S = torch.ones(packing.num_sequences, dtype=torch.bool)
             if after_SK is not None:
                 # In units in which the last posterior sums to 1.
@@ -352,11 +363,11 @@ class ChainPass:
             self._weighed *= weight_N1
         initial_K = self._probs[:num_sequences].cpu()[self._segments.begins].to(torch.float64).sum(0)
         initial_K = torch.where(self._chain.initial_probs > 0, initial_K, 0.0)
-        previous = packing.previous.to(self._device)
-        for start in range(0, len(previous), ROWS_AT_ONCE):
-            from_nK = self._filtered[previous[start : start + ROWS_AT_ONCE]]
-            to_nK = self._weighed[num_sequences + start : num_sequences + start + len(from_nK)]
-            transitions += (from_nK.T @ to_nK).cpu()
+        for first, before, size in packing.links:
+            for at in range(0, size, ROWS_AT_ONCE):
+                count = min(ROWS_AT_ONCE, size - at)
+                from_nK, to_nK = self._filtered[before + at :][:count], self._weighed[first + at :][:count]
+                transitions += (from_nK.T @ to_nK).cpu()
         if self._before is not None:
             linked = ~self._segments.begins
             to_SK = self._weighed[:num_sequences].cpu().to(torch.float64)

@@ -12,8 +12,7 @@ Legend: N packed steps, S sequences, K states; log_likelihood[n, k] = log p(x_n 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,31 +24,40 @@ MOST_ENTRIES = 1 << 22  # of what a product of logarithms holds at a time
 
 
 def forward_(
-    likelihood_NK: Tensor, packing: Packing, transition_KK: Tensor, predicted_SK: Tensor | None, least: float, out_NK: Tensor
+    likelihood_NK: Tensor,
+    packing: Packing,
+    transition_KK: Tensor,
+    predicted_SK: Tensor | None,
+    out_NK: Tensor,
+    stride: int = 1,
+    least: float = 0.0,
 ) -> Tensor:
-    """The filter: into `out` p(state | x up to this step). Returns (N,) p(x_n | x before it), in units of the likelihoods,
-    which are divided by it.
+    """The filter: into `out` p(state | x up to this step), up to a factor. Returns (N,) these factors: p(x_n | x before it), of
+    as many steps as the stride has, in units of the likelihoods, which are divided by it; 1 at the steps between.
 
     predicted  of the first steps, p(state | what came before); None: their likelihoods include the initial probabilities
+    stride     the steps until the next division by the sum; each sequence's last step is one
     least      no filtered probability falls below this: 0 where none can
     """
-    norm_N1 = likelihood_NK.new_empty(len(likelihood_NK), 1)
+    norm_N1 = likelihood_NK.new_ones(len(likelihood_NK), 1)
     ones_K1 = likelihood_NK.new_ones(likelihood_NK.shape[1], 1)
-    steps = zip(likelihood_NK.split(packing.sizes), out_NK.split(packing.sizes), norm_N1.split(packing.sizes), strict=True)
+    likelihoods, filtered, norms = (values.split(packing.sizes) for values in (likelihood_NK, out_NK, norm_N1))
     before: Tensor | None = None
-    for likelihood_BK, filtered_BK, norm_B1 in steps:
+    for t, (size, after) in enumerate(zip(packing.sizes, [*packing.sizes[1:], 0], strict=True)):
+        filtered_BK, likelihood_BK = filtered[t], likelihoods[t]
         if before is not None:
-            torch.mm(before[: len(filtered_BK)], transition_KK, out=filtered_BK)
+            torch.mm(before if len(before) == size else before[:size], transition_KK, out=filtered_BK)
             filtered_BK.mul_(likelihood_BK)
         elif predicted_SK is None:
             filtered_BK.copy_(likelihood_BK)
         else:
             torch.mul(likelihood_BK, predicted_SK, out=filtered_BK)
-        torch.mm(filtered_BK, ones_K1, out=norm_B1)
-        filtered_BK.div_(norm_B1)
-        likelihood_BK.div_(norm_B1)
-        if least > 0.0:
-            filtered_BK.clamp_min_(least)
+        if after < size or (t + 1) % stride == 0:
+            norm_B1 = torch.mm(filtered_BK, ones_K1, out=norms[t])
+            filtered_BK.div_(norm_B1)
+            likelihood_BK.div_(norm_B1)
+            if least > 0.0:
+                filtered_BK.clamp_min_(least)
         before = filtered_BK
     return norm_N1[:, 0]
 
@@ -77,32 +85,39 @@ def backward_(
     for t in range(len(packing.sizes) - 1, -1, -1):
         backward_BK = backward_SK[: packing.sizes[t]]
         if after is not None:  # of the sequences that go on; for the others this is the last step
-            torch.mm(after, to_before, out=backward_BK[: len(after)])
+            torch.mm(after, to_before, out=backward_BK if len(after) == len(backward_BK) else backward_BK[: len(after)])
         torch.mul(smoothed[t], backward_BK, out=weighed[t])
         torch.mul(filtered[t], backward_BK, out=smoothed[t])
         after = weighed[t]
 
 
-def transfer(likelihood_NK: Tensor, packing: Packing, transition_KK: Tensor, first_SKK: Tensor) -> Tensor:
+def transfer(likelihood_NK: Tensor, packing: Packing, transition_KK: Tensor, first_KKS: Tensor, stride: int = 1) -> Tensor:
     """(S, K, K) log p(x of the sequence, its last state = j | the state before it = i), in units of the likelihoods.
 
-    first   p(first state = j | the state before = i)
+    first   (to, from, S) p(first state | the state before)
+    stride  as in `forward_`
     """
-    num_sequences, num_states = first_SKK.shape[:2]
-    log_norm_SK = first_SKK.new_zeros(num_sequences, num_states, dtype=torch.float64)
-    at_end = torch.empty_like(first_SKK)
-    state_BKK = first_SKK
+    num_states = len(first_KKS)
+    to_next = transition_KK.T.contiguous()
+    log_norm_KS = first_KKS.new_zeros(first_KKS.shape[1:], dtype=torch.float64)
+    # Sequences are the last axis: products with a small matrix from the left are twice as fast as from the right.
+    at_end_KKS = torch.empty_like(first_KKS)
+    state_KKB, other_KKB = first_KKS.clone(), torch.empty_like(first_KKS)
     for t, likelihood_BK in enumerate(likelihood_NK.split(packing.sizes)):
         size = len(likelihood_BK)
+        if size < state_KKB.shape[2]:
+            at_end_KKS[:, :, size : state_KKB.shape[2]] = state_KKB[:, :, size:]
+            state_KKB, other_KKB = state_KKB[:, :, :size].contiguous(), other_KKB[:, :, :size].contiguous()
         if t > 0:
-            at_end[size : len(state_BKK)] = state_BKK[size:]
-            state_BKK = (state_BKK[:size].reshape(-1, num_states) @ transition_KK).view(size, num_states, num_states)
-        state_BKK = state_BKK * likelihood_BK[:, None, :]
-        norm_BK1 = state_BKK.sum(2, keepdim=True)
-        state_BKK /= norm_BK1
-        log_norm_SK[:size] += norm_BK1[:, :, 0].log()
-    at_end[: len(state_BKK)] = state_BKK
-    return at_end.to(torch.float64).log() + log_norm_SK[:, :, None]
+            torch.mm(to_next, state_KKB.view(num_states, -1), out=other_KKB.view(num_states, -1))
+            state_KKB, other_KKB = other_KKB, state_KKB
+        state_KKB.mul_(likelihood_BK.T.contiguous()[:, None, :])
+        if (t + 1) % stride == 0:
+            norm_KB = state_KKB.sum(0)
+            state_KKB.div_(norm_KB)
+            log_norm_KS[:, :size] += norm_KB.log()
+    at_end_KKS[:, :, : state_KKB.shape[2]] = state_KKB
+    return (at_end_KKS.to(torch.float64).log() + log_norm_KS).permute(2, 1, 0).contiguous()
 
 
 # Logarithms
@@ -144,29 +159,24 @@ def log_transfer(log_likelihood_NK: Tensor, packing: Packing, log_transition_KK:
     return at_end
 
 
-def log_chained(log_transfer_SKK: Tensor) -> Tensor:
-    """(K, K) the transfer of sequences that follow one another."""
-    while len(log_transfer_SKK) > 1:
-        pairs = len(log_transfer_SKK) // 2
-        joined = [_log_product(a, b) for a, b in log_transfer_SKK[: 2 * pairs].unflatten(0, (pairs, 2)).unbind(0)]
-        log_transfer_SKK = torch.cat([torch.stack(joined), log_transfer_SKK[2 * pairs :]])
-    return log_transfer_SKK[0]
-
-
-def log_messages(log_transfers: Sequence[Tensor], log_before_K: Tensor, log_after_K: Tensor) -> tuple[Tensor, Tensor]:
-    """(S, K) each: of sequences that follow one another, log p(state before the sequence | x before it) and log p(x after it |
-    its last state), the latter up to a constant.
+def log_messages(log_transfers_SKK: Tensor, log_before_K: Tensor, log_after_K: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of sequences that follow one another: (S, K) log p(state before the sequence | x before it), (S, K) log p(x after it |
+    its last state), up to a constant, and log p(x of them all).
 
     before  of the first, after  of the last
     """
-    before, after = [log_before_K], [log_after_K]
-    for log_transfer_KK in log_transfers[:-1]:
-        log_next_K = (before[-1][:, None] + log_transfer_KK).logsumexp(0)
-        before.append(log_next_K - log_next_K.logsumexp(0))
-    for log_transfer_KK in reversed(log_transfers[1:]):
-        log_previous_K = (log_transfer_KK + after[-1]).logsumexp(1)
-        after.append(log_previous_K - log_previous_K.max())
-    return torch.stack(before), torch.stack(after[::-1])
+    transfers = list(log_transfers_SKK.numpy())  # small matrices, of which NumPy makes less fuss
+    before, after, log_prob = [log_before_K.numpy()], [log_after_K.numpy()], 0.0
+    with np.errstate(invalid="ignore"):  # of what is impossible
+        for log_transfer_KK in transfers:
+            log_next_K = np.logaddexp.reduce(before[-1][:, None] + log_transfer_KK, axis=0)
+            log_norm = np.logaddexp.reduce(log_next_K)
+            log_prob += float(log_norm)
+            before.append(log_next_K - log_norm)
+        for log_transfer_KK in reversed(transfers[1:]):
+            log_previous_K = np.logaddexp.reduce(log_transfer_KK + after[-1], axis=1)
+            after.append(log_previous_K - log_previous_K.max())
+    return torch.from_numpy(np.stack(before[:-1])), torch.from_numpy(np.stack(after[::-1])), log_prob
 
 
 def most_likely_states(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -75,6 +76,20 @@ class Packing:
         sizes_T = torch.tensor(self.sizes, dtype=torch.int64)
         starts_N = (self._starts[1:] - self._starts[:-1]).repeat_interleave(sizes_T[1:])
         return torch.arange(self.num_sequences, self.num_steps) - starts_N
+
+    @cached_property
+    def links(self) -> list[tuple[int, int, int]]:
+        """(first, first of the steps before, how many): the packed steps that are not first ones, in runs whose predecessors
+        are a run, too."""
+        links: list[tuple[int, int, int]] = []
+        start = 0
+        for before, size in pairwise(self.sizes):
+            if links and links[-1][0] - links[-1][1] == before and sum(links[-1][::2]) == start + before:
+                links[-1] = (links[-1][0], links[-1][1], links[-1][2] + size)
+            else:
+                links.append((start + before, start, size))
+            start += before
+        return links
 
     def sums(self, values_N: Tensor) -> Tensor:
         """(S,) the sum over the steps of each sequence, one step after the other."""

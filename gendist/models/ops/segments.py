@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SEGMENT_STEPS = 512
+SEGMENT_STEPS = 512  # at least
+TRANSFER_BYTES = 1 << 20  # of a block's segments at most, or nearly so: they travel
 STEP_S = 25e-6  # what a step of all sequences costs besides its arithmetic, forward and backward
 FLOPS = 1e10  # of products of small matrices, a second
 
@@ -48,7 +49,8 @@ def cut(bounds: Tensor, counts_S: Tensor, open_ends: tuple[bool, bool], num_stat
     lengths = lengths_S[sequences]
     size = 0
     if any(open_ends) or (can_cut and _pays(lengths, num_states)):
-        size = SEGMENT_STEPS
+        most = max(1, TRANSFER_BYTES // (8 * num_states**2))
+        size = max(SEGMENT_STEPS, -(-int(lengths.sum()) // most))
     numbers = torch.ones_like(lengths) if size == 0 else (lengths + size - 1).div(size, rounding_mode="floor")
     which = torch.arange(len(sequences)).repeat_interleave(numbers)
     within = torch.arange(len(which)) - (numbers.cumsum(0) - numbers).repeat_interleave(numbers)
