@@ -24,7 +24,7 @@ from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise, derived_seed
-from gendist.protocols import EXACT, Block, Compute, Update, UserError
+from gendist.protocols import EXACT, Block, Compute, LogLikelihood, Update, UserError
 
 
 @dataclass(frozen=True)
@@ -195,19 +195,23 @@ class ClassConditional:
         return Update(cls(config, weights_C / weights_C.sum(), models, labels), repairs)
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> ClassStatistics:
-        """Each model's own E-step, of the rows weighed by p(class | x, evidence)."""
+        """Each model's own E-step, of the rows, or sequences, weighed by p(class | x, evidence)."""
         joint_CN = self._joint(block, compute)
-        log_prob_N = responsibilities_(joint_CN)
+        log_prob_N = _once(responsibilities_(joint_CN), block)
         if block.weights is not None:
             joint_CN.mul_(block.weights).masked_fill_(block.weights == 0, 0.0)
         classes = tuple(
             model.e_step(_weighed(block, shares_N), compute) for model, shares_N in zip(self.models, joint_CN, strict=True)
         )
-        return ClassStatistics(block.weighted_sum(log_prob_N), joint_CN.sum(1), classes)
+        counts_C = _once(joint_CN, block).sum(1)
+        return ClassStatistics(block.weighted_sum(log_prob_N), counts_C, classes)
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p(x, evidence) of a block's rows."""
-        return responsibilities_(self._joint(block, compute))
+        """(N,) log p(x, evidence) of a block's rows; of a sequence it stands at its first step, and 0 at the others."""
+        return _once(responsibilities_(self._joint(block, compute)), block)
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> LogLikelihood:
+        return LogLikelihood(block.weighted_sum(self.log_prob_of(block, compute)))
 
     def _joint(self, block: Block, compute: Compute) -> Tensor:
         """(C, N) log p(x, class) and the evidence; of classes that the evidence excludes no density is asked for."""
@@ -217,7 +221,8 @@ class ClassConditional:
             rows = torch.nonzero(evidence_N > -torch.inf)[:, 0]
             if len(rows):
                 own = _rows_of(replace(block, evidence=None), rows)
-                joint_CN[c, rows] = model.log_prob_of(own, compute) + self.weights[c].log() + evidence_N[rows]
+                log_prob_N = _of_whole(model.log_prob_of(own, compute), own)
+                joint_CN[c, rows] = log_prob_N + self.weights[c].log() + evidence_N[rows]
         return joint_CN
 
     def m_step(self, statistics: ClassStatistics) -> Update[ClassConditional]:
@@ -256,11 +261,33 @@ def _told(labels: tuple[Any, ...], repairs: list[tuple[str, ...]]) -> tuple[str,
 
 
 def _rows_of(block: Block, rows: Tensor) -> Block:
-    """The block of some of its rows, ascending."""
+    """The block of some of its rows, ascending; of sequences all steps or none are among them."""
     if len(rows) == block.num_rows:
         return block
-    taken = (None if values is None else values[rows] for values in (block.weights, block.evidence, block.missing))
-    return Block(block.x[rows], block.rows[rows], *taken)
+    weights, evidence, missing = (v if v is None else v[rows] for v in (block.weights, block.evidence, block.missing))
+    bounds = block.sequence_bounds
+    if bounds is not None:
+        bounds = torch.cat([bounds[:1], torch.searchsorted(rows, bounds[1:])])
+    return Block(block.x[rows], block.rows[rows], weights, evidence, missing, bounds)
+
+
+def _of_whole(log_prob_N: Tensor, block: Block) -> Tensor:
+    """(N,) at each step log p of the whole sequence."""
+    if block.sequence_bounds is None:
+        return log_prob_N
+    lengths = block.sequence_bounds.diff()
+    sequence_N = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, sequence_N, log_prob_N)[sequence_N]
+
+
+def _once(values_N: Tensor, block: Block) -> Tensor:
+    """(..., N) 0 but at the first step of each sequence."""
+    if block.sequence_bounds is None:
+        return values_N
+    firsts = block.sequence_bounds[:-1][block.sequence_bounds.diff() > 0]
+    once_N = torch.zeros_like(values_N)
+    once_N[..., firsts] = values_N[..., firsts]
+    return once_N
 
 
 def _weighed(block: Block, shares_N: Tensor) -> Block:

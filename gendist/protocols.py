@@ -327,8 +327,8 @@ class Update(Generic[M]):
     repairs     one line for every parameter that could not be estimated and what was done instead
     least_gain  what the total log-likelihood must gain at least by this step, up to rounding. 0 for an exact M-step;
                 another number where the step maximises the likelihood plus a penalty, as regularization does
-    redo        None, or the model that the step began with, prepared for another pass that keeps the digits which this
-                step's statistics had too few of
+    redo        None, or the model that the step began with, prepared for another pass, whose step is to count instead: since
+                these statistics had too few digits for what came out, or were of parts that must first know of each other
     is_final    whether no further iteration can change anything: every row's latent was known, and all was counted
     """
 
@@ -346,6 +346,16 @@ class Statistics(Mergeable, Protocol):
     def log_likelihood(self) -> float:
         """The weighted sum of log p over the rows."""
         ...
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """The statistics of rows of which nothing else is kept."""
+
+    log_likelihood: float
+
+    def merge(self, other: LogLikelihood) -> LogLikelihood:
+        return LogLikelihood(self.log_likelihood + other.log_likelihood)
 
 
 @runtime_checkable
@@ -383,7 +393,12 @@ class StatisticsModel(GenerativeModel, Protocol):
     def e_step(self, block: Block, compute: Compute = EXACT) -> Statistics: ...
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p of a block's rows, given what is known of their latents: what the E-step sums."""
+        """(N,) log p of a block's rows, given what is known of their latents: what the E-step sums. Of a step of a sequence,
+        given the steps before it; the block holds whole sequences."""
+        ...
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> Statistics:
+        """What the E-step returns, as far as the log-likelihood needs it."""
         ...
 
     def m_step(self, statistics: Any) -> Update[Self]: ...

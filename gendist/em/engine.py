@@ -18,6 +18,8 @@ from gendist.protocols import EXACT, Block, Compute, Statistics, StatisticsModel
 
 M = TypeVar("M", bound=StatisticsModel)
 
+MOST_PASSES = 3  # of an iteration
+
 
 def expectation_maximization(
     candidates: Sequence[Candidate[M]],
@@ -92,11 +94,13 @@ def em_steps(
     """The total log-likelihood under each model, and its update, from one pass of `function`, which is an E-step.
 
     No update where the log-likelihood is not finite.
-    A second pass is made for those whose statistics had too few digits for what came out.
+    Another pass is made for those whose M-step asks for one.
     """
     steps = _pass(function, blocks, models)
-    again = {i: update.redo for i, (_, update) in enumerate(steps) if update is not None and update.redo is not None}
-    if again:
+    for _ in range(MOST_PASSES - 1):
+        again = {i: update.redo for i, (_, update) in enumerate(steps) if update is not None and update.redo is not None}
+        if not again:
+            break
         for i, step in zip(again, _pass(function, blocks, list(again.values())), strict=True):
             steps[i] = step
     return steps
@@ -119,11 +123,11 @@ def _e_step(compute: Compute, model: StatisticsModel, block: Block) -> Statistic
 
 @dataclass(frozen=True)
 class _LogLikelihood:
-    total: float
+    statistics: Statistics
     weight: float
 
     def merge(self, other: _LogLikelihood) -> _LogLikelihood:
-        return _LogLikelihood(self.total + other.total, self.weight + other.weight)
+        return _LogLikelihood(self.statistics.merge(other.statistics), self.weight + other.weight)
 
 
 def mean_log_likelihoods(
@@ -134,7 +138,8 @@ def mean_log_likelihoods(
     None where it is not finite: some row is impossible under the model.
     """
     values = reduce_each(partial(_log_likelihood, compute), blocks, models)
-    return [value.total / value.weight if math.isfinite(value.total) else None for value in values]
+    means = [value.statistics.log_likelihood / value.weight for value in values]
+    return [mean if math.isfinite(mean) else None for mean in means]
 
 
 def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block], compute: Compute = EXACT) -> float | None:
@@ -143,4 +148,4 @@ def mean_log_likelihood(model: StatisticsModel, blocks: Blocks[Block], compute: 
 
 
 def _log_likelihood(compute: Compute, model: StatisticsModel, block: Block) -> _LogLikelihood:
-    return _LogLikelihood(block.weighted_sum(model.log_prob_of(block, compute)), float(block.weights_or_ones().sum()))
+    return _LogLikelihood(model.log_likelihood_of(block, compute), float(block.weights_or_ones().sum()))

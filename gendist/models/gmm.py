@@ -24,7 +24,7 @@ from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_joint, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
-from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
+from gendist.protocols import EXACT, Block, Compute, DataSummary, LogLikelihood, Update, UserError, as_tensor
 
 ROWS_AT_ONCE = 8_192  # of a sample, to stay in the processor's cache
 NUM_WORST = 8
@@ -379,6 +379,9 @@ class GaussianMixture:
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
         """(N,) log p(x, evidence) of a block's rows."""
         return log_prob_of_rows(block, GaussianKernel(self.gaussian, compute, self.reference), self.weights.log())
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> LogLikelihood:
+        return LogLikelihood(block.weighted_sum(self.log_prob_of(block, compute)))
 
     def m_step(self, statistics: GaussianMixtureStatistics) -> Update[GaussianMixture]:
         """New weights (PRML 9.26), means and covariances.

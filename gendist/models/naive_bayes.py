@@ -21,7 +21,7 @@ from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
 from gendist.noise import Noise
-from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_matrix, as_tensor
+from gendist.protocols import EXACT, Block, Compute, DataSummary, LogLikelihood, Update, UserError, as_matrix, as_tensor
 
 ROWS_AT_ONCE = 8_192  # of a sample, to stay in the processor's cache
 
@@ -271,15 +271,9 @@ class NaiveBayes:
         if model.num_classes != num_classes:
             raise UserError(f"the model to start from has {model.num_classes} classes, the spec and the data {num_classes}")
         blank = cls.start(config, summary, model.columns.means, labels)
-        given, own = model.tensors(), blank.tensors()
-        same_shapes = {name: tensor.shape for name, tensor in given.items()} == {name: own[name].shape for name in own}
-        layout = [name for name in own if name.endswith((".columns", ".num_slots"))]
-        if not same_shapes or not all(torch.equal(given[name], own[name]) for name in layout):
-            raise UserError("the model to start from has other kinds of columns or categories than the spec and the data")
-        priors = {name: tensor for name, tensor in own.items() if name.endswith(".prior_rates")}
-        if config.class_prior != "empirical":
-            priors["weights"] = blank.weights
-        return cls.from_tensors(config, given | priors, labels)
+        columns = model.columns.adopted(blank.columns, config)
+        weights_K = model.weights if config.class_prior == "empirical" else blank.weights
+        return cls(config, weights_K, columns, labels)
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> NaiveBayesStatistics:
         """The statistics of a block's rows, weighed by p(class | x, evidence).
@@ -309,6 +303,9 @@ class NaiveBayes:
         for group in self.columns.groups:
             check_values(group, block.x.values() if block.is_sparse else group.of(block.x, self.num_features))
         return log_prob_of_rows(block, self.columns.kernel(compute), self.weights.log())
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> LogLikelihood:
+        return LogLikelihood(block.weighted_sum(self.log_prob_of(block, compute)))
 
     def m_step(self, statistics: NaiveBayesStatistics) -> Update[NaiveBayes]:
         """The mode of the posterior of all parameters. A class without rows is told when it lost them."""

@@ -13,7 +13,7 @@ from gendist.em.config import EMConfig
 from gendist.em.convergence import Decision
 from gendist.em.engine import expectation_maximization, mean_log_likelihood
 from gendist.em.restarts import Candidate, leader
-from gendist.protocols import EXACT, Block, Compute, Update, UserError
+from gendist.protocols import EXACT, Block, Compute, LogLikelihood, Update, UserError
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,9 @@ class TwoCoins:
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> torch.Tensor:
         return (0.5 * self.share + (1 - self.share) * block.x[:, 0]).log()
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> LogLikelihood:
+        return LogLikelihood(block.weighted_sum(self.log_prob_of(block)))
 
     def m_step(self, statistics: Counts) -> Update[TwoCoins]:
         exact = statistics.first / statistics.total

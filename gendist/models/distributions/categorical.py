@@ -131,6 +131,14 @@ class Categorical:
     def impute(self, responsibilities_NK: Tensor) -> Tensor:
         return self._most_likely(responsibilities_NK @ self.probs)
 
+    def tilted(self, size: float) -> Categorical:
+        """With log p of each category `size` away from its mean over the latents (root mean square), where it is nearer."""
+        away_KF = self._log_probs - self._log_probs.mean(0)
+        spread_F = away_KF.square().mean(0).sqrt()
+        factor_F = torch.where((spread_F > 0) & (spread_F < size), size / spread_F, 1.0)
+        weights_KF = (self._log_probs.mean(0) + away_KF * factor_F).exp()
+        return replace(self, probs=weights_KF / self._per_column(weights_KF)[:, self._column])
+
     def tensors(self) -> dict[str, Tensor]:
         return {"probs": self.probs, "num_slots": self.num_slots}
 

@@ -133,6 +133,27 @@ class Columns:
         """(N, D)"""
         return self._together([group.distribution.impute(responsibilities_NK) for group in self.groups])
 
+    def adopted(self, blank: Columns, config: Any) -> Columns:
+        """The same parameters, estimated from here on as `config` says and with the priors of `blank`, which the data suggest;
+        UserError where those are other kinds of columns or categories."""
+        given, own = self.tensors(), blank.tensors()
+        same_shapes = {name: tensor.shape for name, tensor in given.items()} == {name: own[name].shape for name in own}
+        layout = [name for name in own if name.endswith((".columns", ".num_slots"))]
+        if not same_shapes or not all(torch.equal(given[name], own[name]) for name in layout):
+            raise UserError("the model to start from has other kinds of columns or categories than the spec and the data")
+        priors = {name: tensor for name, tensor in own.items() if name.endswith(".prior_rates")}
+        return Columns.from_tensors(given | priors, config)
+
+    def tilted(self, size: float) -> Columns:
+        """With the differences between the latents of each category made so large, of log p, where they are smaller."""
+        groups = []
+        for group in self.groups:
+            distribution = group.distribution
+            if isinstance(distribution, Categorical):
+                group = replace(group, distribution=distribution.tilted(size))
+            groups.append(group)
+        return Columns(tuple(groups))
+
     def tensors(self) -> dict[str, Tensor]:
         """`0.gaussian.means` of the first group, and `0.gaussian.columns`."""
         tensors = {}
