@@ -624,8 +624,9 @@ def _equal_parts(block: Block, num_states: int) -> Tensor:
 
 
 def _num_beginning(block: Block) -> int:
+    """How many sequences that have a step begin in the block."""
     assert block.sequence_bounds is not None
-    return len(block.sequence_bounds) - 1 - int(block.open_ends[0])
+    return int((block.sequence_bounds.diff() > 0).sum()) - int(block.open_ends[0])
 
 
 def _num_unknown(block: Block) -> int:
