@@ -517,8 +517,9 @@ class HiddenMarkovModel:
         return HiddenMarkovStatistics(0.0, zeros, kernel.statistics(), (), _num_beginning(block), block.num_rows)
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p(x_t, evidence | x before it) of a block's steps; their sum over a sequence is its log p."""
-        smoothed = ChainPass(self.chain, self.emission.kernel(compute), replace(block, weights=None), compute).run()
+        """(N,) log p(x_t, evidence | x before it) of a block's steps, of some together at the last of them: their sum over a
+        sequence is its log p. 0 for sequences of weight 0."""
+        smoothed = ChainPass(self.chain, self.emission.kernel(compute), block, compute).run()
         return _by_row(smoothed.log_prob, smoothed.rows, block.num_rows)
 
     def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> HiddenMarkovStatistics:
