@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hmm_blocks import block_of
 from hmm_emissions import KINDS, Emission, drawn, emission_of, gaussian_emission, log_likelihoods
 from hmm_oracle import Answers, by_enumeration, in_logarithms, logarithm, path_probs
 from scipy.special import logsumexp
@@ -18,7 +19,7 @@ from scipy.special import logsumexp
 from gendist.models.distributions.categorical import Categorical
 from gendist.models.distributions.columns import Columns, Group
 from gendist.models.hmm import HiddenMarkovModel
-from gendist.protocols import EXACT, Block, Compute
+from gendist.protocols import EXACT, Compute
 
 NUM_STATES = 3
 LENGTHS = (2, 0, 5, 1, 5)
@@ -42,21 +43,6 @@ def random_chain(topology: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def model_of(initial_probs: Any, transition_matrix: Any, emission: Any) -> HiddenMarkovModel:
     chain = (torch.tensor(np.asarray(each, dtype=np.float64)) for each in (initial_probs, transition_matrix))
     return HiddenMarkovModel.from_parameters(*chain, emission)
-
-
-def block_of(sequences: list[np.ndarray], weights_S: Any = None, evidence: list[np.ndarray] | None = None) -> Block:
-    """What a model is given of whole sequences; NaN is a missing entry."""
-    lengths = [len(x) for x in sequences]
-    x = np.concatenate(sequences)
-    missing = np.isnan(x)
-    return Block(
-        torch.tensor(np.nan_to_num(x)),
-        torch.arange(len(x)),
-        None if weights_S is None else torch.tensor(np.repeat(np.asarray(weights_S, dtype=np.float64), lengths)),
-        None if evidence is None else torch.tensor(np.concatenate(evidence)),
-        torch.tensor(missing) if missing.any() else None,
-        torch.tensor(np.concatenate([[0], np.cumsum(lengths)])),
-    )
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
@@ -184,14 +170,10 @@ def test_statistics_of_two_blocks_are_those_of_one():
     close(state_counts(merged), state_counts(together), 1e-12)
 
 
-def test_log_prob_of_a_block_is_step_by_step():
-    """Of a step given those before it."""
-    small = Small("gaussian diag")
-    block, answers = block_of(small.sequences), iter(small.log_likelihoods)
-    ours = small.model.log_prob_of(block).split([len(x) for x in small.sequences])
-    for steps, log_likelihood in zip(ours, answers, strict=True):
-        up_to = [by_enumeration(*small.log_chain, log_likelihood[:stop]).log_prob for stop in range(len(steps) + 1)]
-        close(steps, np.diff(up_to))
+def test_log_prob_of_a_block_adds_up_to_that_of_its_sequences(small):
+    block = block_of(small.sequences, (2.0, 1.0, 0.5, 3.0, 0.0), small.evidence)
+    steps = small.model.log_prob_of(block).split([len(x) for x in small.sequences])
+    close([float(each.sum()) for each in steps], [answer.log_prob for answer in small.answers_with_evidence])
 
 
 # Where the largest likelihood of a step belongs to a state that cannot be reached
@@ -276,17 +258,19 @@ def _is_as_likely(initial_probs, transition_matrix, log_likelihood, path, expect
     return bool(np.isclose(log_joint[(paths == path).all(1)], best, rtol=1e-12).all())
 
 
-def test_an_impossible_sequence_is_impossible_and_no_number_is_lost():
-    """The evidence demands to go back, which left to right forbids."""
+@pytest.mark.parametrize("transition_matrix", [LEFT_TO_RIGHT, FREE], ids=["no way back", "no such beginning"])
+def test_an_impossible_sequence_is_impossible_and_no_number_is_lost(transition_matrix):
+    """The evidence demands to begin in the last state, or to go back to the first."""
     emission, log_density = far_apart(2.0)
-    model = model_of(FIRST, LEFT_TO_RIGHT, emission)
+    model = model_of(FIRST, transition_matrix, emission)
     possible, impossible = np.array([[0.0], [2.0], [4.0]]), np.array([[4.0], [0.0]])
     evidence = [np.zeros((3, NUM_STATES)), np.array([[-np.inf, -np.inf, 0.0], [0.0, -np.inf, -np.inf]])]
     statistics = model.e_step(block_of([possible, impossible], None, evidence))
     assert statistics.log_likelihood == -np.inf
-    expected = by_enumeration(logarithm(FIRST), logarithm(LEFT_TO_RIGHT), log_density(possible))
+    expected = by_enumeration(logarithm(FIRST), logarithm(transition_matrix), log_density(possible))
     close(statistics.transitions, expected.transitions)
     close(statistics.initial, expected.smoothed[0])
+    close(state_counts(statistics), expected.smoothed.sum(0))
 
 
 # Longer than can be enumerated
