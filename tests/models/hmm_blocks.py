@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def pieces_of(block: Block, cuts: Sequence[int]) -> list[Block]:
     """Of a block of one sequence, cut at these rows."""
     bounds = [0, *cuts, block.num_rows]
     pieces = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         rows = slice(start, stop)
         weights, evidence, missing = (v if v is None else v[rows] for v in (block.weights, block.evidence, block.missing))
         pieces.append(
@@ -59,7 +59,10 @@ def pieces_of(block: Block, cuts: Sequence[int]) -> list[Block]:
 def as_data_set(blocks: Sequence[Block]) -> LocalBlocks:
     """The blocks as the leaves of one data set, one after the other."""
     starts = list(accumulate((block.num_rows for block in blocks), initial=0))
-    leaves = {start: replace(block, rows=torch.arange(start, start + block.num_rows)) for start, block in zip(starts[:-1], blocks, strict=True)}
+    leaves = {
+        start: replace(block, rows=torch.arange(start, start + block.num_rows))
+        for start, block in zip(starts[:-1], blocks, strict=True)
+    }
     return LocalBlocks(lambda bounds: [leaves[start] for start in bounds[:-1]], Leaves(starts))
 
 

@@ -104,7 +104,9 @@ def _gaussian(rng: np.random.Generator, num_states: int, covariance_type: Covari
     )
 
 
-def _gaussian_mixture(rng: np.random.Generator, num_states: int, covariance_type: CovarianceType, num_components: int = 2) -> Emission:
+def _gaussian_mixture(
+    rng: np.random.Generator, num_states: int, covariance_type: CovarianceType, num_components: int = 2
+) -> Emission:
     weights = rng.dirichlet(np.full(num_components, 3.0), num_states)
     means, covariances, matrices = random_gaussians(rng, num_states * num_components, covariance_type)
     each_means = means.reshape(num_states, num_components, -1)

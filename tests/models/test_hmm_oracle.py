@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hmm_blocks import block_of
-from hmm_emissions import KINDS, Emission, drawn, emission_of, gaussian_emission, log_likelihoods
+from hmm_blocks import as_data_set, block_of, pieces_of
+from hmm_emissions import KINDS, Emission, drawn, emission_of, gaussian_emission, log_likelihoods, log_normal
 from hmm_oracle import Answers, by_enumeration, in_logarithms, logarithm, path_probs
 from scipy.special import logsumexp
 
+from gendist.em.engine import em_steps, mean_log_likelihood
 from gendist.models.distributions.categorical import Categorical
 from gendist.models.distributions.columns import Columns, Group
 from gendist.models.hmm import HiddenMarkovModel
-from gendist.protocols import EXACT, Compute
+from gendist.protocols import EXACT, Block, Compute
 
 NUM_STATES = 3
 LENGTHS = (2, 0, 5, 1, 5)
@@ -174,6 +175,117 @@ def test_log_prob_of_a_block_adds_up_to_that_of_its_sequences(small):
     block = block_of(small.sequences, (2.0, 1.0, 0.5, 3.0, 0.0), small.evidence)
     steps = small.model.log_prob_of(block).split([len(x) for x in small.sequences])
     close([float(each.sum()) for each in steps], [answer.log_prob for answer in small.answers_with_evidence])
+
+
+# A sequence in pieces, each of which lies in a block of its own
+
+
+@pytest.mark.parametrize("precision", COMPUTES)
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("kind", ["gaussian full", "gaussian diag", "mixture diag", "categorical"])
+def test_a_sequence_in_pieces_is_the_whole_sequence(kind, topology, precision):
+    """All paths of one of 7 steps, with a missing step, evidence and a weight, beside two that lie in blocks of their own."""
+    compute, tolerance = COMPUTES[precision]
+    small = Small(kind, topology)
+    rng = np.random.default_rng(9)
+    x = drawn(small.emission, rng, 7, NUM_STATES)
+    x[3] = np.nan
+    evidence = np.zeros((7, NUM_STATES))
+    evidence[1], evidence[5] = np.log([0.5, 0.2, 0.3]), [-np.inf, 0.0, 0.0]
+    log_likelihood = log_likelihoods(small.emission, x, NUM_STATES)
+    whole, others = block_of([x], [2.0], [evidence]), [block_of(small.sequences[3:]), block_of(small.sequences[:3])]
+    answer = by_enumeration(*small.log_chain, log_likelihood + evidence)
+    answers = [(2.0, answer), *((1.0, each) for each in small.answers)]
+    transitions = sum(w * a.transitions for w, a in answers)
+    initial = sum(w * a.smoothed[0] for w, a in answers if len(a.smoothed))
+    ((total, expected),) = steps_of(small.model, [others[0], whole, others[1]], compute)
+    close(total, sum(w * a.log_prob for w, a in answers), tolerance)
+    for cuts in ([3], [1, 2], [1, 2, 3, 4, 5, 6]):
+        ((total, update),) = steps_of(small.model, [others[0], *pieces_of(whole, cuts), others[1]], compute)
+        close(total, sum(w * a.log_prob for w, a in answers), tolerance)
+        close(update.model.initial_probs, initial / initial.sum(), tolerance)
+        close(update.model.transition_matrix, transitions / transitions.sum(1, keepdims=True), tolerance)
+        for name, tensor in expected.model.emission.tensors().items():
+            np.testing.assert_allclose(update.model.emission.tensors()[name], tensor, rtol=10 * tolerance, atol=10 * tolerance)
+        log_likelihood_alone = mean_log_likelihood(small.model, as_data_set(pieces_of(whole, cuts)), compute)
+        close(log_likelihood_alone, answer.log_prob / 7, tolerance)
+
+
+def steps_of(model: HiddenMarkovModel, blocks: list[Block], compute: Compute = EXACT) -> list[Any]:
+    """The total log-likelihood and the update of one iteration."""
+    return em_steps(lambda own, block: own.e_step(block, compute), as_data_set(blocks), [model])
+
+
+# The M-step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("topology", ["free", "left_to_right"])
+def test_m_step_is_the_maximum_of_the_expected_log_likelihood(kind, topology):
+    """Of sequences of which nothing is missing: weighed means, from the posteriors of all paths."""
+    emission = emission_of(kind, NUM_STATES, seed=1)
+    initial_probs, transition_matrix = random_chain(topology, 1)
+    rng, weights = np.random.default_rng(2), (1.0, 2.0, 0.5, 1.5, 1.0, 1.0)
+    sequences = [drawn(emission, rng, length, NUM_STATES) for length in (6, 1, 5, 6, 6, 6)]
+    log_chain = logarithm(initial_probs), logarithm(transition_matrix)
+    answers = [by_enumeration(*log_chain, log_likelihoods(emission, x, NUM_STATES)) for x in sequences]
+    pairs = list(zip(weights, answers, strict=True))
+    ((_, update),) = steps_of(model_of(initial_probs, transition_matrix, emission.ours), [block_of(sequences, weights)])
+    initial, transitions = sum(w * a.smoothed[0] for w, a in pairs), sum(w * a.transitions for w, a in pairs)
+    close(update.model.initial_probs, initial / initial.sum())
+    close(update.model.transition_matrix, transitions / transitions.sum(1, keepdims=True))
+    assert (np.asarray(update.model.transition_matrix)[transition_matrix == 0] == 0).all()
+    x, shares = np.concatenate(sequences), np.concatenate([w * a.smoothed for w, a in pairs])
+    ours = update.model.emission.tensors()
+    for name, values in expected_parameters(kind, emission, x, shares).items():
+        np.testing.assert_allclose(ours[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def expected_parameters(kind: str, emission: Emission, x: np.ndarray, shares: np.ndarray) -> dict[str, np.ndarray]:
+    """By the names that the emission's tensors have; shares: (N, K) the posteriors times the weights."""
+    family, _, covariance_type = kind.partition(" ")
+    if covariance_type:
+        if family == "gaussian":
+            return gaussian_parameters(x, shares, covariance_type)
+        gaussian, weights = emission.ours.gaussian, np.asarray(emission.ours.weights)
+        matrices = np.asarray(gaussian.scale if gaussian.has_matrices else torch.diag_embed(gaussian.scale))
+        each = np.array(
+            [[log_normal(row, m, a @ a.T) for m, a in zip(gaussian.means.numpy(), matrices, strict=True)] for row in x]
+        )
+        joint = np.exp(each).reshape(len(x), *weights.shape) * weights
+        of_components = shares[:, :, None] * joint / joint.sum(2, keepdims=True)
+        parameters = gaussian_parameters(x, of_components.reshape(len(x), -1), covariance_type)
+        return parameters | {"weights": of_components.sum(0) / shares.sum(0)[:, None]}
+    parameters = {}
+    for index, group in enumerate(emission.ours.groups):
+        own, prefix = x[:, group.columns.numpy()], f"{index}.{group.kind}"
+        means = (shares.T @ own) / shares.sum(0)[:, None]
+        if group.kind == "gaussian":
+            found = gaussian_parameters(own, shares, "diag")
+            parameters |= {f"{prefix}.means": found["means"], f"{prefix}.variances": found["covariances"]}
+        elif group.kind == "poisson":
+            parameters[f"{prefix}.rates"] = np.maximum(means, 1e-30)
+        elif group.kind == "bernoulli":
+            parameters[f"{prefix}.probs"] = np.clip(means, 1e-15, 1.0 - 1e-15)
+        elif group.kind == "multinomial":
+            parameters[f"{prefix}.probs"] = means / means.sum(1, keepdims=True)
+        else:
+            columns = zip(own.T, group.distribution.num_slots.tolist(), strict=True)
+            one_hot = np.concatenate([np.eye(size)[values.astype(int)] for values, size in columns], 1)
+            parameters[f"{prefix}.probs"] = (shares.T @ one_hot) / shares.sum(0)[:, None]
+    return parameters
+
+
+def gaussian_parameters(x: np.ndarray, shares: np.ndarray, covariance_type: str) -> dict[str, np.ndarray]:
+    """PRML 13.20 and 13.21, for each latent its own scatter about its own mean."""
+    counts = shares.sum(0)
+    means = (shares.T @ x) / counts[:, None]
+    away = x[:, None, :] - means
+    scatters = np.einsum("nk,nki,nkj->kij", shares, away, away)
+    covariances = scatters.sum(0) / counts.sum() if covariance_type == "tied" else scatters / counts[:, None, None]
+    if covariance_type in ("diag", "spherical"):
+        covariances = covariances.diagonal(axis1=1, axis2=2)
+    return {"means": means, "covariances": covariances.mean(1) if covariance_type == "spherical" else covariances}
 
 
 # Where the largest likelihood of a step belongs to a state that cannot be reached
