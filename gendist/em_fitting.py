@@ -15,7 +15,7 @@ from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
 from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
-from gendist.data import Dataset, Schema, open_source, source_of
+from gendist.data import Dataset, Schema, as_rows, as_sequences, open_source, source_of
 from gendist.data.schema import Takes
 from gendist.data.survey import Summary, survey
 from gendist.data.transforms import Transforms
@@ -60,13 +60,15 @@ def estimate(
                 "data.label, or leave it out"
             )
         start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
-        source = source_of(data) if data is not None else open_source(spec.data)
+        opened = source_of(data) if data is not None else open_source(spec.data)
+        source = (as_sequences if getattr(family, "takes_sequences", False) else as_rows)(opened, spec.data)
         schema = Schema.of(source, spec.data, Takes.of(family), start_schema)
         if start_schema is not None and start_schema.feature_names != schema.feature_names:
             there, here = ", ".join(start_schema.feature_names[:8]), ", ".join(schema.feature_names[:8])
             raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
         with execution(spec.cluster, address) as make_blocks, tracked(directory, watch) as watch:
-            dataset = Dataset.open(source, spec.data, schema, make_blocks)
+            cuts_sequences = getattr(family, "cuts_sequences", True)
+            dataset = Dataset.open(source, spec.data, schema, make_blocks, cuts_sequences)
             if start is not None and start_schema is None and dataset.schema.categories:
                 raise UserError(
                     f"init: a model in memory does not say which texts its categories are (column "

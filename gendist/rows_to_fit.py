@@ -37,9 +37,9 @@ def survey_parts(
     name, fraction = dataset.source.name, spec.data.validation_fraction
     for part, purpose in ((summary, "to fit"), (held_out, "to validate on")):
         if part is not None and part.num_rows == 0:
-            raise UserError(
-                f"{name}: data.validation_fraction {fraction} of {dataset.source.num_rows} rows leaves none {purpose}"
-            )
+            whole = summary.num_sequences + (held_out.num_sequences if held_out else 0)
+            what = f"{whole} sequences" if whole else f"{dataset.source.num_rows} rows"
+            raise UserError(f"{name}: data.validation_fraction {fraction} of {what} leaves none {purpose}")
         if part is not None and part.total_weight <= 0.0:
             raise UserError(f"{name}: all {part.num_rows} rows {purpose} have weight 0")
     return summary, held_out
@@ -48,6 +48,8 @@ def survey_parts(
 def manifest_of(spec: Spec, labels: tuple[Any, ...], summary: Summary, held_out: Summary | None, init: str) -> dict[str, Any]:
     """What tells a run from another beside its spec, and where it began. init: what it sets out from, in words or a digest."""
     data: dict[str, Any] = {"num_rows": summary.num_rows, "fingerprint": summary.fingerprint.hex()}
+    if summary.num_sequences:
+        data |= {"num_sequences": summary.num_sequences}
     if held_out is not None:
         data |= {"num_validation_rows": held_out.num_rows, "validation_fingerprint": held_out.fingerprint.hex()}
     if labels:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from gendist.blocks import LocalBlocks
 from gendist.config import Spec
-from gendist.data import Dataset, Schema, open_source, source_of
+from gendist.data import Dataset, Schema, as_rows, open_source, source_of
 from gendist.data.dataset import Part
 from gendist.data.rows import RowsOnDisk
 from gendist.data.transforms import Transforms
@@ -96,7 +96,7 @@ class Training:
         spec, directory = self.spec, self.directory
         if directory.is_finished and data is None:
             return finished(directory)
-        source = source_of(data) if data is not None else open_source(spec.data)
+        source = as_rows(source_of(data) if data is not None else open_source(spec.data), spec.data)
         schema = Schema.of(source, spec.data)
         dataset = Dataset.open(source, spec.data, schema, LocalBlocks)
         logger.info("reading %s: %d rows, %d features", source.name, source.num_rows, schema.num_features)

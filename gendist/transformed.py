@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
+from gendist.protocols import sequences_of
 
 
 class _Offered:
@@ -95,9 +97,10 @@ class Transformed:
         fitted = Transforms.from_tensors(transforms.source_names, transforms.declared, parts["transforms"])
         return Transformed(model, fitted)
 
-    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Any:
+    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, **options: Any) -> Any:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them."""
-        return self.transforms.inverse(self.model.sample(num_samples, seed=seed, offset=offset, given=given))
+        z = self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options)
+        return self.transforms.inverse(z) if z.ndim == 2 else self.transforms.inverse(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     @_Offered
     def log_prob(self, x_ND: Any) -> Tensor:
@@ -117,7 +120,7 @@ class Transformed:
     @_Offered
     def encode(self, x_ND: Any) -> Tensor:
         """The model's representation of the transformed rows."""
-        return self.model.encode(self.transforms.forward(x_ND))
+        return self.model.encode(self._forward(x_ND))
 
     @_Offered
     def decode(self, latents: Any) -> Tensor:
@@ -127,19 +130,30 @@ class Transformed:
     @_Offered
     def classify(self, x_ND: Any) -> Tensor:
         """(N, C) log p(label | x), which no change of variables changes."""
-        return self.model.classify(self.transforms.forward(x_ND))
+        return self.model.classify(self._forward(x_ND))
 
     @_Offered
     def impute(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
-        return self.transforms.inverse(self.model.impute(self.transforms.forward(x_ND), **options))
+        filled = self.model.impute(self._forward(x_ND), **options)
+        return [self.transforms.inverse(z) for z in filled] if isinstance(filled, list) else self.transforms.inverse(filled)
 
     @_Offered
     def reconstruct(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
 
+    def _forward(self, x: Any) -> Any:
+        """The transformed rows; of a model of sequences the transformed sequences."""
+        if not getattr(self.model, "takes_sequences", False):
+            return self.transforms.forward(x)
+        return [self.transforms.forward(x_TD) for x_TD in sequences_of(x)]
+
     def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
+        if getattr(self.model, "takes_sequences", False):
+            mapped = [self.transforms.map(x_TD) for x_TD in sequences_of(x_ND)]
+            log_abs_det_S = torch.stack([log_abs_det_T.sum() for _, log_abs_det_T in mapped])
+            return of_z([z_TE for z_TE, _ in mapped], **options) + log_abs_det_S
         z_NE, log_abs_det_N = self.transforms.map(x_ND)
         return of_z(z_NE, **options) + log_abs_det_N
 

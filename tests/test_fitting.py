@@ -516,7 +516,7 @@ def test_a_fit_may_start_from_a_model_or_an_artifact(unbroken, blobs, tmp_path):
             "every value of 'x_1' is missing",
         ),
         ({}, np.zeros((50, 2), dtype=complex), None, "holds complex128; numbers are needed"),
-        ({}, {0: np.zeros((50, 2)), 1: [[1], [2, 3]]}, None, "rows of different lengths"),
+        ({}, {0: np.zeros((2, 2)), 1: [[1], [2, 3]]}, None, "lists of different lengths .1 to 2."),
         ({}, np.zeros((50, 2)), object, "init: a type"),
         (None, None, None, "spec: a NoneType"),
     ],

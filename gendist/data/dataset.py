@@ -1,4 +1,7 @@
-"""A data set, cut into blocks: which rows make which block, read by whoever needs them."""
+"""A data set, cut into blocks: which rows make which block, read by whoever needs them.
+
+Legend: N rows, S sequences.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ import pyarrow as pa
 import torch
 
 from gendist.blocks import Blocks, Leaves
+from gendist.blocks.leaves import pack, sequence_leaf_rows
 from gendist.data.domains import Look, MakeBlocks
 from gendist.data.evidence import known_evidence, soft_evidence
+from gendist.data.leaf_sequences import LeafSequences
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
+from gendist.data.sequences import SequenceSource
 from gendist.data.sources import DataConfig, Source
 from gendist.data.sparse import to_csr
 from gendist.data.tokens import to_counts
@@ -50,12 +56,19 @@ class Dataset:
     transforms: Transforms | None = None
 
     @classmethod
-    def open(cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks) -> Dataset:
+    def open(
+        cls, source: Source, config: DataConfig, schema: Schema, make_blocks: MakeBlocks, cuts_sequences: bool = True
+    ) -> Dataset:
         """Look at all rows, once, for what is not known: labels, values of columns of text, features of sparse rows.
+
+        cuts_sequences  False: a long sequence is not cut into pieces
 
         UserError where there are none, or too many.
         """
-        dataset = cls(source, config, schema, schema.leaves(source.num_rows), make_blocks)
+        leaves = schema.leaves(source.num_rows)
+        dataset = cls(source, config, schema, leaves, make_blocks)
+        if isinstance(source, SequenceSource):
+            dataset = replace(dataset, leaves=Leaves.of_sequences(source.bounds, schema.num_features, cuts_sequences))
         for name in config.label_columns:
             label_type = source.schema.field(name).type
             if pa.types.is_nested(label_type) or isinstance(label_type, pa.BaseExtensionType):
@@ -70,7 +83,7 @@ class Dataset:
                 text=schema.text if schema.needs_features else None,
                 sparse=schema.columns[0] if schema.needs_features and schema.text is None else None,
             )
-            found = look.over(make_blocks, dataset.leaves)
+            found = look.over(make_blocks, leaves)
             schema = schema.completed(found, f"{source.name}: column '{schema.columns[0]}'")
             if look_for_labels:
                 labels = tuple(sorted(found.labels, key=lambda label: (isinstance(label, str), label)))
@@ -84,23 +97,29 @@ class Dataset:
         keep: bool = True,
         unlabelled_weight: float = 1.0,
     ) -> Blocks[Block]:
-        """The rows of one part as blocks. The parts are told apart by seed and row number alone.
+        """The rows of one part as blocks. The parts are told apart by seed and row number alone, or the number of the sequence.
 
         num_latents        the width of the evidence that labels become
         keep               whether to hold on to the blocks for more than one pass, if `data.cache` allows it
-        unlabelled_weight  what multiplies the weight of a row whose label is not known
+        unlabelled_weight  what multiplies the weight of a row whose label is not known, or of a sequence without any label
         """
         keep = keep and self.config.cache == "memory"
         load = self._loader(num_latents, part, seed, unlabelled_weight)
-        leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
+        leaf_rows = self.leaves.max_leaf_rows
         leaf_bytes = self._x_bytes(leaf_rows) + 8 * leaf_rows * (num_latents if self.labels else 0)
         most = MAX_RUN_BYTES if keep else MAX_PASSING_BYTES
         return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
     def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
-        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
-        leaf_rows = self.leaves.bounds[1] - self.leaves.bounds[0]
-        return self.make_blocks(_PartLoader(self._loader(0, "all", 0), leaf_rows), parts, 1, False)
+        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf.
+
+        parts  of sequences their numbers, instead of rows: a part is some whole ones
+        """
+        load = self._loader(0, "all", 0)
+        if isinstance(self.source, SequenceSource):
+            most = sequence_leaf_rows(self.source.num_rows, self.schema.num_features)
+            return self.make_blocks(_SequencePartLoader(load, self.source.bounds, most), parts, 1, False)
+        return self.make_blocks(_PartLoader(load, self.leaves.max_leaf_rows), parts, 1, False)
 
     def _x_bytes(self, leaf_rows: int) -> int:
         """Of a leaf; where rows are sparse, as many entries as the first rows have."""
@@ -137,21 +156,33 @@ class _BlockLoader:
 
     def __call__(self, bounds: Sequence[int]) -> list[Block]:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
-        extra = [name for name in (*self.config.label_columns, self.config.weight) if name is not None]
-        table = self.source.read(bounds[0], bounds[-1], list(dict.fromkeys([*self.schema.columns, *extra])))
-        weights, evidence = self._weights(table, bounds[0]), self._evidence(table, bounds[0])
-        if evidence is not None and self.unlabelled_weight != 1.0:
-            factors = np.where(is_labelled(evidence), 1.0, self.unlabelled_weight)
-            weights = factors if weights is None else weights * factors
-        matrix = self._sparse_matrix(table, bounds[0]) if self.schema.is_sparse else self._matrix(table, bounds)
-        columns = (matrix, weights, evidence)
-        return [self._leaf(start, stop, bounds[0], columns) for start, stop in pairwise(bounds)]
+        if not isinstance(self.source, SequenceSource):
+            return self.blocks(bounds, [None] * (len(bounds) - 1))
+        return self.blocks(bounds, [LeafSequences.of_rows(self.source.bounds, *leaf) for leaf in pairwise(bounds)])
 
-    def _matrix(self, table: pa.Table, bounds: Sequence[int]) -> Array:
-        matrix = to_matrix(table, self.schema.columns, bounds[0], self.source.name, self.schema.categories)
+    def blocks(self, bounds: Sequence[int], sequences: Sequence[LeafSequences | None]) -> list[Block]:
+        """The same, of leaves whose sequences are known."""
+        # Leaves of empty sequences have no row, but a row says how wide they are.
+        first = min(bounds[0], self.source.num_rows - 1)
+        stop = max(bounds[-1], first + 1)
+        extra = [name for name in (*self.config.label_columns, self.config.weight) if name is not None]
+        table = self.source.read(first, stop, list(dict.fromkeys([*self.schema.columns, *extra])))
+        weights, evidence = self._weights(table, first), self._evidence(table, first)
+        if weights is not None and isinstance(self.source, SequenceSource):
+            self._check_one_weight_each(self.source.bounds, weights, first)
+        if evidence is not None and self.unlabelled_weight != 1.0:
+            factors = np.where(self._is_labelled(evidence, first), 1.0, self.unlabelled_weight)
+            weights = factors if weights is None else weights * factors
+        matrix = self._sparse_matrix(table, first) if self.schema.is_sparse else self._matrix(table, first, stop)
+        columns = (matrix, weights, evidence)
+        leaves = zip(pairwise(bounds), sequences, strict=True)
+        return [self._leaf(start, stop, first, columns, own) for (start, stop), own in leaves]
+
+    def _matrix(self, table: pa.Table, start: int, stop: int) -> Array:
+        matrix = to_matrix(table, self.schema.columns, start, self.source.name, self.schema.categories)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
-                f"{self.source.name}: {matrix.shape[1]} features in rows {bounds[0]} to {bounds[-1] - 1}, but "
+                f"{self.source.name}: {matrix.shape[1]} features in rows {start} to {stop - 1}, but "
                 f"{self.schema.num_features} in row 0"
             )
         return matrix
@@ -162,12 +193,16 @@ class _BlockLoader:
             return to_counts(table.column(name), schema.text, schema.feature_names)
         return to_csr(table, name, schema.num_features, first_row, self.source.name)
 
-    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Any]) -> Block:
+    def _leaf(self, start: int, stop: int, first_row: int, columns: Sequence[Any], sequences: LeafSequences | None) -> Block:
         """The block of rows start..stop of the part; columns begin at first_row. Its tensors own their memory."""
         rows = torch.arange(start, stop)
         if self.part != "all" and self.config.validation_fraction > 0.0:
-            held_out = Noise(self.seed, "validation").uniform_of_rows(rows) < self.config.validation_fraction
-            rows = rows[held_out if self.part == "validation" else ~held_out]
+            # A sequence is held out whole, by its number.
+            drawn = rows if sequences is None else torch.from_numpy(sequences.numbers)
+            held_out = Noise(self.seed, "validation").uniform_of_rows(drawn) < self.config.validation_fraction
+            keep = held_out if self.part == "validation" else ~held_out
+            rows = rows[keep if sequences is None else torch.from_numpy(sequences.row_flags(keep.numpy()))]
+            sequences = sequences and sequences.kept(keep.numpy())
         index = slice(start - first_row, stop - first_row) if len(rows) == stop - start else rows.numpy() - first_row
         matrix, *others = columns
         weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in others)
@@ -182,6 +217,8 @@ class _BlockLoader:
             weights=weights,
             evidence=evidence,
             missing=missing if any_missing else None,
+            sequence_bounds=None if sequences is None else torch.from_numpy(sequences.bounds),
+            open_ends=(False, False) if sequences is None else sequences.open_ends,
         )
         return block if self.transforms is None else self.transforms.apply(block)
 
@@ -197,6 +234,38 @@ class _BlockLoader:
             if wrong.any():
                 raise UserError(f"{where} is {what} in row {first_row + int(np.argmax(wrong))}; weights are 0 or more")
         return weights
+
+    def _check_one_weight_each(self, bounds: Any, weights_N: Array, first_row: int) -> None:
+        """UserError where the weight of a sequence changes from a step to the next."""
+        assert self.config.weight is not None
+        if bounds[np.searchsorted(bounds, first_row)] != first_row:  # the step before is in another leaf
+            before = self._weights(self.source.read(first_row - 1, first_row, [self.config.weight]), first_row - 1)
+            weights_N, first_row = np.concatenate([before, weights_N]), first_row - 1
+        changed = np.flatnonzero(np.diff(weights_N)) + first_row + 1
+        within = changed[bounds[np.searchsorted(bounds, changed)] != changed]
+        if len(within):
+            row = int(within[0])
+            raise UserError(
+                f"{self.source.name}: column '{self.config.weight}' is {weights_N[row - first_row]:g} in row {row}, and "
+                f"{weights_N[row - first_row - 1]:g} in the step before; a weight is that of a whole sequence: make them equal"
+            )
+
+    def _is_labelled(self, evidence_NL: Array, first_row: int) -> Any:
+        """(N,) bool: whether the label of a row is known, or of any step of its sequence."""
+        labelled_N = is_labelled(evidence_NL)
+        if not isinstance(self.source, SequenceSource):
+            return labelled_N
+        bounds, stop = self.source.bounds, first_row + len(labelled_N)
+        first, last = np.searchsorted(bounds, [first_row, stop - 1], side="right") - 1
+        own = bounds[first : last + 2].clip(first_row, stop) - first_row
+        count_N = np.concatenate([[0], np.cumsum(labelled_N)])
+        is_labelled_S = count_N[own[1:]] > count_N[own[:-1]]
+        for s in {first, last}:
+            start, end = int(bounds[s]), int(bounds[s + 1])
+            if start < first_row or end > stop:  # other steps of it are in other leaves
+                evidence = self._evidence(self.source.read(start, end, self.config.label_columns), start)
+                is_labelled_S[s - first] = is_labelled(evidence).any()
+        return np.repeat(is_labelled_S, np.diff(own))
 
     def _evidence(self, table: pa.Table, first_row: int) -> Array | None:
         """(N, num_latents)"""
@@ -217,3 +286,21 @@ class _PartLoader:
     def __call__(self, bounds: Sequence[int]) -> list[list[Block]]:
         """One list of blocks a part, of the rows bounds[i] to bounds[i + 1]."""
         return [self.load([*range(start, stop, self.leaf_rows), stop]) for start, stop in pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class _SequencePartLoader:
+    """bounds: of all sequences. leaf_rows: as many as a block may have, unless it has one sequence alone."""
+
+    load: _BlockLoader
+    bounds: Any
+    leaf_rows: int
+
+    def __call__(self, parts: Sequence[int]) -> list[list[Block]]:
+        """One list of blocks a part, of the sequences parts[i] to parts[i + 1]."""
+        return [self._part(first, last) for first, last in pairwise(parts)]
+
+    def _part(self, first: int, last: int) -> list[Block]:
+        cuts = (first + pack(self.bounds[first : last + 1], self.leaf_rows)).tolist()
+        sequences = [LeafSequences.whole(self.bounds, *leaf) for leaf in pairwise(cuts)]
+        return self.load.blocks(self.bounds[cuts].tolist(), sequences)

@@ -65,7 +65,7 @@ class Look:
 
     def over(self, make_blocks: MakeBlocks, leaves: Leaves) -> Domains:
         """UserError where a column holds nothing, or more different values than are allowed."""
-        leaf_rows = leaves.bounds[1] - leaves.bounds[0]
+        leaf_rows = leaves.max_leaf_rows
         rows_at_once = MANY_ENTRIES if self.text or self.sparse else FEW_ENTRIES
         found = reduce(_same, make_blocks(self, leaves, max(1, rows_at_once // leaf_rows), False), None)
         self._check(found)

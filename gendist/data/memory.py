@@ -1,4 +1,4 @@
-"""Sources held in memory: arrays, sparse matrices, data frames, Arrow tables, a `datasets.Dataset`."""
+"""Sources held in memory: arrays, sparse matrices, lists of sequences, data frames, Arrow tables, a `datasets.Dataset`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pyarrow as pa
 
 from gendist.data.sparse import sparse_column
 from gendist.protocols import UserError
+
+ARRAY_SHAPE = b"array_shape"  # in the metadata of a column that was made of an array: the shape of an entry
 
 
 def _as_array(values: Any, name: str) -> np.ndarray[Any, Any]:
@@ -28,8 +30,53 @@ def _column(values: Any, name: str) -> tuple[pa.Field, pa.Array]:
     """A column and its field, without a name."""
     if hasattr(values, "tocoo"):
         return sparse_column(values)
-    column = array_column(_as_array(values, name), name)
-    return pa.field("", column.type), column
+    is_listed = isinstance(values, list | tuple)
+    if is_listed and _is_ragged(values):
+        column = _ragged_column(values, name)
+        return pa.field("", column.type), column
+    array = _as_array(values, name)
+    column = array_column(array, name)
+    shape = array.shape[1:]
+    # A list of lists of numbers may be sequences of them; an array of two axes is rows of numbers.
+    of_array = {ARRAY_SHAPE: ",".join(map(str, shape))} if len(shape) > is_listed else None
+    return pa.field("", column.type, metadata=of_array), column
+
+
+def array_shape_of(field: pa.Field) -> tuple[int, ...] | None:
+    """The shape of an entry of a column that was made of an array of two and more axes, else None."""
+    shape = (field.metadata or {}).get(ARRAY_SHAPE)
+    return None if shape is None else tuple(map(int, shape.decode().split(",")))
+
+
+def _is_ragged(values: Sequence[Any]) -> bool:
+    """Whether these are sequences, some longer than others."""
+    lengths = {len(each) for each in values if hasattr(each, "__len__") and not isinstance(each, str)}
+    return len(lengths) > 1
+
+
+def _ragged_column(values: Sequence[Any], name: str) -> pa.Array:
+    """A column each row of which is a sequence: numbers, texts, or arrays (T, D) of one width.
+
+    UserError, with the number of the sequence, where it is something else.
+    """
+    arrays: list[np.ndarray[Any, Any]] = []
+    for s, given in enumerate(values):
+        where = f"{name}: sequence {s}"
+        array = _as_array([] if given is None else given, where)
+        if array.ndim not in (1, 2) or (array.size and array.dtype.kind not in "buifOSUT"):
+            raise UserError(f"{where} has shape {array.shape} of {array.dtype}; (T, D) or (T,) is needed")
+        arrays.append(array)
+    filled = [(s, array) for s, array in enumerate(arrays) if array.size or array.ndim == 2]
+    if not filled:
+        return pa.array([[]] * len(arrays), pa.large_list(pa.float64()))
+    first, like = filled[0]
+    for s, array in filled:
+        if array.shape[1:] != like.shape[1:]:
+            raise UserError(
+                f"{name}: sequence {s} has shape {array.shape}, but sequence {first} {like.shape}; give all as many features"
+            )
+    offsets = pa.array(np.cumsum([0, *map(len, arrays)]))
+    return pa.LargeListArray.from_arrays(offsets, array_column(np.concatenate([array for _, array in filled]), name))
 
 
 def _table(columns: Mapping[str, tuple[pa.Field, pa.Array]]) -> pa.Table:
@@ -63,15 +110,21 @@ def image_shape_of(array: np.ndarray[Any, Any]) -> tuple[int, ...] | None:
 
 
 class TableSource:
-    """A table that is held in memory."""
+    """A table that is held in memory.
+
+    is_list_of_sequences  whether Python handed over a list, each entry of which is a sequence
+    """
 
     paths: tuple[str, ...] = ()
 
-    def __init__(self, table: pa.Table, name: str, image_shape: tuple[int, ...] | None = None):
+    def __init__(
+        self, table: pa.Table, name: str, image_shape: tuple[int, ...] | None = None, is_list_of_sequences: bool = False
+    ):
         self.table = table
         self.num_rows: int = table.num_rows
         self.schema: pa.Schema = table.schema
         self.image_shape = image_shape
+        self.is_list_of_sequences = is_list_of_sequences
         self.name = name
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
@@ -98,8 +151,8 @@ class HuggingFaceSource:
 
 
 def source_of(data: Any) -> TableSource | HuggingFaceSource:
-    """The source behind an array, a sparse matrix of SciPy's, a mapping of these, a pandas DataFrame, an Arrow table or a
-    `datasets.Dataset`."""
+    """The source behind an array, a sparse matrix of SciPy's, a mapping of these, a list of sequences, a pandas DataFrame, an
+    Arrow table or a `datasets.Dataset`."""
     if isinstance(data, pa.Table):
         return TableSource(data, "the table")
     if isinstance(data, Mapping):
@@ -120,8 +173,23 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         return TableSource(table.rename_columns([str(name) for name in data.columns]), "the data frame")
     if hasattr(data, "__array__"):
         array = _as_array(data, "the array")
-        return TableSource(pa.table({"x": array_column(array, "the array")}), "the array", image_shape_of(array))
+        return TableSource(_table({"x": _column(array, "the array")}), "the array", image_shape_of(array))
+    if isinstance(data, list | tuple):
+        return TableSource(pa.table({"x": _sequences_column(data)}), "the list", is_list_of_sequences=True)
     raise UserError(
-        f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a "
-        "datasets.Dataset"
+        f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a list of sequences, a DataFrame, "
+        "an Arrow table or a datasets.Dataset"
     )
+
+
+def _sequences_column(data: Sequence[Any]) -> pa.Array:
+    """A column of a list: of texts, or of sequences."""
+    if data and all(isinstance(each, str) or each is None for each in data):
+        return pa.array(data, pa.large_string())
+    for s, each in enumerate(data):
+        if isinstance(each, str) or (each is not None and not hasattr(each, "__len__")):
+            raise UserError(
+                f"data: entry {s} of the list is a {type(each).__name__}; each is a sequence: an array (T, D) or (T,), a list "
+                "of numbers, or, in all of them, a text"
+            )
+    return _ragged_column(data, "data")

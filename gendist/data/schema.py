@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from math import prod
 from typing import Any, Literal, Self
 
@@ -15,7 +14,8 @@ from gendist.blocks import Leaves
 from gendist.data.column_types import is_image, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
-from gendist.data.sources import DataConfig, Source
+from gendist.data.sequences import SequenceSource
+from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.sparse import width_of
 from gendist.data.tokens import TextConfig, holds_tokens, vocabulary
 from gendist.protocols import Feature, UserError
@@ -46,11 +46,14 @@ class Schema(BaseModel):
 
     columns        columns of the source, in order; a column may hold a list or an image
     feature_names  one a feature
-    image_shape    (height, width[, channels]) where x is the pixels of one image
+    image_shape    (height, width[, channels]) where x is the pixels of one image, or, of sequences, of one of its rows
     categories     of each column of text the values that the data have, in order: x is the index of one of them, or their
                    number for any other text
     is_sparse      whether rows are sparse, of one column
-    text           how that column's texts become counts of the features, which are tokens
+    text           how that column's texts become counts of the features, which are tokens; or, of sequences, how they become
+                   sequences of them
+    is_sequence    whether a row is a step of a sequence. An image is then the sequence of its rows of pixels
+    sequence, order   the columns of ids, and of what ascends, where the data have them
     types, widths  of each column, what it holds and how many features it makes, where that is not one number of type "real".
                    Not kept: the same rows have other types in files of another format
     """
@@ -63,13 +66,18 @@ class Schema(BaseModel):
     categories: dict[str, tuple[str, ...]] = {}
     is_sparse: bool = False
     text: TextConfig | None = None
+    is_sequence: bool = False
+    sequence: str | None = None
+    order: str | None = None
     types: dict[str, Literal["real", "integer", "boolean", "category"]] = Field(default={}, exclude=True)
     widths: dict[str, int] = Field(default={}, exclude=True)
 
     @model_validator(mode="after")
     def _image_has_the_features(self) -> Self:
-        if self.image_shape is not None and prod(self.image_shape) != self.num_features:
-            raise ValueError(f"an image of shape {self.image_shape} does not have {self.num_features} pixels")
+        if self.image_shape is not None:
+            pixels = self.image_shape[1:] if self.is_sequence else self.image_shape
+            if prod(pixels) != self.num_features:
+                raise ValueError(f"an image of shape {self.image_shape} does not have {self.num_features} pixels")
         if not set(self.categories) <= set(self.columns):
             raise ValueError(f"categories of {', '.join(self.categories)}, columns {', '.join(self.columns)}")
         return self
@@ -117,18 +125,20 @@ class Schema(BaseModel):
         """
         if source.num_rows == 0:
             raise UserError(f"{source.name}: the data set is empty")
-        for what, given in (("columns", source.schema.names), ("data.columns", list(config.columns or ()))):
-            twice = [name for name, count in Counter(given).items() if count > 1]
-            if twice:
-                raise UserError(f"{source.name}: {what} with the same name: {_listing(twice)}; each may stand there once")
-        for name in (*config.label_columns, config.weight, *(config.columns or ())):
-            if name is not None:
-                _require_column(source, name)
+        check_columns(source, config)
         if known is not None:
             takes = Takes(categories=bool(known.categories), sparse=known.is_sparse)
-        text = _text_of(source, config, known)
+        is_sequence = isinstance(source, SequenceSource)
+        if is_sequence:
+            text = None  # its tokens are steps, which the source has made of it
+        else:
+            text = _text_of(source, config, known)
         columns = config.columns or ((text.column,) if text else _default_columns(source, config, takes))
-        if text or (known and known.is_sparse) or any(is_sparse(source.schema.field(name).type) for name in columns):
+        sparse = [name for name in columns if is_sparse(source.schema.field(name).type)]
+        if sparse and is_sequence:
+            raise UserError(f"{source.name}: column '{sparse[0]}' holds sparse rows; the steps of sequences are dense: choose "
+                            "columns of numbers with data.columns")  # fmt: skip
+        if text or (known and known.is_sparse) or sparse:
             return cls._of_sparse_rows(source, config, takes, known, columns, text)
         categories = _renamed(known.categories, known.columns, columns) if known else {}
         for name in columns:
@@ -146,13 +156,13 @@ class Schema(BaseModel):
             names += [name] if shape == () else [f"{name}_{i}" for i in range(prod(shape))]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
-            raise UserError(f"{source.name}: two features would be called {_listing(twice)}; rename a column")
+            raise UserError(f"{source.name}: two features would be called {listing(twice)}; rename a column")
         if not names:
             raise UserError(f"{source.name}: column '{columns[0]}' holds empty lists; there is nothing to fit")
         image_shape = None
         if len(columns) == 1:
             image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
-            if image_shape is not None and prod(image_shape) != len(names):
+            if image_shape is not None and prod(image_shape[1:] if is_sequence else image_shape) != len(names):
                 image_shape = None
         types = {name: type_of_entries(source.schema.field(name).type) for name in columns}
         return cls(
@@ -160,6 +170,10 @@ class Schema(BaseModel):
             feature_names=tuple(names),
             image_shape=image_shape,
             categories=categories,
+            text=config.text if is_sequence else None,
+            is_sequence=is_sequence,
+            sequence=config.sequence,
+            order=config.order,
             types={name: type_ for name, type_ in types.items() if type_ != "real"},
             widths={name: prod(shape) for name, shape in zip(columns, shapes, strict=True) if shape != ()},
         )
@@ -181,7 +195,7 @@ class Schema(BaseModel):
         holds = "holds texts, whose counts are sparse" if text else "holds sparse rows"
         if len(columns) > 1:
             others = [other for other in columns if other != name]
-            raise UserError(f"{where} {holds}; such a column is fitted alone: leave out {_listing(others)} (data.columns)")
+            raise UserError(f"{where} {holds}; such a column is fitted alone: leave out {listing(others)} (data.columns)")
         if not takes.sparse:
             which = "this family takes dense rows alone" if known is None else "the model was fitted to dense ones"
             raise UserError(f"{where} {holds}, but {which}; choose columns of numbers with data.columns")
@@ -213,7 +227,7 @@ def _text_of(source: Source, config: DataConfig, known: Schema | None) -> TextCo
     if known is not None and known.text is not None:
         names = config.columns or ((text.column,) if text else source.schema.names)
         name = names[0] if len(names) == 1 else known.columns[0]
-        _require_column(source, name)
+        require_column(source, name)
         if is_sparse(source.schema.field(name).type):
             return None  # counts already, as a sample of the model has them
         as_known = known.text.model_copy(update={"column": name})
@@ -222,9 +236,9 @@ def _text_of(source: Source, config: DataConfig, known: Schema | None) -> TextCo
         text = as_known
     if text is None:
         return None
-    _require_column(source, text.column)
+    require_column(source, text.column)
     if config.columns not in (None, (text.column,)):
-        raise UserError(f"data.columns: {_listing(config.columns)}; with data.text its column '{text.column}' is fitted alone")
+        raise UserError(f"data.columns: {listing(config.columns)}; with data.text its column '{text.column}' is fitted alone")
     type_ = source.schema.field(text.column).type
     if not holds_tokens(type_):
         raise UserError(
@@ -243,13 +257,6 @@ def _renamed(
     """By the names that the columns have here, where there are as many of them."""
     names = dict(zip(columns, here, strict=True)) if len(columns) == len(here) else {}
     return {names[name]: values for name, values in categories.items() if name in names}
-
-
-def _require_column(source: Source, name: str) -> None:
-    if name not in source.schema.names:
-        near = get_close_matches(name, source.schema.names, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"there are {_listing(source.schema.names)}"
-        raise UserError(f"{source.name}: no column '{name}'; {hint}")
 
 
 def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:
@@ -274,8 +281,3 @@ def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:
     numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
     hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
     return f"{source.name}: column '{name}' is not numeric ({source.schema.field(name).type}); choose columns that are, {hint}"
-
-
-def _listing(names: Sequence[str], most: int = 12) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Protocol, Self
 
 import fsspec
@@ -57,6 +59,9 @@ class DataConfig(BaseModel):
                          of columns with the probabilities of the classes, which are called as they are
     labels               the classes that there are, in order; those that are found where left out
     text                 a column of texts, or of lists of tokens, whose tokens are counted: see `gendist.data.tokens`
+    sequence             of families of sequences: a column of ids, where a row is a step in time. The rows of a sequence stand
+                         together. Where left out, see `gendist.data.sequences`
+    order                a column that ascends within each sequence: that the rows are in order is then checked
     weight               a column of weights; weight 2 counts a row twice
     transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
     validation_fraction  the share of rows held out, chosen by row number
@@ -75,6 +80,8 @@ class DataConfig(BaseModel):
     label: Annotated[str | tuple[str, ...] | None, BeforeValidator(_name_or_names)] = None
     labels: Annotated[tuple[int | str, ...] | None, BeforeValidator(_distinct_labels)] = None
     text: TextConfig | None = None
+    sequence: str | None = None
+    order: str | None = None
     weight: str | None = None
     transforms: Steps = ()
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
@@ -93,6 +100,12 @@ class DataConfig(BaseModel):
                 "labels: of one column of labels, which data.label names"
                 + ("; of columns of probabilities they are the columns' names" if self.label else "")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _order_is_within_sequences(self) -> Self:
+        if self.order is not None and self.sequence is None:
+            raise ValueError(f"order: '{self.order}' is checked within sequences, whose column of ids data.sequence names")
         return self
 
 
@@ -134,6 +147,29 @@ def open_source(config: DataConfig) -> Source:
             raise UserError(f"data.path: {len(config.path)} paths; of source huggingface it is one name or folder")
         return open_huggingface(config.path, config.split, config.subset, config.streaming)
     return open_files([config.path] if isinstance(config.path, str) else config.path, config.source)
+
+
+def check_columns(source: Source, config: DataConfig) -> None:
+    """UserError where a column that the `data:` block names is not there, or two are called alike."""
+    for what, given in (("columns", source.schema.names), ("data.columns", list(config.columns or ()))):
+        twice = [name for name, count in Counter(given).items() if count > 1]
+        if twice:
+            raise UserError(f"{source.name}: {what} with the same name: {listing(twice)}; each may stand there once")
+    for name in (*config.label_columns, config.weight, *(config.columns or ())):
+        if name is not None:
+            require_column(source, name)
+
+
+def require_column(source: Source, name: str) -> None:
+    if name not in source.schema.names:
+        near = get_close_matches(name, source.schema.names, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {listing(source.schema.names)}"
+        raise UserError(f"{source.name}: no column '{name}'; {hint}")
+
+
+def listing(names: Sequence[str], most: int = 12) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def identity(source: Source, config: DataConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ class Summary:
     num_missing     (D,)
     fingerprint     SHA-256 of the content of the leaves, combined as the tree of the reduction combines them
     features        what the columns are, where it is known
+    num_sequences   that begin in these rows; 0 where the rows are independent
     """
 
     num_rows: int
@@ -37,6 +38,7 @@ class Summary:
     all_integers: Tensor
     fingerprint: bytes
     features: tuple[Feature, ...] = ()
+    num_sequences: int = 0
 
     @property
     def variance(self) -> Tensor:
@@ -60,6 +62,7 @@ class Summary:
             maximum=torch.maximum(self.maximum, other.maximum),
             all_integers=self.all_integers & other.all_integers,
             fingerprint=hashlib.sha256(self.fingerprint + other.fingerprint).digest(),
+            num_sequences=self.num_sequences + other.num_sequences,
         )
 
 
@@ -100,6 +103,7 @@ def summarize(_: None, block: Block) -> Summary:
         maximum=maximum,
         all_integers=is_whole_ND.all(0),
         fingerprint=_fingerprint(block, block.x, block.missing),
+        num_sequences=0 if block.sequence_bounds is None else len(block.sequence_bounds) - 1 - block.open_ends[0],
     )
 
 
@@ -143,4 +147,7 @@ def _fingerprint(block: Block, *of_x: Tensor | None) -> bytes:
     digest = hashlib.sha256(repr(tuple(block.x.shape)).encode())
     for values in (of_x[0], block.weights, block.evidence, *of_x[1:]):
         digest.update(b"-" if values is None else values.numpy().data)
+    if block.sequence_bounds is not None:
+        digest.update(repr(block.open_ends).encode())
+        digest.update(block.sequence_bounds.numpy().data)
     return digest.digest()

@@ -1,4 +1,4 @@
-"""Text as sparse counts of its tokens: data.text."""
+"""The tokens of texts, and texts as sparse counts of them: data.text."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from gendist.data.column_types import entry_type, is_list, is_text
 from gendist.data.sparse import csr_rows
 from gendist.protocols import UserError
 
-TOKEN = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's: two and more letters, digits or underlines
+TOKEN = r"(?u)\b\w\w+\b"  # scikit-learn's: two and more letters, digits or underlines
 
 
 class TextConfig(BaseModel):
-    """The `data.text:` block: a column whose tokens are counted, one feature a token.
+    """The `data.text:` block: a column whose tokens are counted, one feature a token; of a family of sequences, a column of
+    which each text is the sequence of its tokens.
 
     column          of texts, or of lists of tokens, which are taken as they are
     max_vocabulary  the most frequent tokens that are kept; of equally frequent ones the first in the alphabet
@@ -29,6 +30,8 @@ class TextConfig(BaseModel):
     hash_buckets    0, or as many features, which tokens are dealt to by a hash: without a vocabulary, of which a pass over
                     all rows would have to hold every token, and without names that say which token was counted
     lowercase       whether texts are written small
+    pattern         a regular expression: its matches in a text are the tokens. Where left out, two and more letters, digits or
+                    underlines are one
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +41,18 @@ class TextConfig(BaseModel):
     min_count: int = Field(default=1, ge=1)
     hash_buckets: int = Field(default=0, ge=0, le=2**24)
     lowercase: bool = True
+    pattern: str = TOKEN
+
+    @field_validator("pattern")
+    @classmethod
+    def _matches_something(cls, pattern: str) -> str:
+        try:
+            expression = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression ({error})") from error
+        if expression.search("") is not None:
+            raise ValueError(f"{pattern!r} matches where there is nothing; a token has one letter at least")
+        return pattern
 
 
 def holds_tokens(type_: pa.DataType) -> bool:
@@ -51,8 +66,15 @@ def tokens_of(column: Any, config: TextConfig) -> Iterator[list[str]]:
         for tokens in column.to_pylist():
             yield [token for token in tokens or () if token is not None]
         return
+    expression = re.compile(config.pattern)
     for text in column.to_pylist():
-        yield TOKEN.findall(text.lower() if config.lowercase else text) if text is not None else []
+        # Not by findall, which of an expression with groups returns these.
+        tokens = [match[0] for match in expression.finditer(text.lower() if config.lowercase else text)] if text else []
+        if "" in tokens:
+            raise UserError(
+                f"data.text.pattern: {config.pattern!r} matches no letter in {text[:40]!r}; a token has one letter at least"
+            )
+        yield tokens
 
 
 def count_tokens(column: Any, config: TextConfig) -> Counter[str]:
@@ -71,7 +93,7 @@ def vocabulary(counts: Mapping[str, int], config: TextConfig, where: str) -> tup
             + (
                 f" (of {len(counts):,}); lower data.text.min_count"
                 if counts
-                else "; a token of a text has two letters and more"
+                else f"; a token of a text is what data.text.pattern matches ({config.pattern})"
             )
         )
     return tuple(sorted(sorted(frequent, key=lambda token: (-counts[token], token))[: config.max_vocabulary]))
