@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
 from gendist.data import DataConfig
 from gendist.data.embedded import EMBEDDED
@@ -195,7 +205,7 @@ def _is_known(config: type[BaseModel], override: str) -> bool:
     for parent in parents:
         if parent not in config.model_fields:
             return False
-        config = _block_of(config.model_fields[parent].annotation)
+        config = _block_of(config.model_fields[parent].annotation, ())
     return last in config.model_fields
 
 
@@ -273,14 +283,15 @@ def validated(config: type[C], content: Any, where: str) -> C:
 
 def _explain(problem: Any, config: type[BaseModel]) -> str:
     kind = problem["type"]
-    # Of a field that may be of several types, pydantic names the type as if it were a key.
-    location = [str(part) for part in problem["loc"] if part != "str" and "[" not in str(part)]
+    # Of a field that may be of several types, pydantic names the type as if it were a key; that of a block's is in brackets.
+    named = [str(part) for part in problem["loc"]]
+    location = [part for part in named if part != "str" and "[" not in part]
     key = ".".join(location)
     if kind == "extra_forbidden":
         *parents, unknown = location
         for part in parents:
             if not part.isdigit():  # a place in a list
-                config = _block_of(config.model_fields[part].annotation)
+                config = _block_of(config.model_fields[part].annotation, named)
         return nearest("unknown key", unknown, list(config.model_fields), ".".join(parents))
     if kind == "missing":
         return f"{key} is missing"
@@ -291,11 +302,13 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     return f"{key}: {message[:1].lower()}{message[1:]}{given}"
 
 
-def _block_of(annotation: Any) -> type[BaseModel]:
-    """The configuration class inside the type of a field, such as `Block | None`."""
+def _block_of(annotation: Any, named: Sequence[str]) -> type[BaseModel]:
+    """The configuration class inside the type of a field, such as `Block | None`; of several with tags that which is named."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next(_block_of(part) for part in get_args(annotation) if part is not type(None))
+    parts = [part for part in get_args(annotation) if part is not type(None)]
+    chosen = [part for part in parts if any(isinstance(each, Tag) and each.tag in named for each in get_args(part))]
+    return next(_block_of(part, named) for part in chosen or parts)
 
 
 def nearest(what: str, given: str, allowed: Sequence[str], block: str = "") -> str:

@@ -59,7 +59,7 @@ class HiddenMarkovModelConfig(BaseModel):
 
     num_states: int = Field(ge=1)
     emission: Annotated[
-        Annotated[GaussianEmissionConfig, Tag("gaussian")] | Annotated[ColumnsConfig, Tag("columns")],
+        Annotated[GaussianEmissionConfig, Tag("[gaussian]")] | Annotated[ColumnsConfig, Tag("[columns]")],
         Discriminator(lambda given: _kind_of(given)),
     ] = GaussianEmissionConfig()
     topology: Literal["free", "left_to_right", "banded"] | tuple[tuple[int, ...], ...] = "free"
@@ -89,7 +89,7 @@ class HiddenMarkovModelConfig(BaseModel):
 
 def _kind_of(given: Any) -> str:
     kind = given.get("kind", "gaussian") if isinstance(given, Mapping) else getattr(given, "kind", "gaussian")
-    return "gaussian" if kind == "gaussian" else "columns"
+    return "[gaussian]" if kind == "gaussian" else "[columns]"
 
 
 @dataclass(frozen=True, eq=False)
