@@ -1,6 +1,6 @@
 """A model behind the transforms that its rows went through: what a fit with `data.transforms` returns and an artifact loads.
 
-Legend: N rows, D original features, E features after the transforms.
+Legend: N rows, D original features, E features after the transforms, S sequences of T steps.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
+from gendist.protocols import as_tensor
 
 
 class _Offered:
@@ -39,6 +41,8 @@ class Transformed:
     log_prob, elbo and log_prob_bound are densities of x, by the change of variables log p(x) = log p(z) + log |det dz/dx|.
     Where a pca drops directions x has none, and they are the densities of the principal coordinates that it keeps (see
     `Transforms.log_abs_det`); a sample then is an x in the space that these directions span.
+
+    Of a model of sequences x is a list of arrays (T, D), or what else the model takes for it: the transforms are of each step.
     """
 
     model: Any
@@ -95,9 +99,10 @@ class Transformed:
         fitted = Transforms.from_tensors(transforms.source_names, transforms.declared, parts["transforms"])
         return Transformed(model, fitted)
 
-    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Any:
-        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them."""
-        return self.transforms.inverse(self.model.sample(num_samples, seed=seed, offset=offset, given=given))
+    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, **options: Any) -> Any:
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them; of
+        sequences (num_samples, T, D)."""
+        return self._inverse(self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options))
 
     @_Offered
     def log_prob(self, x_ND: Any) -> Tensor:
@@ -117,7 +122,7 @@ class Transformed:
     @_Offered
     def encode(self, x_ND: Any) -> Tensor:
         """The model's representation of the transformed rows."""
-        return self.model.encode(self.transforms.forward(x_ND))
+        return self.model.encode(self._forward(x_ND))
 
     @_Offered
     def decode(self, latents: Any) -> Tensor:
@@ -127,21 +132,51 @@ class Transformed:
     @_Offered
     def classify(self, x_ND: Any) -> Tensor:
         """(N, C) log p(label | x), which no change of variables changes."""
-        return self.model.classify(self.transforms.forward(x_ND))
+        return self.model.classify(self._forward(x_ND))
 
     @_Offered
     def impute(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
-        return self.transforms.inverse(self.model.impute(self.transforms.forward(x_ND), **options))
+        return self._inverse(self.model.impute(self._forward(x_ND), **options))
 
     @_Offered
     def reconstruct(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
-        return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
+        return self._inverse(self.model.reconstruct(self._forward(x_ND), **options))
 
     def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
+        if self.takes_sequences:
+            mapped = [self.transforms.map(x_TD) for x_TD in self._sequences(x_ND)]
+            log_abs_det_S = torch.stack([log_abs_det_T.sum() for _, log_abs_det_T in mapped])
+            return of_z([z_TE for z_TE, _ in mapped], **options) + log_abs_det_S
         z_NE, log_abs_det_N = self.transforms.map(x_ND)
         return of_z(z_NE, **options) + log_abs_det_N
+
+    @property
+    def takes_sequences(self) -> bool:
+        return getattr(type(self.model), "takes_sequences", False)
+
+    def _sequences(self, given: Any) -> list[Tensor]:
+        """Each sequence (T, D), of a list of them, of one array (T, D) or of (S, T, D)."""
+        if not isinstance(given, list | tuple):
+            array = as_tensor(given)
+            given = [array] if array.ndim == 2 else list(array)
+        tensors = [as_tensor(each) for each in given]
+        return [each.reshape(-1, self.num_features) if each.ndim == 1 else each for each in tensors]
+
+    def _forward(self, x: Any) -> Any:
+        return (
+            [self.transforms.forward(x_TD) for x_TD in self._sequences(x)]
+            if self.takes_sequences
+            else self.transforms.forward(x)
+        )
+
+    def _inverse(self, z: Any) -> Any:
+        if isinstance(z, list):
+            return [self.transforms.inverse(z_TE) for z_TE in z]
+        if z.ndim == 3:
+            return self.transforms.inverse(z.flatten(0, 1)).unflatten(0, tuple(z.shape[:2]))
+        return self.transforms.inverse(z)
 
 
 def transformed(model: Any, transforms: Transforms | None) -> Any:

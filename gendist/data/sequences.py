@@ -137,6 +137,27 @@ def as_sequences(source: Source, config: DataConfig) -> SequenceSource:
     return sequences
 
 
+def as_fitted(
+    config: DataConfig, source: Source, sequence: str | None, order: str | None, text: TextConfig | None
+) -> DataConfig:
+    """The `data:` block with what the model says that is to read the source: the columns of ids and order, where they are
+    there, and how texts become tokens. UserError where the block says otherwise."""
+    names = source.schema.names
+    if config.sequence is None and sequence in names:
+        config = config.model_copy(update={"sequence": sequence, "order": order if order in names else None})
+    if text is None:
+        if config.text is not None:
+            raise UserError("data.text: the model was not fitted to tokens of texts; leave it out")
+        return config
+    if config.sequence is not None:
+        return config  # tokens already, as a sample of the model has them
+    name = config.text.column if config.text else names[0] if len(names) == 1 else text.column
+    as_known = text.model_copy(update={"column": name})
+    if config.text not in (None, as_known):
+        raise UserError(f"data.text: the model has taken texts apart otherwise ({as_known}); leave it out")
+    return config.model_copy(update={"text": as_known, "columns": None})
+
+
 def as_rows(source: Source, config: DataConfig) -> Source:
     """The source as it is, for a family whose rows are independent; UserError where what is given are sequences."""
     for field in ("sequence", "order"):
