@@ -50,6 +50,7 @@ class ClassConditional:
     labels: tuple[Any, ...] = ()
 
     family: ClassVar[type[Any]]
+    takes_sequences: ClassVar[bool]
     Config: ClassVar[type[BaseModel]]
     not_offered: ClassVar[Mapping[str, str]]
 
@@ -107,19 +108,18 @@ class ClassConditional:
         """(N, C) p(class | x)."""
         return self.joint_log_prob(x_ND).softmax(1)
 
-    def impute(self, x_ND: Any, *, seed: int | None = None, offset: int = 0) -> Tensor:
+    def impute(self, x_ND: Any, *, seed: int | None = None, offset: int = 0) -> Any:
         """(N, D) x with its missing entries (NaN) filled in: with their mean given the others, or, where a seed is given, with
-        a draw from what they may be."""
-        filled = torch.stack([model.impute(x_ND, seed=seed, offset=offset) for model in self.models])
+        a draw from what they may be. Of sequences a list of (T, D)."""
+        imputed = [model.impute(x_ND, seed=seed, offset=offset) for model in self.models]
         posterior_NC = self.encode(x_ND)
-        if seed is None:
-            x_ND = filled[0].clone()
-            mean_ND = (posterior_NC.T[:, :, None] * filled).sum(0)
-            same_ND = (filled == filled[0]).all(0)  # what was there
-            return torch.where(same_ND, x_ND, mean_ND)
-        u_N = Noise(seed, "impute.class").uniform(offset, len(posterior_NC))
-        class_N = (posterior_NC.cumsum(1)[:, :-1] <= u_N).sum(1)
-        return filled[class_N, torch.arange(len(class_N))]
+        if not isinstance(imputed[0], list):
+            return _mixed(torch.stack(imputed), posterior_NC, seed, offset)
+        of_sequences = []
+        for index, each in enumerate(zip(*imputed, strict=True)):
+            posterior_1C = posterior_NC[index : index + 1]
+            of_sequences.append(_mixed(torch.stack(each)[:, None], posterior_1C, seed, offset + index)[0])
+        return of_sequences
 
     def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:
         """What may be read off a fit's total log-likelihood: aic and bic."""
@@ -130,20 +130,37 @@ class ClassConditional:
 
     # Sampling
 
-    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
-        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed. given: one of `labels`."""
+    def sample(
+        self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, length: int | None = None
+    ) -> Tensor:
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed. given: one of `labels`. Of sequences,
+        (num_samples, length, D); `length` is that of the class with the longest where nobody says."""
+        return self._sampled("sample", num_samples, seed, offset, given, length)
+
+    def sample_states(
+        self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, length: int | None = None
+    ) -> Tensor:
+        """(num_samples, length) the hidden states of `sample`, each of its class's model."""
+        return self._sampled("sample_states", num_samples, seed, offset, given, length)
+
+    def _sampled(self, verb: str, num_samples: int, seed: int, offset: int, given: Any, length: int | None) -> Tensor:
+        options = {"length": length or max(model.length for model in self.models)} if self.takes_sequences else {}
         if given is not None:
-            c = latent_of(given, self.labels, len(self.models), "classes")
-            return self.models[c].sample(num_samples, seed=_seed_of_class(seed, c), offset=offset)
-        class_N = self.sample_classes(num_samples, seed=seed, offset=offset)
-        x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
-        for c, model in enumerate(self.models):
+            class_N = torch.full((num_samples,), latent_of(given, self.labels, len(self.models), "classes"))
+        else:
+            class_N = self.sample_classes(num_samples, seed=seed, offset=offset)
+        sampled: Tensor | None = None
+        for c in class_N.unique().tolist() or [0]:
             rows = torch.nonzero(class_N == c)[:, 0]
-            if len(rows):  # a model makes rows that follow one another
-                first, last = int(rows[0]), int(rows[-1])
-                own = model.sample(last - first + 1, seed=_seed_of_class(seed, c), offset=offset + first)
-                x_ND[rows] = own[rows - first]
-        return x_ND
+            # A model makes rows that follow one another.
+            first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+            draw = getattr(self.models[c], verb)
+            own = draw(last - first + 1, seed=_seed_of_class(seed, c), offset=offset + first, **options)
+            if sampled is None:
+                sampled = own.new_empty(num_samples, *own.shape[1:])
+            sampled[rows] = own[rows - first]
+        assert sampled is not None
+        return sampled
 
     def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
@@ -248,7 +265,9 @@ def class_conditional(family: Any) -> type[ClassConditional]:
     """The class of models that have one of this family for each class."""
     not_offered = {verb: reason for verb, reason in family.not_offered.items() if verb != "classify"}
     not_offered["decode"] = "a class has a model, not a mean; decode with `models[c]`"
-    members = {"family": family, "Config": family.Config, "not_offered": not_offered}
+    members: dict[str, Any] = {"takes_sequences": getattr(family, "takes_sequences", False), "cuts_sequences": False}
+    members |= {name: getattr(family, name, False) for name in ("takes_categories", "takes_sparse")}
+    members |= {"family": family, "Config": family.Config, "not_offered": not_offered}
     return type(f"ClassConditional{family.__name__}", (ClassConditional,), members)
 
 
@@ -269,6 +288,17 @@ def _rows_of(block: Block, rows: Tensor) -> Block:
     if bounds is not None:
         bounds = torch.cat([bounds[:1], torch.searchsorted(rows, bounds[1:])])
     return Block(block.x[rows], block.rows[rows], weights, evidence, missing, bounds)
+
+
+def _mixed(filled_CN: Tensor, posterior_NC: Tensor, seed: int | None, offset: int) -> Tensor:
+    """(N, ...) the mean of what each class fills in, or that of a class that is drawn."""
+    if seed is None:
+        share_CN = posterior_NC.T.reshape(*filled_CN.shape[:2], *[1] * (filled_CN.ndim - 2))
+        same_N = (filled_CN == filled_CN[0]).all(0)  # what was there
+        return torch.where(same_N, filled_CN[0], (share_CN * filled_CN).sum(0))
+    u_N1 = Noise(seed, "impute.class").uniform(offset, len(posterior_NC))
+    class_N = (posterior_NC.cumsum(1)[:, :-1] <= u_N1).sum(1)
+    return filled_CN[class_N, torch.arange(len(class_N))]
 
 
 def _of_whole(log_prob_N: Tensor, block: Block) -> Tensor:

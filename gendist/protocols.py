@@ -53,6 +53,14 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     return values.detach() if dtype is None else values.detach().to(dtype)
 
 
+def sequences_of(values: Any) -> Sequence[Any]:
+    """The sequences that a caller handed over: a list of arrays (T, D), an array (S, T, D), or (T, D), which is one."""
+    if isinstance(values, list | tuple) and not (values and isinstance(values[0], int | float)):
+        return values
+    x = as_tensor(values)
+    return list(x) if x.ndim == 3 else [x]
+
+
 def as_matrix(values: Any) -> Tensor:
     """(N, D) float64 in torch's CSR layout of a sparse matrix, of SciPy or torch; of everything else what `as_tensor` makes
     of it."""

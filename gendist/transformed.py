@@ -1,6 +1,6 @@
 """A model behind the transforms that its rows went through: what a fit with `data.transforms` returns and an artifact loads.
 
-Legend: N rows, D original features, E features after the transforms, S sequences of T steps.
+Legend: N rows, D original features, E features after the transforms.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
-from gendist.protocols import as_tensor
+from gendist.protocols import sequences_of
 
 
 class _Offered:
@@ -41,8 +41,6 @@ class Transformed:
     log_prob, elbo and log_prob_bound are densities of x, by the change of variables log p(x) = log p(z) + log |det dz/dx|.
     Where a pca drops directions x has none, and they are the densities of the principal coordinates that it keeps (see
     `Transforms.log_abs_det`); a sample then is an x in the space that these directions span.
-
-    Of a model of sequences x is a list of arrays (T, D), or what else the model takes for it: the transforms are of each step.
     """
 
     model: Any
@@ -100,9 +98,9 @@ class Transformed:
         return Transformed(model, fitted)
 
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, **options: Any) -> Any:
-        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them; of
-        sequences (num_samples, T, D)."""
-        return self._inverse(self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options))
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them."""
+        z = self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options)
+        return self.transforms.inverse(z) if z.ndim == 2 else self.transforms.inverse(z.flatten(0, 1)).unflatten(0, z.shape[:2])
 
     @_Offered
     def log_prob(self, x_ND: Any) -> Tensor:
@@ -137,46 +135,27 @@ class Transformed:
     @_Offered
     def impute(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
-        return self._inverse(self.model.impute(self._forward(x_ND), **options))
+        filled = self.model.impute(self._forward(x_ND), **options)
+        return [self.transforms.inverse(z) for z in filled] if isinstance(filled, list) else self.transforms.inverse(filled)
 
     @_Offered
     def reconstruct(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
-        return self._inverse(self.model.reconstruct(self._forward(x_ND), **options))
+        return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
+
+    def _forward(self, x: Any) -> Any:
+        """The transformed rows; of a model of sequences the transformed sequences."""
+        if not getattr(self.model, "takes_sequences", False):
+            return self.transforms.forward(x)
+        return [self.transforms.forward(x_TD) for x_TD in sequences_of(x)]
 
     def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
-        if self.takes_sequences:
-            mapped = [self.transforms.map(x_TD) for x_TD in self._sequences(x_ND)]
+        if getattr(self.model, "takes_sequences", False):
+            mapped = [self.transforms.map(x_TD) for x_TD in sequences_of(x_ND)]
             log_abs_det_S = torch.stack([log_abs_det_T.sum() for _, log_abs_det_T in mapped])
             return of_z([z_TE for z_TE, _ in mapped], **options) + log_abs_det_S
         z_NE, log_abs_det_N = self.transforms.map(x_ND)
         return of_z(z_NE, **options) + log_abs_det_N
-
-    @property
-    def takes_sequences(self) -> bool:
-        return getattr(type(self.model), "takes_sequences", False)
-
-    def _sequences(self, given: Any) -> list[Tensor]:
-        """Each sequence (T, D), of a list of them, of one array (T, D) or of (S, T, D)."""
-        if not isinstance(given, list | tuple):
-            array = as_tensor(given)
-            given = [array] if array.ndim == 2 else list(array)
-        tensors = [as_tensor(each) for each in given]
-        return [each.reshape(-1, self.num_features) if each.ndim == 1 else each for each in tensors]
-
-    def _forward(self, x: Any) -> Any:
-        return (
-            [self.transforms.forward(x_TD) for x_TD in self._sequences(x)]
-            if self.takes_sequences
-            else self.transforms.forward(x)
-        )
-
-    def _inverse(self, z: Any) -> Any:
-        if isinstance(z, list):
-            return [self.transforms.inverse(z_TE) for z_TE in z]
-        if z.ndim == 3:
-            return self.transforms.inverse(z.flatten(0, 1)).unflatten(0, tuple(z.shape[:2]))
-        return self.transforms.inverse(z)
 
 
 def transformed(model: Any, transforms: Transforms | None) -> Any:

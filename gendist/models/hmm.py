@@ -8,7 +8,7 @@ Legend: N steps of all sequences, S sequences, T steps of one, D features, K sta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,12 +21,13 @@ from gendist.models.distributions.column_kinds import ColumnsConfig, blank_colum
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
 from gendist.models.ops import criteria, topology
-from gendist.models.ops.chain import Chain, ChainPass, ChainStatistics, Messages, sequence_weights
+from gendist.models.ops.chain import Chain, ChainPass, ChainStatistics, sequence_weights
+from gendist.models.ops.chain_statistics import HiddenMarkovStatistics, Piece, Relay
 from gendist.models.ops.forward_backward import drawn_states, log_forward, most_likely_states
 from gendist.models.ops.independent_latent import latent_of, loaded, log_prob_of_rows
 from gendist.models.ops.packing import Packing
 from gendist.noise import Noise
-from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor
+from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor, sequences_of
 
 ROWS_AT_ONCE = 131_072  # of sequences that are looked at together
 SEQUENCES_AT_ONCE = 8_192  # of a sample
@@ -87,88 +88,6 @@ class HiddenMarkovModelConfig(BaseModel):
 def _kind_of(given: Any) -> str:
     kind = given.get("kind", "gaussian") if isinstance(given, Mapping) else getattr(given, "kind", "gaussian")
     return "gaussian" if kind == "gaussian" else "columns"
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """A piece of a sequence that lies in several blocks.
-
-    first_row      the number of its first row
-    log_transfers  (segments, K, K) log p(x of a segment, its last state = j | the state before it = i)
-    begins         whether the sequence does so with it
-    """
-
-    first_row: int
-    log_transfers: Tensor
-    begins: bool
-    weight: float
-
-
-@dataclass(frozen=True, eq=False)
-class HiddenMarkovStatistics:
-    """What an E-step keeps.
-
-    log_likelihood_of_whole  of sequences that lie in one block, and of pieces that know of each other
-    pieces                   of the others, in order
-    num_sequences            that begin, of any weight
-    num_unknown              steps of positive weight whose state was guessed
-    """
-
-    log_likelihood_of_whole: float
-    chain: ChainStatistics
-    emission: Any
-    pieces: tuple[Piece, ...] = ()
-    num_sequences: int = 0
-    num_steps: int = 0
-    num_unknown: int = 0
-
-    @property
-    def initial(self) -> Tensor:
-        return self.chain.initial
-
-    @property
-    def transitions(self) -> Tensor:
-        return self.chain.transitions
-
-    @property
-    def log_likelihood(self) -> float:
-        total = self.log_likelihood_of_whole
-        for pieces in self.cut_sequences:
-            total += pieces[0].weight * Messages.between(torch.cat([piece.log_transfers for piece in pieces]))[1]
-        return total
-
-    @property
-    def cut_sequences(self) -> list[list[Piece]]:
-        """The pieces of each sequence."""
-        sequences: list[list[Piece]] = []
-        for piece in self.pieces:
-            if piece.begins or not sequences:
-                sequences.append([])
-            sequences[-1].append(piece)
-        return sequences
-
-    def merge(self, other: HiddenMarkovStatistics) -> HiddenMarkovStatistics:
-        return HiddenMarkovStatistics(
-            self.log_likelihood_of_whole + other.log_likelihood_of_whole,
-            self.chain.merge(other.chain),
-            self.emission.merge(other.emission),
-            self.pieces + other.pieces,
-            self.num_sequences + other.num_sequences,
-            self.num_steps + other.num_steps,
-            self.num_unknown + other.num_unknown,
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Relay:
-    """What a second pass over pieces of sequences knows of the first.
-
-    messages  of each piece, by its first row
-    found     the statistics of all other sequences, which are added where the first piece lies; None: find them again
-    """
-
-    messages: Mapping[int, Messages]
-    found: HiddenMarkovStatistics | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -404,7 +323,7 @@ class HiddenMarkovModel:
 
     def _blocks(self, sequences: Any) -> Iterator[Block]:
         """The sequences, some at a time; UserError where one cannot be of this model."""
-        arrays = [self._checked(x, index) for index, x in enumerate(_listed(sequences))]
+        arrays = [self._checked(x, index) for index, x in enumerate(sequences_of(sequences))]
         first, first_row = 0, 0
         while first < len(arrays):
             stop, num_rows = first + 1, len(arrays[first])
@@ -595,7 +514,7 @@ class HiddenMarkovModel:
     def m_step(self, statistics: HiddenMarkovStatistics) -> Update[HiddenMarkovModel]:
         """The mode of the posterior of all parameters (PRML 13.18, 13.19). A state that nothing led to keeps its parameters."""
         if statistics.pieces:
-            return Update(self, redo=replace(self, relay=self._relay(statistics)))
+            return Update(self, redo=replace(self, relay=Relay.of(statistics)))
         config, chain = self.config, statistics.chain
         step = self.emission.m_step(statistics.emission)
         emission = self.emission if "emission" in config.frozen else step.distribution
@@ -639,14 +558,22 @@ class HiddenMarkovModel:
             + float(torch.special.xlogy(self._transition_pseudocounts, self.transition_matrix).sum())
         )
 
-    def _relay(self, statistics: HiddenMarkovStatistics) -> Relay:
-        found: dict[int, Messages] = {}
-        for pieces in statistics.cut_sequences:
-            messages, _ = Messages.between(torch.cat([piece.log_transfers for piece in pieces]))
-            sizes = [len(piece.log_transfers) for piece in pieces]
-            parts = zip(pieces, messages.before.split(sizes), messages.after.split(sizes), strict=True)
-            found |= {piece.first_row: Messages(before_SK, after_SK) for piece, before_SK, after_SK in parts}
-        return Relay(found, replace(statistics, pieces=()))
+    # hmmlearn
+
+    @classmethod
+    def from_hmmlearn(cls, estimator: Any) -> HiddenMarkovModel:
+        """From an hmmlearn `GaussianHMM`, `GMMHMM`, `CategoricalHMM`, `MultinomialHMM` or `PoissonHMM` that has parameters; its
+        priors of initial and transition probabilities, where symmetric, become pseudocounts."""
+        from gendist.models.ops import hmmlearn_parameters
+
+        config, initial, transition, emission = hmmlearn_parameters.read(estimator)
+        return cls(HiddenMarkovModelConfig(**config), initial, transition, emission, length=100)
+
+    def to_hmmlearn(self) -> Any:
+        """An hmmlearn estimator with these parameters."""
+        from gendist.models.ops import hmmlearn_parameters
+
+        return hmmlearn_parameters.write(self.initial_probs, self.transition_matrix, self.emission)
 
 
 def _emission_class(config: HiddenMarkovModelConfig) -> type[GaussianEmission] | type[Columns]:
@@ -697,8 +624,9 @@ def _equal_parts(block: Block, num_states: int) -> Tensor:
 
 
 def _num_beginning(block: Block) -> int:
+    """How many sequences that have a step begin in the block."""
     assert block.sequence_bounds is not None
-    return len(block.sequence_bounds) - 1 - int(block.open_ends[0])
+    return int((block.sequence_bounds.diff() > 0).sum()) - int(block.open_ends[0])
 
 
 def _num_unknown(block: Block) -> int:
@@ -734,14 +662,6 @@ def _sums(values_N: Tensor, block: Block) -> Tensor:
 
 def _drawn(cumulative_NK: Tensor, u_N1: Tensor) -> Tensor:
     return (cumulative_NK[:, :-1] <= u_N1 * cumulative_NK[:, -1:]).sum(1)
-
-
-def _listed(sequences: Any) -> Sequence[Any]:
-    """The sequences, one by one."""
-    if isinstance(sequences, list | tuple) and not (sequences and isinstance(sequences[0], int | float)):
-        return sequences
-    x = as_tensor(sequences)
-    return list(x) if x.ndim == 3 else [x]
 
 
 Model = HiddenMarkovModel

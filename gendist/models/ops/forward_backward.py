@@ -101,8 +101,8 @@ def transfer(likelihood_NK: Tensor, packing: Packing, transition_KK: Tensor, fir
     to_next = transition_KK.T.contiguous()
     log_norm_KS = first_KKS.new_zeros(first_KKS.shape[1:], dtype=torch.float64)
     # Sequences are the last axis: products with a small matrix from the left are twice as fast as from the right.
-    at_end_KKS = torch.empty_like(first_KKS)
-    state_KKB, other_KKB = first_KKS.clone(), torch.empty_like(first_KKS)
+    state_KKB = first_KKS.clone(memory_format=torch.contiguous_format)
+    other_KKB, at_end_KKS = torch.empty_like(state_KKB), torch.empty_like(state_KKB)
     for t, likelihood_BK in enumerate(likelihood_NK.split(packing.sizes)):
         size = len(likelihood_BK)
         if size < state_KKB.shape[2]:
