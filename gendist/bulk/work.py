@@ -125,7 +125,8 @@ def sample(
         model=loaded.model,
         encode=encode,
     )
-    return work.write(Path(out), cluster, address, watch)
+    written = work.write(Path(out), cluster, address, watch)
+    return written if num_steps is None else replace(written, what="sequences")
 
 
 def score(
@@ -206,6 +207,8 @@ def sample_options(model: Any, length: int | None) -> dict[str, Any]:
         return {}
     if not _takes_sequences(model):
         raise UserError(f"length {length}: of models of sequences alone; leave it out")
+    if length < 1:
+        raise UserError(f"length {length}; ask for 1 step or more")
     return {"length": length}
 
 
