@@ -32,7 +32,7 @@ from gendist.data.sources import DataConfig, Source, check_columns, listing, req
 from gendist.data.tokens import TextConfig, holds_tokens, tokens_of
 from gendist.protocols import UserError
 
-STEPS_AT_ONCE = 1 << 21  # about as many are looked at in one go, to see how long the sequences are
+BYTES_AT_ONCE = 32 * 2**20  # about as many are looked at in one go, to see how long the sequences are
 FIRST_LOOK_ROWS = 256
 MIN_SIDE = 4  # of an array's rows and columns: what is narrower is no picture of anything
 
@@ -276,7 +276,8 @@ def _scanned(source: Source, columns: Sequence[str], lengths_of: Any) -> Bounds:
     start, rows = 0, FIRST_LOOK_ROWS
     while start < source.num_rows:
         stop = min(start + rows, source.num_rows)
-        each = lengths_of(source.read(start, stop, columns))
+        table = source.read(start, stop, columns)
+        each = lengths_of(table)
         for name, other in zip(columns[1:], each[1:], strict=True):
             different = np.flatnonzero(other != each[0])
             if len(different):
@@ -286,7 +287,7 @@ def _scanned(source: Source, columns: Sequence[str], lengths_of: Any) -> Bounds:
                     f"{other[row]}; each needs one entry a step"
                 )
         lengths.append(each[0])
-        rows = max(1, min(2 * rows, STEPS_AT_ONCE * (stop - start) // max(int(each[0].sum()), 1), STEPS_AT_ONCE))
+        rows = max(1, min(8 * rows, BYTES_AT_ONCE * (stop - start) // max(table.nbytes, 1)))
         start = stop
     return np.cumsum(np.concatenate(lengths))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from gendist.blocks import leaves
 from gendist.bulk import parts
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig
+from gendist.launch.cli import main
 from gendist.pictures import save_picture
 from gendist.protocols import UserError
 
@@ -207,6 +209,35 @@ def test_a_length_is_of_sequences_alone(folder, chains, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_command_line_speaks_of_sequences(chains, tmp_path, monkeypatch, capsys):
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["gendist", *map(str, arguments)])
+        main()
+        return capsys.readouterr().out
+
+    said = call("score", chains / "run", chains / "long.parquet", "--out", tmp_path / "scores.csv")
+    assert said.startswith("84 sequences scored, mean log density -")
+    call("sample", chains / "run", "-n", 3, "--length", 4, "--out", tmp_path / "all.npy")
+    assert np.load(tmp_path / "all.npy").shape == (3, 4, 2)
+    call("sample", chains / "run", "-n", 3, "--length", 4, "--out", tmp_path / "all.png")
+    with Image.open(tmp_path / "all.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_samples_of_a_model_for_each_class_say_which(tmp_path):
+    y = ["even" if i % 2 else "odd" for i in range(len(SEQUENCES))]
+    model = {"num_states": 2, "labels": "classes"}
+    spec = {"name": "classes", "family": "hmm", "model": model, "fit": {"max_iterations": 1}, "data": {"label": "y"}}
+    gendist.fit(spec, data={"x": SEQUENCES, "y": y}, run_dir=tmp_path / "run")
+    bulk.sample(tmp_path / "run", 10, tmp_path / "all.parquet", length=3)
+    table = pd.read_parquet(tmp_path / "all.parquet")
+    assert list(table) == ["sequence", "step", "x_0", "x_1", "state", "label"]
+    loaded = gendist.load(tmp_path / "run")
+    np.testing.assert_array_equal(table[["x_0", "x_1"]], loaded.sample(10, length=3).flatten(0, 1))
+    names = np.array(loaded.labels)[loaded.sample_classes(10).numpy()]
+    assert table["label"].tolist() == np.repeat(names, 3).tolist()
+
+
 def test_pictures(chains, tmp_path):
     """Lines over time; of images, images, unless another length makes none of them."""
     artifact = load_artifact(chains / "run")
@@ -214,6 +245,9 @@ def test_pictures(chains, tmp_path):
     images = artifact.schema.model_copy(update={"image_shape": (6, 2)})
     save_picture(artifact.model.sample(4, length=6), images, tmp_path / "images.png")
     save_picture(artifact.model.sample(4, length=7), images, tmp_path / "seven.png")
-    shapes = {name: np.asarray(Image.open(tmp_path / f"{name}.png")).shape for name in ("lines", "images", "seven")}
+    shapes = {}
+    for name in ("lines", "images", "seven"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            shapes[name] = picture.size
     assert shapes["lines"] == shapes["seven"] != shapes["images"]
     assert (chains / "run" / "samples.png").exists()

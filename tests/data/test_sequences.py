@@ -153,6 +153,7 @@ def test_what_python_hands_over():
     check(dataset_of({"x": RAGGED, "y": list("aabba")}, label="y"), RAGGED)
     assert dataset_of({"x": np.zeros((2, 3, 1)), "y": [0, 1]}, label="y").source.bounds.tolist() == [0, 3, 6]
     check(dataset_of({"x": [[1, 2], [3, 4]]}), [[1, 2], [3, 4]])
+    check(dataset_of({"x": [[1, 2], None]}), [[1, 2], []])
     check(dataset_of({"x": np.array([[1, 2], [3, 4]])}), [[[1, 2], [3, 4]]])
 
 
@@ -214,7 +215,7 @@ def test_what_stands_beside_lists_holds_for_all_steps():
 def small_leaves(monkeypatch):
     monkeypatch.setattr(leaves_module, "MIN_SEQUENCE_LEAF_ROWS", 4)
     monkeypatch.setattr(sequences, "FIRST_LOOK_ROWS", 1)
-    monkeypatch.setattr(sequences, "STEPS_AT_ONCE", 8)
+    monkeypatch.setattr(sequences, "BYTES_AT_ONCE", 100)
 
 
 MANY = [RNG.normal(size=(length, 2)) for length in (0, 30, 0, 0, 2, 3, 0, 1, 50, 0, 1, 1, 1, 7, 0, 0)]
