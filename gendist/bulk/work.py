@@ -22,7 +22,8 @@ from gendist.bulk.single_file import write_file
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, as_rows, as_sequences, identity, open_source
 from gendist.data.domains import MakeBlocks
-from gendist.data.sequences import SequenceSource, as_fitted
+from gendist.data.sequence_source import SequenceSource
+from gendist.data.sequences import as_fitted
 from gendist.data.sources import Source
 from gendist.evaluate.score import density_of, scores_of_rows, scores_of_sequences
 from gendist.execution import execution

@@ -21,7 +21,7 @@ from gendist.data.evidence import known_evidence, soft_evidence
 from gendist.data.leaf_sequences import LeafSequences
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
-from gendist.data.sequences import SequenceSource
+from gendist.data.sequence_source import SequenceSource
 from gendist.data.sources import DataConfig, Source
 from gendist.data.sparse import to_csr
 from gendist.data.tokens import to_counts
