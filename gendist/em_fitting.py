@@ -59,6 +59,12 @@ def estimate(
                 f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but no row has a label; name their column with "
                 "data.label, or leave it out"
             )
+        if spec.fit.unlabelled_weight != 1.0 and getattr(family, "takes_sequences", False):
+            if not issubclass(family, ClassConditional):
+                raise UserError(
+                    f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but all steps of a sequence weigh the same; leave "
+                    "it out, or let labels be those of whole sequences (model.labels: classes)"
+                )
         start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
         opened = source_of(data) if data is not None else open_source(spec.data)
         source = (as_sequences if getattr(family, "takes_sequences", False) else as_rows)(opened, spec.data)
@@ -303,12 +309,12 @@ def _model_to_start_from(
         artifact = load_artifact(config.init)
         init, schema = artifact.model, artifact.schema
     model, transforms = taken_apart(init)
-    if schema is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
+    if schema is None and not isinstance(model, family) and hasattr(family, "from_estimator"):
         if not hasattr(model, "get_params"):
-            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
+            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or an estimator of scikit-learn's kind")
         try:
             with one_thread():
-                init = model = family.from_sklearn(model)
+                init = model = family.from_estimator(model)
         except ValueError as error:
             raise UserError(f"init: {error}") from error
     if not isinstance(model, family):
