@@ -26,8 +26,9 @@ from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.transformed import taken_apart, transformed
 
-# 2 has transforms, 3 a schema of texts or sparse rows. What has neither is written as 1, which any gendist reads.
-FORMAT_VERSION = 3
+# 2 has transforms, 3 a schema of texts or sparse rows, 4 one of sequences or of tokens by a pattern. What has none of these is
+# written as 1, which any gendist reads.
+FORMAT_VERSION = 4
 
 
 class _NotThisGendist(UserError):
@@ -48,7 +49,7 @@ def save(artifact: Artifact, folder: Path) -> None:
     model, transforms = taken_apart(artifact.model)
     schema = artifact.schema.model_dump(mode="json", exclude_defaults=True)
     description = {
-        "format_version": 3 if schema.keys() & {"categories", "is_sparse"} else 1 if transforms is None else 2,
+        "format_version": _format_version(schema, transforms is not None),
         "gendist_version": gendist.__version__,
         "noise_version": noise.VERSION,
         "family": artifact.family,
@@ -62,6 +63,15 @@ def save(artifact: Artifact, folder: Path) -> None:
         description["transforms"] = [step.model_dump(mode="json") for step in transforms.declared]
         write(folder / "transforms.safetensors", _in_bytes(transforms.tensors()))
     write(folder / "model.json", (json.dumps(description, indent=2) + "\n").encode())
+
+
+def _format_version(schema: Mapping[str, Any], has_transforms: bool) -> int:
+    """The lowest that can say all this."""
+    if "is_sequence" in schema or "pattern" in (schema.get("text") or {}):
+        return 4
+    if schema.keys() & {"categories", "is_sparse"}:
+        return 3
+    return 2 if has_transforms else 1
 
 
 def _in_bytes(tensors: Mapping[str, Tensor]) -> bytes:

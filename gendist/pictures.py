@@ -1,8 +1,10 @@
-"""Samples as a picture: a grid of images where the data are images, else points and histograms of the first features."""
+"""Samples as a picture: a grid of images where the data are images, else points and histograms of the first features; of
+sequences the first features over time."""
 
 from __future__ import annotations
 
 import logging
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ NUM_PICTURED = 100
 MAX_SHOWN = 5_000  # samples, as points
 MAX_IMAGES = 400
 MAX_PANELS = 4
+MAX_LINES = 5  # sequences, over time
+MAX_TICKS = 12  # texts at an axis
 TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
 
 logger = logging.getLogger("gendist")
@@ -31,13 +35,20 @@ def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
         logger.warning("%s could not be drawn (%s)", path.name, error)
 
 
-def save_picture(x_ND: Any, schema: Schema, path: Path) -> None:
-    """Write samples (N, D) as a PNG file."""
-    x_ND = np.asarray(x_ND)
-    if schema.image_shape is not None:
-        _save_grid(x_ND[:MAX_IMAGES].reshape(-1, *schema.image_shape), path)
+def most_shown(schema: Schema) -> int:
+    """As many samples can a picture show."""
+    return MAX_IMAGES if schema.image_shape is not None or schema.is_sequence else MAX_SHOWN
+
+
+def save_picture(x: Any, schema: Schema, path: Path) -> None:
+    """Write samples (N, D), or sequences (N, T, D), as a PNG file."""
+    x = np.asarray(x)
+    if schema.image_shape is not None and prod(x.shape[1:]) == prod(schema.image_shape):
+        _save_grid(x[:MAX_IMAGES].reshape(-1, *schema.image_shape), path)
+    elif x.ndim == 3:
+        _save_lines(x[:MAX_LINES], schema, path)
     else:
-        _save_panels(x_ND[:MAX_SHOWN], schema.feature_names, path)
+        _save_panels(x[:MAX_SHOWN], schema.feature_names, path)
 
 
 def _save_grid(images: np.ndarray[Any, Any], path: Path) -> None:
@@ -75,4 +86,21 @@ def _save_panels(x_ND: np.ndarray[Any, Any], names: tuple[str, ...], path: Path)
                 panels[i, j].set_xlabel(names[j])
             if j == 0:
                 panels[i, j].set_ylabel(names[i])
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _save_lines(x_NTD: np.ndarray[Any, Any], schema: Schema, path: Path) -> None:
+    """Each of the first features over time, a line a sequence; the texts that a feature is an index of stand at its axis."""
+    from matplotlib.figure import Figure
+
+    names = schema.feature_names[:MAX_PANELS]
+    figure = Figure(figsize=(9.0, 1.8 * len(names) + 0.6), layout="constrained")
+    panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
+    for d, (panel, name) in enumerate(zip(panels, names, strict=True)):
+        texts = schema.categories.get(name, ())
+        panel.plot(x_NTD[:, :, d].T, linewidth=1.0, alpha=0.8, drawstyle="steps-mid" if texts else "default")
+        panel.set_ylabel(name)
+        if 0 < len(texts) <= MAX_TICKS:
+            panel.set_yticks(range(len(texts)), [repr(text)[1:-1] for text in texts])
+    panels[-1].set_xlabel("step")
     figure.savefig(path, dpi=110, format="png")

@@ -17,18 +17,22 @@ from gendist import noise
 from gendist.artifact import digest, load_artifact
 from gendist.blocks import Blocks, Leaves
 from gendist.bulk.part_folder import PartFolder
-from gendist.bulk.parts import Encode, Layout, Part, Values, cut_into_parts, encoder_of
+from gendist.bulk.parts import Encode, Layout, Part, Values, cut_between_sequences, cut_into_parts, encoder_of
 from gendist.bulk.single_file import write_file
 from gendist.config import ClusterConfig
-from gendist.data import DataConfig, Dataset, Schema, identity, open_source
+from gendist.data import DataConfig, Dataset, Schema, as_rows, as_sequences, identity, open_source
 from gendist.data.domains import MakeBlocks
-from gendist.evaluate.score import density_of, scores_of_rows
+from gendist.data.sequence_source import SequenceSource
+from gendist.data.sequences import as_fitted
+from gendist.data.sources import Source
+from gendist.evaluate.score import density_of, scores_of_rows, scores_of_sequences
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
 
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
-LABEL = "label"  # the column of a sample's class, beside its features
+# The columns of a sample beside its features: of its class, and of sequences of their states, and of what a row is.
+LABEL, STATE, SEQUENCE, STEP = "label", "state", "sequence", "step"
 
 HERE = ClusterConfig()  # in this process
 
@@ -39,12 +43,13 @@ Compute = Callable[[Any, Any], tuple[int, Values, Mapping[str, float]]]
 @dataclass(frozen=True)
 class Written:
     """num_rows: how many there are in `--out`. sums: what they add up to. was_finished: they stood there already. density: of
-    what the log densities are, where not of the rows themselves."""
+    what the log densities are, where not of the rows themselves. what: rows, or sequences."""
 
     num_rows: int
     sums: Mapping[str, float]
     was_finished: bool = False
     density: str = ""
+    what: str = "rows"
 
 
 def sample(
@@ -55,15 +60,20 @@ def sample(
     seed: int = 0,
     offset: int = 0,
     given: Any = None,
+    length: int | None = None,
     cluster: ClusterConfig = HERE,
     address: str | None = None,
     watch: Watch = lambda done, num_rows: None,
 ) -> Written:
-    """Write rows offset..offset + num_samples of the endless sample that belongs to the seed.
+    """Write rows, or sequences, offset..offset + num_samples of the endless sample that belongs to the seed.
+
+    A table of sequences has a row for each step, with the numbers of sequence and step, the hidden state and the features; an
+    array is (num_samples, length, D).
 
     out      a file (.npy .npz .parquet .csv), or a folder of Parquet files: what a process that was stopped has left
              unfinished there, the same call goes on with, and it ends in the same bytes
     given    a label or component to draw from alone
+    length   of each sequence, in steps; where left out, what the model says. Of models of sequences alone
     address  of a Ray cluster, for `cluster.num_workers` of 1 and more
     watch    called with the number of rows that are written, at first and each time there are more, and of all rows
 
@@ -73,12 +83,30 @@ def sample(
     if num_samples < 1:
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
-    loaded.model.sample(1, seed=seed, offset=offset, given=given)  # a mistake is told before anything is begun
+    model, options = _untransformed(loaded.model), sample_options(loaded.model, length)
+    # A mistake is told before anything is begun.
+    first = loaded.model.sample(1, seed=seed, offset=offset, given=given, **options)
+    num_steps = first.shape[1] if _takes_sequences(loaded.model) else None
+    if num_steps is not None:
+        options = {"length": num_steps}
     columns, names, categories = loaded.schema.columns, loaded.schema.feature_names, loaded.schema.categories
-    with_label = bool(loaded.model.labels) and hasattr(_untransformed(loaded.model), "sample_classes") and not _is_array(out)
-    if with_label:
-        label = LABEL if LABEL not in (*names, *columns) else f"{LABEL} of the class"
-        names, categories = (*names, label), {**categories, label: loaded.model.labels}
+    beside: dict[str, str] = {}  # the column that each verb fills
+    if not _is_array(out):
+        if num_steps is not None and hasattr(model, "sample_states"):
+            beside["sample_states"] = _not_among(STATE, "of the sequence", (*names, *columns))
+        if loaded.model.labels and hasattr(model, "sample_classes"):
+            label = beside["sample_classes"] = _not_among(LABEL, "of the class", (*names, *columns))
+            categories = {**categories, label: loaded.model.labels}
+        names = (*names, *beside.values())
+    layout = Layout(
+        names,
+        array="x",
+        categories=categories,
+        sparse=columns[0] if loaded.schema.is_sparse else None,
+        num_steps=num_steps,
+        step_names=(_not_among(SEQUENCE, "of the sample", names), _not_among(STEP, "of the sequence", names)),
+        integers=tuple(column for verb, column in beside.items() if verb == "sample_states"),
+    )
     work = _Work(
         request={
             "verb": "sample",
@@ -89,15 +117,17 @@ def sample(
             "given": None if given is None else str(given),
             "columns": list(names),
             "noise_version": noise.VERSION,
+            **options,
         },
-        layout=Layout(names, array="x", categories=categories, sparse=columns[0] if loaded.schema.is_sparse else None),
-        parts=cut_into_parts(num_samples, 8 * len(names), first_row=offset),
+        layout=layout,
+        parts=cut_into_parts(num_samples, 8 * len(names) * (num_steps or 1), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
-        compute=partial(_draw, seed, given, with_label),
+        compute=partial(_draw, seed, given, tuple(beside), options),
         model=loaded.model,
         encode=encode,
     )
-    return work.write(Path(out), cluster, address, watch)
+    written = work.write(Path(out), cluster, address, watch)
+    return written if num_steps is None else replace(written, what="sequences")
 
 
 def score(
@@ -109,7 +139,8 @@ def score(
     address: str | None = None,
     watch: Watch = lambda done, num_rows: None,
 ) -> Written:
-    """Write the log density of every row of the data, in nats, in the order of the rows; `sums` has the log-likelihood.
+    """Write the log density of every row of the data, or of every sequence, in nats, in their order; `sums` has the
+    log-likelihood.
 
     Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
     `sample`.
@@ -120,20 +151,35 @@ def score(
     transforms = taken_apart(loaded.model)[1]
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
-    source = open_source(data)
-    _check_beside_the_data(Path(out), data, source.paths)
+    opened = open_source(data)
+    _check_beside_the_data(Path(out), data, opened.paths)
     # The columns that were fitted; an array has no names and is taken by position.
-    columns = data.columns or (loaded.schema.columns if len(source.schema.names) > 1 else None)
+    columns = data.columns or (loaded.schema.columns if len(opened.schema.names) > 1 else None)
     ignored = {"label": None, "labels": None, "weight": None, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored})
+    source: Source = opened
+    if _takes_sequences(loaded.model):
+        config = as_fitted(config, opened, loaded.schema.sequence, loaded.schema.order, loaded.schema.text)
+        source = as_sequences(opened, config)
+    else:
+        as_rows(opened, config)
     schema = Schema.of(source, config, known=loaded.schema)
     if schema.num_features != loaded.model.num_features:
         raise UserError(
             f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
             f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
         )
-    leaves = schema.leaves(source.num_rows)
     row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * schema.num_features
+    is_sequence = isinstance(source, SequenceSource)
+    if isinstance(source, SequenceSource):
+        parts = cut_between_sequences(source.bounds, row_bytes)
+    else:
+        parts = cut_into_parts(source.num_rows, row_bytes, leaf_rows=schema.leaves(source.num_rows).bounds[1])
+
+    def blocks(make_blocks: MakeBlocks, some: Leaves) -> Blocks[Any]:
+        dataset = Dataset.open(source, config, schema, make_blocks)
+        return dataset.sequence_parts(some) if is_sequence else dataset.parts(some)
+
     work = _Work(
         request={
             "verb": "score",
@@ -141,10 +187,10 @@ def score(
             "columns": list(schema.columns),
             "data": identity(source, config),
         },
-        layout=Layout((verb,), array=verb, numbered=True),
-        parts=cut_into_parts(source.num_rows, row_bytes, leaf_rows=leaves.bounds[1]),
-        blocks=lambda make_blocks, parts: Dataset.open(source, config, schema, make_blocks).parts(parts),
-        compute=_score,
+        layout=Layout((verb,), array=verb, numbered=SEQUENCE if is_sequence else "row"),
+        parts=parts,
+        blocks=blocks,
+        compute=_score_sequences if is_sequence else _score,
         model=loaded.model,
         encode=encode,
     )
@@ -153,7 +199,18 @@ def score(
         getattr(loaded.model, "density", None),
         "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
     ]
-    return replace(written, density="; ".join(filter(None, described)))
+    return replace(written, density="; ".join(filter(None, described)), what="sequences" if is_sequence else "rows")
+
+
+def sample_options(model: Any, length: int | None) -> dict[str, Any]:
+    """What `model.sample` is to be told beside number, seed and label; UserError where it makes no sequences."""
+    if length is None:
+        return {}
+    if not _takes_sequences(model):
+        raise UserError(f"length {length}: of models of sequences alone; leave it out")
+    if length < 1:
+        raise UserError(f"length {length}; ask for 1 step or more")
+    return {"length": length}
 
 
 @dataclass(frozen=True)
@@ -219,16 +276,29 @@ def _row_ranges(bounds: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _draw(
-    seed: int, given: Any, with_label: bool, model: Any, rows: tuple[int, int]
+    seed: int, given: Any, beside: Sequence[str], options: Mapping[str, Any], model: Any, rows: tuple[int, int]
 ) -> tuple[int, Values, Mapping[str, float]]:
+    """beside: the verbs whose values stand beside x, one a row, or one a step or sequence."""
     start, stop = rows
-    x = model.sample(stop - start, seed=seed, offset=start, given=given)
+    which = {"seed": seed, "offset": start, "given": given}
+    x = model.sample(stop - start, **which, **options)
     # Files hold float64, in whatever precision a family computes.
-    x_ND = (x.to_dense() if x.is_sparse_csr else x).double().numpy()
-    if with_label:
-        class_N = _untransformed(model).sample_classes(stop - start, seed=seed, offset=start, given=given)
-        x_ND = np.concatenate([x_ND, class_N.double().numpy()[:, None]], axis=1)
-    return start, x_ND, {}
+    columns = [(x.to_dense() if x.is_sparse_csr else x).double().numpy()]
+    for verb in beside:
+        own_options = options if verb == "sample_states" else {}
+        values = getattr(_untransformed(model), verb)(stop - start, **which, **own_options).double().numpy()
+        each_step = values if values.ndim == columns[0].ndim - 1 else values[:, None]
+        columns.append(np.broadcast_to(each_step, columns[0].shape[:-1])[..., None])
+    return start, np.concatenate(columns, axis=-1), {}
+
+
+def _not_among(name: str, more: str, names: Sequence[str]) -> str:
+    """The name of a column, made longer where another is called so."""
+    return f"{name} {more}" if name in names else name
+
+
+def _takes_sequences(model: Any) -> bool:
+    return getattr(type(_untransformed(model)), "takes_sequences", False)
 
 
 def _untransformed(model: Any) -> Any:
@@ -242,6 +312,12 @@ def _is_array(out: str | Path) -> bool:
 def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
     scores_N = scores_of_rows(model, blocks).numpy()
     return int(blocks[0].rows[0]), scores_N, {"log_likelihood": float(scores_N.sum())}
+
+
+def _score_sequences(model: Any, part: tuple[int, Sequence[Block]]) -> tuple[int, Values, Mapping[str, float]]:
+    first, blocks = part
+    scores_S = scores_of_sequences(model, blocks, first).numpy()
+    return first, scores_S, {"log_likelihood": float(scores_S.sum())}
 
 
 def _total(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:

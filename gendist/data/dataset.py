@@ -21,7 +21,7 @@ from gendist.data.evidence import known_evidence, soft_evidence
 from gendist.data.leaf_sequences import LeafSequences
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
 from gendist.data.schema import Schema
-from gendist.data.sequences import SequenceSource
+from gendist.data.sequence_source import SequenceSource
 from gendist.data.sources import DataConfig, Source
 from gendist.data.sparse import to_csr
 from gendist.data.tokens import to_counts
@@ -111,15 +111,19 @@ class Dataset:
         return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
     def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
-        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf.
+        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
+        return self.make_blocks(_PartLoader(self._loader(0, "all", 0), self.leaves.max_leaf_rows), parts, 1, False)
 
-        parts  of sequences their numbers, instead of rows: a part is some whole ones
+    def sequence_parts(self, parts: Leaves) -> Blocks[tuple[int, Sequence[Block]]]:
+        """All sequences for one pass, in parts: each is the number of its first sequence, and the list of its blocks, of whole
+        sequences.
+
+        parts  in numbers of sequences, not of rows
         """
-        load = self._loader(0, "all", 0)
-        if isinstance(self.source, SequenceSource):
-            most = sequence_leaf_rows(self.source.num_rows, self.schema.num_features)
-            return self.make_blocks(_SequencePartLoader(load, self.source.bounds, most), parts, 1, False)
-        return self.make_blocks(_PartLoader(load, self.leaves.max_leaf_rows), parts, 1, False)
+        assert isinstance(self.source, SequenceSource)
+        most = sequence_leaf_rows(self.source.num_rows, self.schema.num_features)
+        loader = _SequencePartLoader(self._loader(0, "all", 0), self.source.bounds, most)
+        return self.make_blocks(loader, parts, 1, False)
 
     def _x_bytes(self, leaf_rows: int) -> int:
         """Of a leaf; where rows are sparse, as many entries as the first rows have."""
@@ -296,9 +300,9 @@ class _SequencePartLoader:
     bounds: Any
     leaf_rows: int
 
-    def __call__(self, parts: Sequence[int]) -> list[list[Block]]:
-        """One list of blocks a part, of the sequences parts[i] to parts[i + 1]."""
-        return [self._part(first, last) for first, last in pairwise(parts)]
+    def __call__(self, parts: Sequence[int]) -> list[tuple[int, list[Block]]]:
+        """Of each part, which is the sequences parts[i] to parts[i + 1], the first of them and its blocks."""
+        return [(first, self._part(first, last)) for first, last in pairwise(parts)]
 
     def _part(self, first: int, last: int) -> list[Block]:
         cuts = (first + pack(self.bounds[first : last + 1], self.leaf_rows)).tolist()

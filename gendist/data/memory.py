@@ -49,9 +49,9 @@ def array_shape_of(field: pa.Field) -> tuple[int, ...] | None:
 
 
 def _is_ragged(values: Sequence[Any]) -> bool:
-    """Whether these are sequences, some longer than others."""
+    """Whether these are sequences, some longer than others, or missing."""
     lengths = {len(each) for each in values if hasattr(each, "__len__") and not isinstance(each, str)}
-    return len(lengths) > 1
+    return len(lengths) > 1 or (bool(lengths) and any(each is None for each in values))
 
 
 def _ragged_column(values: Sequence[Any], name: str) -> pa.Array:

@@ -14,7 +14,7 @@ from gendist.blocks import Leaves
 from gendist.data.column_types import is_image, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
-from gendist.data.sequences import SequenceSource
+from gendist.data.sequence_source import SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.sparse import width_of
 from gendist.data.tokens import TextConfig, holds_tokens, vocabulary

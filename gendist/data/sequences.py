@@ -15,113 +15,25 @@ Legend: S sequences, T steps, D features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gendist.data.column_types import as_texts, entry_type, is_image, is_list, is_numeric, is_text
-from gendist.data.matrix import entry_shape, to_matrix
+from gendist.data.column_types import as_texts, is_image, is_list, is_numeric, is_text
+from gendist.data.matrix import entry_shape
 from gendist.data.memory import TableSource, array_shape_of
 from gendist.data.npy import NpyFiles
 from gendist.data.sequence_ids import bounds_of_ids
+from gendist.data.sequence_source import Bounds, Kind, NestedSequences, SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.tokens import TextConfig, holds_tokens, tokens_of
 from gendist.protocols import UserError
 
-STEPS_AT_ONCE = 1 << 21  # about as many are looked at in one go, to see how long the sequences are
+BYTES_AT_ONCE = 32 * 2**20  # about as many are looked at in one go, to see how long the sequences are
 FIRST_LOOK_ROWS = 256
-MIN_SIDE = 4  # of an array's rows and columns: what is narrower is no picture of anything
-
-Bounds = np.ndarray[Any, np.dtype[np.int64]]
-Kind = Literal["constant", "list", "characters", "tokens", "pixels"]
-
-
-class SequenceSource:
-    """The steps of sequences, one after the other, as the rows of a source.
-
-    bounds       (S + 1,) rows bounds[s] up to but not including bounds[s + 1] are the steps of sequence s
-    image_shape  where a sequence is an image, and its steps are the rows of pixels, else None
-    """
-
-    def __init__(self, source: Source, columns: Sequence[str], bounds: Bounds):
-        self.source, self.bounds = source, bounds
-        self.num_rows, self.paths, self.name = int(bounds[-1]), source.paths, source.name
-        self.schema: pa.Schema = pa.schema([source.schema.field(name) for name in columns])
-        self.image_shape: tuple[int, ...] | None = None
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.bounds) - 1
-
-    def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        return self.source.read(start, stop, columns)
-
-
-class NestedSequences(SequenceSource):
-    """Of a source each row of which is a sequence.
-
-    kinds  what each column holds
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        kinds: dict[str, Kind],
-        bounds: Bounds,
-        text: TextConfig | None = None,
-        image_shape: tuple[int, ...] | None = None,
-    ):
-        super().__init__(source, list(kinds), bounds)
-        self.name = f"{source.name}, step by step"
-        self.kinds, self.text, self.image_shape = kinds, text, image_shape
-        self.width = prod(image_shape[1:]) if image_shape else 0
-        self.schema = pa.schema([(name, self._type(source.schema.field(name).type, kind)) for name, kind in kinds.items()])
-        if image_shape and min(image_shape[0], self.width) < MIN_SIDE:
-            self.image_shape = None
-
-    def _type(self, type_: pa.DataType, kind: Kind) -> pa.DataType:
-        match kind:
-            case "characters" | "tokens":
-                return pa.large_string()
-            case "pixels":
-                return pa.list_(pa.float64() if is_image(type_) else entry_type(type_), self.width)
-            case "list":
-                return entry_type(type_)
-        return type_
-
-    def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        if start >= stop:
-            return pa.schema([self.schema.field(name) for name in columns]).empty_table()
-        first = int(np.searchsorted(self.bounds, start, side="right")) - 1
-        last = int(np.searchsorted(self.bounds, stop, side="left"))
-        table, lengths = self.source.read(first, last, columns), np.diff(self.bounds[first : last + 1])
-        steps = {name: self._steps(table, name, lengths, first) for name in columns}
-        begin = start - int(self.bounds[first])
-        return pa.table(steps).slice(begin, stop - start)
-
-    def _steps(self, table: pa.Table, name: str, lengths: Bounds, first_row: int) -> Any:
-        column = table.column(name)
-        match self.kinds[name]:
-            case "constant":
-                return column.take(pa.array(np.repeat(np.arange(len(lengths)), lengths)))
-            case "characters":
-                return _characters(column)
-            case "tokens":
-                assert self.text is not None
-                return pa.array([token for tokens in tokens_of(column, self.text) for token in tokens], pa.large_string())
-            case "pixels" if is_image(column.type):
-                pixels = to_matrix(table, [name], first_row, self.source.name)
-                if pixels.size != lengths.sum() * self.width:
-                    raise UserError(f"{self.source.name}: column '{name}' holds images of mixed sizes, in rows {first_row} to "
-                                    f"{first_row + len(lengths) - 1} others than in row 0")  # fmt: skip
-                return pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), self.width)
-            case "pixels":
-                return pa.FixedSizeListArray.from_arrays(_entries(column), self.width)
-        return _entries(column)
 
 
 def as_sequences(source: Source, config: DataConfig) -> SequenceSource:
@@ -135,6 +47,28 @@ def as_sequences(source: Source, config: DataConfig) -> SequenceSource:
             f"{source.name}: {sequences.num_sequences} sequences, none of which has a step; there is nothing to fit"
         )
     return sequences
+
+
+def as_fitted(
+    config: DataConfig, source: Source, sequence: str | None, order: str | None, text: TextConfig | None
+) -> DataConfig:
+    """The `data:` block with what the model says that is to read the source: the columns of ids and order, where they are
+    there, and how texts become tokens. UserError where the block says otherwise."""
+    names = source.schema.names
+    if config.sequence is None and sequence in names:
+        config = config.model_copy(update={"sequence": sequence, "order": order if order in names else None})
+    if text is None:
+        if config.text is not None:
+            raise UserError("data.text: the model was not fitted to tokens of texts; leave it out")
+        return config
+    if config.sequence is not None:
+        return config  # tokens already, as a sample of the model has them
+    chosen = (config.text.column,) if config.text else config.columns or names
+    name = chosen[0] if len(chosen) == 1 else text.column
+    as_known = text.model_copy(update={"column": name})
+    if config.text not in (None, as_known):
+        raise UserError(f"data.text: the model has taken texts apart otherwise ({as_known}); leave it out")
+    return config.model_copy(update={"text": as_known, "columns": None})
 
 
 def as_rows(source: Source, config: DataConfig) -> Source:
@@ -172,7 +106,7 @@ def _opened(source: Source, config: DataConfig) -> SequenceSource:
         return SequenceSource(source, source.schema.names, np.array(source.starts, dtype=np.int64))
     lists = [name for name, type_ in types.items() if is_list(type_) and array_shape_of(source.schema.field(name)) is None]
     if lists:
-        return _of_lists(source, config.columns or tuple(lists), beside)
+        return _nested(source, {name: _kind(source, name) for name in config.columns or lists}, beside)
     texts = [name for name, type_ in types.items() if is_text(type_)]
     if texts and not all(is_numeric(type_) for type_ in types.values()):
         return _of_texts(source, config, features, beside)
@@ -214,9 +148,7 @@ def _of_texts(source: Source, config: DataConfig, features: Sequence[str], besid
                 f"{source.name}: columns {listing(features)}, some of texts: choose one whose texts are sequences with "
                 "data.columns, or name the column of ids with data.sequence where a row is one step"
             )
-        name = features[0]
-        bounds = _scanned(source, [name], lambda table: [_num_characters(table.column(name))])
-        return NestedSequences(source, {name: "characters", **dict.fromkeys(beside, "constant")}, bounds)
+        return _nested(source, {features[0]: "characters"}, beside)
     name = text.column
     require_column(source, name)
     if config.columns not in (None, (name,)):
@@ -228,25 +160,44 @@ def _of_texts(source: Source, config: DataConfig, features: Sequence[str], besid
     type_ = source.schema.field(name).type
     if not holds_tokens(type_):
         raise UserError(f"{source.name}: column '{name}' holds {type_}; data.text takes texts, or lists of tokens")
-    bounds = _scanned(
-        source,
-        [name],
-        lambda table: [np.array([len(tokens) for tokens in tokens_of(table.column(name), text)], dtype=np.int64)],
-    )
-    return NestedSequences(source, {name: "tokens", **dict.fromkeys(beside, "constant")}, bounds, text)
+    return _nested(source, {name: "tokens"}, beside, text)
 
 
-def _of_lists(source: Source, features: Sequence[str], beside: Sequence[str]) -> NestedSequences:
-    """Each row a sequence; its lists must be equally long."""
-    kinds: dict[str, Kind] = {}
-    for name in (*features, *beside):
-        kinds[name] = "list" if is_list(source.schema.field(name).type) else "constant"
-    lists = [name for name, kind in kinds.items() if kind == "list"]
-    bounds = _scanned(source, lists, lambda table: [_num_entries(table.column(name)) for name in lists])
-    return NestedSequences(source, kinds, bounds)
+def _nested(
+    source: Source, features: dict[str, Kind], beside: Sequence[str], text: TextConfig | None = None
+) -> NestedSequences:
+    """Each row a sequence, as long as its lists, texts or tokens are, all of which must be equally long.
+
+    beside  columns that hold for all steps, unless they are of lists, too
+    """
+    kinds = {**{name: _kind(source, name) for name in beside}, **features}
+    kinds = {name: kinds[name] for name in (*features, *beside)}  # features first
+    varying = [name for name, kind in kinds.items() if kind != "constant"]
+
+    def lengths_of(table: pa.Table) -> list[Bounds]:
+        return [_lengths(table.column(name), kinds[name], text) for name in varying]
+
+    return NestedSequences(source, kinds, _scanned(source, varying, lengths_of), text)
 
 
-def _scanned(source: Source, columns: Sequence[str], lengths_of: Any) -> Bounds:
+def _kind(source: Source, name: str) -> Kind:
+    return "list" if is_list(source.schema.field(name).type) else "constant"
+
+
+def _lengths(column: Any, kind: Kind, text: TextConfig | None) -> Bounds:
+    """(S,) of the sequence that each row is."""
+    if kind == "characters":
+        counts: Bounds = pc.fill_null(pc.utf8_length(as_texts(column)), 0).to_numpy().astype(np.int64)
+        return counts
+    if kind == "tokens":
+        assert text is not None
+        return np.array([len(tokens) for tokens in tokens_of(column, text)], dtype=np.int64)
+    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
+    lengths = [pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False) for chunk in chunks]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
+
+
+def _scanned(source: Source, columns: Sequence[str], lengths_of: Callable[[pa.Table], list[Bounds]]) -> Bounds:
     """The bounds of the sequences that rows are, by one pass over these columns.
 
     lengths_of  table -> for each column the length of each row's sequence
@@ -255,7 +206,8 @@ def _scanned(source: Source, columns: Sequence[str], lengths_of: Any) -> Bounds:
     start, rows = 0, FIRST_LOOK_ROWS
     while start < source.num_rows:
         stop = min(start + rows, source.num_rows)
-        each = lengths_of(source.read(start, stop, columns))
+        table = source.read(start, stop, columns)
+        each = lengths_of(table)
         for name, other in zip(columns[1:], each[1:], strict=True):
             different = np.flatnonzero(other != each[0])
             if len(different):
@@ -265,29 +217,6 @@ def _scanned(source: Source, columns: Sequence[str], lengths_of: Any) -> Bounds:
                     f"{other[row]}; each needs one entry a step"
                 )
         lengths.append(each[0])
-        rows = max(1, min(2 * rows, STEPS_AT_ONCE * (stop - start) // max(int(each[0].sum()), 1), STEPS_AT_ONCE))
+        rows = max(1, min(8 * rows, BYTES_AT_ONCE * (stop - start) // max(table.nbytes, 1)))
         start = stop
     return np.cumsum(np.concatenate(lengths))
-
-
-def _num_entries(column: Any) -> Bounds:
-    chunks = [chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk for chunk in column.chunks]
-    counts = [pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False) for chunk in chunks]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *counts]).astype(np.int64)
-
-
-def _num_characters(column: Any) -> Bounds:
-    counts: Bounds = pc.fill_null(pc.utf8_length(as_texts(column)), 0).to_numpy().astype(np.int64)
-    return counts
-
-
-def _entries(column: Any) -> Any:
-    """What the lists of a column hold, one after the other."""
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return (array.storage if isinstance(array, pa.ExtensionArray) else array).flatten()
-
-
-def _characters(column: Any) -> Any:
-    joined = "".join(text for text in as_texts(column).to_pylist() if text)
-    codes, which = np.unique(np.frombuffer(joined.encode("utf-32-le"), dtype="<u4"), return_inverse=True)
-    return pa.array([chr(code) for code in codes], pa.large_string()).take(pa.array(which))

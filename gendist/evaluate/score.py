@@ -1,9 +1,10 @@
-"""The log density of every row of some blocks, or the tightest bound of it that the family has."""
+"""The log density of every row of some blocks, or of every sequence, or the tightest bound of it that the family has."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,6 +40,29 @@ def scores_of_rows(model: Any, blocks: Sequence[Block]) -> Tensor:
         except UserError as error:
             row, reason = _first_refused(score, x_ND, error)
             raise UserError(f"row {int(block.rows[row])}: {reason}") from None
+    return torch.cat(scores)
+
+
+def scores_of_sequences(model: Any, blocks: Sequence[Block], first: int = 0) -> Tensor:
+    """(S,) log p(x) in nats of the blocks' sequences, which are whole; UserError names the one that has none. first: the number
+    of the first."""
+    scores = []
+    for block in blocks:
+        assert block.sequence_bounds is not None
+        x_ND = block.x if block.missing is None else block.x.masked_fill(block.missing, torch.nan)
+        sequences = [x_ND[start:stop] for start, stop in pairwise(block.sequence_bounds.tolist())]
+        try:
+            scores.append(model.log_prob(sequences))
+        except UserError as error:
+            for s, x_TD in enumerate(sequences):
+                try:
+                    model.log_prob([x_TD])
+                except UserError as own:
+                    reason = own.reason if isinstance(own, RowError) else str(own).removeprefix("sequence 0 ")
+                    step = f", step {own.row}" if isinstance(own, RowError) else ""
+                    raise UserError(f"sequence {first + s}{step}: {reason}") from None
+            raise error
+        first += len(sequences)
     return torch.cat(scores)
 
 

@@ -102,23 +102,43 @@ def sample(
     given: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Draw from this label or component alone.", show_default=False)
     ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="T",
+            min=1,
+            help="Steps of each, of a model of sequences; as long as the model says if not given.",
+            show_default=False,
+        ),
+    ] = None,
     address: Address = None,
 ) -> None:
     """Draw samples. 100 samples are the same as 40 and then 60 with --offset 40. A folder that was left unfinished goes on."""
     from gendist import bulk
     from gendist.artifact import load_artifact
     from gendist.config import load_cluster_config
-    from gendist.pictures import MAX_SHOWN, save_picture
+    from gendist.pictures import most_shown, save_picture
 
     cluster = load_cluster_config(overrides or ())
     if out.suffix.lower() == ".png":
         loaded = load_artifact(artifact)
-        x_ND = loaded.model.sample(min(num_samples, MAX_SHOWN), seed=seed, offset=offset, given=given)
-        save_picture(x_ND, loaded.schema, out)
+        options = bulk.sample_options(loaded.model, length)
+        number = min(num_samples, most_shown(loaded.schema))
+        x = loaded.model.sample(number, seed=seed, offset=offset, given=given, **options)
+        save_picture(x, loaded.schema, out)
     else:
         with _writing(out, "samples") as watch:
             written = bulk.sample(
-                artifact, num_samples, out, seed=seed, offset=offset, given=given, cluster=cluster, address=address, watch=watch
+                artifact,
+                num_samples,
+                out,
+                seed=seed,
+                offset=offset,
+                given=given,
+                length=length,
+                cluster=cluster,
+                address=address,
+                watch=watch,
             )
         if written.was_finished:
             print(f"{out} is finished; nothing to do")
@@ -133,17 +153,17 @@ def score(
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
-    """Write the log density of every row of DATA, in nats, in the order of the rows. An unfinished folder goes on."""
+    """Write the log density of every row of DATA, or every sequence, in nats, in their order. An unfinished folder goes on."""
     from gendist import bulk
     from gendist.config import load_data_spec
 
     spec = load_data_spec(data, overrides or ())
-    with _writing(out, "rows") as watch:
+    with _writing(out, "log densities") as watch:
         written = bulk.score(artifact, spec.data, out, cluster=spec.cluster, address=address, watch=watch)
     if written.was_finished:
         print(f"{out} is finished; nothing to do")
     mean = written.sums["log_likelihood"] / written.num_rows
-    print(f"{written.num_rows:,} rows scored, mean log density {mean:.6f} nats, in {out}")
+    print(f"{written.num_rows:,} {written.what} scored, mean log density {mean:.6f} nats, in {out}")
     if written.density:
         print(f"  ({written.density})")
 

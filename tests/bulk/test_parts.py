@@ -37,7 +37,7 @@ def test_work_of_real_size_is_neither_a_thousand_small_files_nor_one_large_one(m
 
 
 def test_a_part_is_a_whole_file_with_its_sums():
-    layout = Layout(("log_prob",), "log_prob", numbered=True)
+    layout = Layout(("log_prob",), "log_prob", numbered="row")
     values = np.random.default_rng(0).normal(size=100)
     content = as_parquet(layout, values, 40, {"log_likelihood": float(values.sum())})
     table = pq.read_table(pa.BufferReader(content))

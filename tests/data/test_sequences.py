@@ -75,6 +75,16 @@ def texts_of(dataset: Dataset) -> list[list[str]]:
     return [[values[int(i)] for i in x[:, 0]] for x in sequences_of(dataset.blocks())]
 
 
+def encoded(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def png(height: int, width: int) -> bytes:
+    return encoded(np.zeros((height, width), dtype=np.uint8))
+
+
 def written(tmp_path, name: str, table: pa.Table) -> str:
     path = tmp_path / name
     match path.suffix:
@@ -153,6 +163,7 @@ def test_what_python_hands_over():
     check(dataset_of({"x": RAGGED, "y": list("aabba")}, label="y"), RAGGED)
     assert dataset_of({"x": np.zeros((2, 3, 1)), "y": [0, 1]}, label="y").source.bounds.tolist() == [0, 3, 6]
     check(dataset_of({"x": [[1, 2], [3, 4]]}), [[1, 2], [3, 4]])
+    check(dataset_of({"x": [[1, 2], None]}), [[1, 2], []])
     check(dataset_of({"x": np.array([[1, 2], [3, 4]])}), [[[1, 2], [3, 4]]])
 
 
@@ -186,12 +197,7 @@ def test_images_are_sequences_of_their_rows():
     check(dataset, digits.images / 16.0)
     pixels = RNG.integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
     check(dataset_of(pixels), pixels.reshape(3, 6, 15) / 255.0)
-    encoded = []
-    for image in pixels:
-        stream = io.BytesIO()
-        Image.fromarray(image).save(stream, format="PNG")
-        encoded.append(stream.getvalue())
-    dataset = dataset_of(pa.table({"image": encoded, "name": ["a", "b", "c"]}))
+    dataset = dataset_of(pa.table({"image": [encoded(image) for image in pixels], "name": ["a", "b", "c"]}))
     assert dataset.schema.image_shape == (6, 5, 3)
     check(dataset, pixels.reshape(3, 6, 15) / 255.0)
 
@@ -203,8 +209,15 @@ def test_what_stands_beside_lists_holds_for_all_steps():
     assert block.weights.tolist() == [2.0, 2.0, 0.5]
     assert (block.evidence == 0).tolist() == [[True, False], [True, False], [True, True]]
     a_step = pa.table({"x": [[1.0, 2.0], [], [3.0]], "y": [["b", None], [], ["a"]]})
-    (block,) = joined(dataset_of(a_step, label="y").blocks(num_latents=2))
-    assert (block.evidence == 0).tolist() == [[False, True], [True, True], [True, False]]
+    words = pa.table({"x": ["to go", "", "go"], "y": [["b", None], [], ["a"]]})
+    letters = pa.table({"x": ["to", "", "g"], "y": [["b", None], [], ["a"]]})
+    for dataset in (
+        dataset_of(a_step, label="y"),
+        dataset_of(letters, label="y"),
+        dataset_of(words, label="y", text={"column": "x"}),
+    ):
+        (block,) = joined(dataset.blocks(num_latents=2))
+        assert (block.evidence == 0).tolist() == [[False, True], [True, True], [True, False]]
 
 
 # Leaves, parts, weights
@@ -214,7 +227,7 @@ def test_what_stands_beside_lists_holds_for_all_steps():
 def small_leaves(monkeypatch):
     monkeypatch.setattr(leaves_module, "MIN_SEQUENCE_LEAF_ROWS", 4)
     monkeypatch.setattr(sequences, "FIRST_LOOK_ROWS", 1)
-    monkeypatch.setattr(sequences, "STEPS_AT_ONCE", 8)
+    monkeypatch.setattr(sequences, "BYTES_AT_ONCE", 100)
 
 
 MANY = [RNG.normal(size=(length, 2)) for length in (0, 30, 0, 0, 2, 3, 0, 1, 50, 0, 1, 1, 1, 7, 0, 0)]
@@ -292,6 +305,13 @@ def test_transforms_leave_bounds_as_they_are(small_leaves):
         assert one.open_ends == other.open_ends
 
 
+def test_images_of_other_sizes_are_told_wherever_they_are_read(small_leaves):
+    sizes = [(8, 4)] * 5 + [(4, 8)]
+    images = pa.table({"image": [png(*size) for size in sizes]})
+    with pytest.raises(UserError, match=r"mixed sizes: \(4, 8\) in row 5, \(8, 4\) in row 0"):
+        joined(dataset_of(images, one_run_a_leaf).blocks())
+
+
 def test_ids_are_looked_at_in_chunks(monkeypatch):
     monkeypatch.setattr(sequence_ids, "ROWS_AT_ONCE", 3)
     ids = np.repeat(list("cabde"), [4, 2, 3, 1, 7])
@@ -332,7 +352,9 @@ def long_with(**changes):
             {"label": "y"},
             "row 1: column 'a' has 1 steps, column 'y'",
         ),
+        (pa.table({"a": ["b", "c"], "y": [["p"], ["p", "q"]]}), {"label": "y"}, "row 1: column 'a' has 1 steps, column 'y'"),
         (pa.table({"a": [[[1.0]], [[2.0, 3.0]]]}), {}, "lists of different lengths"),
+        (pa.table({"a": [png(8, 4), png(4, 8)]}), {}, "images of mixed sizes"),
         ([np.zeros((3, 2)), np.zeros((4, 3))], {}, r"sequence 1 has shape \(4, 3\), but sequence 0 \(3, 2\)"),
         ([np.zeros((3, 2)), np.zeros(4)], {}, "sequence 1 has shape"),
         ([np.zeros((3, 2)), "abc"], {}, "entry 1 of the list is a str"),

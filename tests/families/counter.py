@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gendist.noise import Noise
-from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, as_matrix
+from gendist.protocols import EXACT, Block, Compute, DataSummary, LogLikelihood, Update, as_matrix
 
 
 class CounterConfig(BaseModel):
@@ -106,6 +106,9 @@ class Counter:
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
         return (self._joint(block.x) + (0.0 if block.evidence is None else block.evidence)).logsumexp(1)
+
+    def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> LogLikelihood:
+        return LogLikelihood(block.weighted_sum(self.log_prob_of(block, compute)))
 
     def m_step(self, statistics: Counts) -> Update[Counter]:
         sums = statistics.sums + 1.0
