@@ -267,6 +267,8 @@ class EMFitting:
             }
             for i, candidate in enumerate(candidates)
         ]
+        if described := getattr(model, "described", None):
+            results["description"] = described(self.dataset.schema.categories)
         return results | {"restart": restart, "restarts": ends}
 
 

@@ -71,7 +71,7 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["digits", "docstrings", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
+    source: Literal["digits", "docstrings", "topics", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     split: str | None = None
     subset: str | None = None

@@ -190,6 +190,8 @@ def _tell(spec: Any, run: Any) -> None:
     print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
     if "log_likelihood" in results:
         print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
+    for line in results.get("description", ()):
+        print(f"  {line}")
     if density := getattr(run.model, "density", None):
         print(f"  ({density})")
     if results.get("artifact_step", results.get("num_steps")) != results.get("num_steps"):

@@ -32,6 +32,7 @@ from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserEr
 ROWS_AT_ONCE = 131_072  # of sequences that are looked at together
 SEQUENCES_AT_ONCE = 8_192  # of a sample
 MAX_SAMPLE_LENGTH = 1_000  # of a sample whose length nobody says
+MAX_DESCRIBED = 40  # texts of a state
 START_TILT = 0.5  # by how much states of categories, which begin at random, differ from each other; of a log probability
 
 Emission = GaussianEmission | Columns
@@ -304,6 +305,20 @@ class HiddenMarkovModel:
             "bic": criteria.bic(self.num_parameters, log_likelihood, total_weight),
         }
 
+    def described(self, categories: Mapping[str, tuple[str, ...]]) -> list[str]:
+        """A line for each state of one column of texts: which of them it emits more often than any other state does, the most
+        frequent first. categories: of each column the texts that there are."""
+        if not isinstance(self.emission, Columns) or self.num_features != 1 or len(categories) != 1:
+            return []
+        ((_, texts),) = categories.items()
+        probs_KC = self.emission.tensors()["0.categorical.probs"][:, : len(texts)]
+        lines = []
+        for k, probs_C in enumerate(probs_KC):
+            own = torch.nonzero(probs_KC.argmax(0) == k)[:, 0]
+            shown = [texts[i] for i in own[probs_C[own].argsort(descending=True, stable=True)].tolist()][:MAX_DESCRIBED]
+            lines.append(f"state {k}: {' '.join('␣' if text == ' ' else text for text in shown)}")
+        return lines
+
     def _filtered(self, sequences: Any) -> Iterator[tuple[Block, Tensor]]:
         """Blocks, and (N, K) log p(x up to a step, state)."""
         for block in self._blocks(sequences):
@@ -502,8 +517,9 @@ class HiddenMarkovModel:
         return HiddenMarkovStatistics(0.0, zeros, kernel.statistics(), (), _num_beginning(block), block.num_rows)
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p(x_t, evidence | x before it) of a block's steps; their sum over a sequence is its log p."""
-        smoothed = ChainPass(self.chain, self.emission.kernel(compute), replace(block, weights=None), compute).run()
+        """(N,) log p(x_t, evidence | x before it) of a block's steps, of some together at the last of them: their sum over a
+        sequence is its log p. 0 for sequences of weight 0."""
+        smoothed = ChainPass(self.chain, self.emission.kernel(compute), block, compute).run()
         return _by_row(smoothed.log_prob, smoothed.rows, block.num_rows)
 
     def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> HiddenMarkovStatistics:
@@ -624,8 +640,9 @@ def _equal_parts(block: Block, num_states: int) -> Tensor:
 
 
 def _num_beginning(block: Block) -> int:
+    """How many sequences that have a step begin in the block."""
     assert block.sequence_bounds is not None
-    return len(block.sequence_bounds) - 1 - int(block.open_ends[0])
+    return int((block.sequence_bounds.diff() > 0).sum()) - int(block.open_ends[0])
 
 
 def _num_unknown(block: Block) -> int:

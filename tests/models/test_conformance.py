@@ -29,14 +29,28 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 @dataclass(frozen=True)
 class Case:
+    """x: the samples, (N, D), or sequences (S, T, D)."""
+
     family: str
     spec: Any
     model: Any
     x: torch.Tensor
 
+    @property
+    def width(self) -> int:
+        return self.x.shape[-1]
+
     def block(self, start: int = 0, stop: int | None = None, **fields: torch.Tensor) -> Block:
-        rows = torch.arange(len(self.x))[start:stop]
-        return Block(x=self.x[rows], rows=rows, **{name: values[rows] for name, values in fields.items()})
+        """Of the samples start..stop; fields: of all samples."""
+        return self.block_of(torch.arange(len(self.x))[start:stop], **fields)
+
+    def block_of(self, samples: torch.Tensor, **fields: torch.Tensor) -> Block:
+        if self.x.ndim == 2:
+            return Block(x=self.x[samples], rows=samples, **{name: values[samples] for name, values in fields.items()})
+        length, bounds = self.x.shape[1], torch.arange(len(samples) + 1) * self.x.shape[1]
+        rows = (samples[:, None] * length + torch.arange(length)).flatten()
+        of_steps = {name: values[samples].repeat_interleave(length, 0) for name, values in fields.items()}
+        return Block(x=self.x[samples].flatten(0, 1), rows=rows, sequence_bounds=bounds, **of_steps)
 
 
 TRAINED = [family for family in families() if is_trained(family_class(family))]
@@ -50,8 +64,12 @@ def fitted(family: str) -> Case:
         overrides += ["fit.num_steps=2", "fit.global_batch_size=32"]
     else:
         overrides += ["fit.max_iterations=2", "fit.tolerance=0"]
+    x = torch.from_numpy(load_digits().images / 16.0)
+    if getattr(family_class(family), "takes_sequences", False):
+        overrides += ["data.label=null", "model.labels=states", "model.topology=free"]
+    else:
+        x = x.flatten(1)
     spec = load_spec(CONFIGS / f"{family}_digits.yaml", overrides)
-    x = torch.from_numpy(load_digits().images.reshape(-1, 64) / 16.0)
     return Case(family, spec, gendist.fit(spec).model, x)
 
 
@@ -80,11 +98,16 @@ def same_bytes(first: Any, second: Any) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
+def together(values: Any) -> torch.Tensor:
+    """What a verb returns of sequences is a list."""
+    return torch.cat(values) if isinstance(values, list) else values
+
+
 def test_it_keeps_the_protocol(case):
     assert isinstance(case.model, GenerativeModel)
     assert isinstance(case.model.config, type(case.model).Config)
     assert case.model.config == case.spec.model
-    assert case.model.num_features == 64
+    assert case.model.num_features == case.width
 
 
 def test_every_verb_is_offered_or_declared_not_to_be(case):
@@ -123,9 +146,9 @@ def test_numpy_arrays_and_tensors_of_any_float_give_the_same(case):
         verb = getattr(case.model, name)
         expected = verb(case.x[:20])
         assert len(expected) == 20
-        assert torch.equal(verb(case.x[:20].numpy()), expected)
-        assert torch.equal(verb(case.x[:20].tolist()), expected)
-        assert torch.allclose(verb(case.x[:20].float()), expected, rtol=1e-3)
+        assert torch.equal(together(verb(case.x[:20].numpy())), together(expected))
+        assert torch.equal(together(verb(case.x[:20].tolist())), together(expected))
+        assert torch.allclose(together(verb(case.x[:20].float())), together(expected), rtol=1e-3)
 
 
 def test_a_density_is_one_number_a_row(case):
@@ -138,24 +161,24 @@ def test_a_density_is_one_number_a_row(case):
 def test_x_of_another_width_is_refused(case):
     for verb in ("log_prob", "elbo", "log_prob_bound", "encode", "classify", "reconstruct"):
         if verb not in case.model.not_offered:
-            with pytest.raises(UserError, match="64"):
-                getattr(case.model, verb)(np.zeros((3, 63)))
+            with pytest.raises(UserError, match=str(case.width)):
+                getattr(case.model, verb)(np.zeros((3, case.width - 1)))
 
 
 def test_representations_decode_to_x(case):
     if {"encode", "decode"} & set(case.model.not_offered):
         return
-    representation = case.model.encode(case.x[:7])
+    representation = together(case.model.encode(case.x[:7]))
     latent_dim = getattr(case.model.config, "latent_dim", representation.shape[1])
     if representation.shape[1] != latent_dim:  # it is of another kind than what x is made from
         with pytest.raises(UserError, match=f"{latent_dim}"):
             case.model.decode(representation)
         representation = torch.zeros(7, latent_dim)
-    assert case.model.decode(representation).shape == (7, 64)
+    assert case.model.decode(representation).shape == (len(representation), case.width)
 
 
 def test_saved_and_loaded_it_is_the_same_model(case, tmp_path):
-    schema = Schema(columns=("image",), feature_names=tuple(f"p{i}" for i in range(64)), image_shape=(8, 8))
+    schema = Schema(columns=("image",), feature_names=tuple(f"p{i}" for i in range(case.width)))
     save(Artifact(case.family, case.model, schema), tmp_path / "a")
     loaded = load_artifact(tmp_path / "a")
     assert loaded.schema == schema
@@ -206,7 +229,7 @@ def test_weight_two_is_the_row_twice_and_weight_zero_no_row(em_case):
     weights = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).repeat(len(em_case.x))[: len(em_case.x)]
     weighted = em_case.model.e_step(em_case.block(weights=weights))
     index = torch.repeat_interleave(torch.arange(len(em_case.x)), weights.long())
-    repeated = em_case.model.e_step(Block(x=em_case.x[index], rows=torch.arange(len(index))))
+    repeated = em_case.model.e_step(em_case.block_of(index))
     assert_equal_to_rounding(em_case.model, weighted, repeated)
 
 
@@ -216,7 +239,7 @@ def test_evidence_that_leaves_one_latent_counts_the_row_for_it(em_case):
     evidence[:, 1] = 0.0
     model = em_case.model.m_step(em_case.model.e_step(em_case.block(evidence=evidence))).model
     decoded = model.decode(torch.tensor([1]))[0]
-    np.testing.assert_allclose(decoded, em_case.x.mean(0), atol=1e-9)
+    np.testing.assert_allclose(decoded, em_case.x.reshape(-1, em_case.width).mean(0), atol=1e-9)
 
 
 def test_zero_evidence_is_no_evidence(em_case):
