@@ -32,6 +32,7 @@ from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserEr
 ROWS_AT_ONCE = 131_072  # of sequences that are looked at together
 SEQUENCES_AT_ONCE = 8_192  # of a sample
 MAX_SAMPLE_LENGTH = 1_000  # of a sample whose length nobody says
+NO_STEP = 1e-12  # of all steps: a state with less has none
 MAX_DESCRIBED = 40  # texts of a state
 START_TILT = 0.5  # by how much states of categories, which begin at random, differ from each other; of a log probability
 
@@ -547,9 +548,7 @@ class HiddenMarkovModel:
             transition_KK = _normalised(chain.transitions + self._transition_pseudocounts, transition_KK)
         model = replace(model, initial_probs=initial_K, transition_matrix=transition_KK)
         repairs = list(step.repairs)
-        counts_K = chain.initial + chain.transitions.sum(0)
-        for k in torch.nonzero(counts_K <= 1e-12 * counts_K.sum())[:, 0].tolist():
-            repairs.append(f"no step is in state {k}; its parameters are what the prior or the start says")
+        repairs += self._not_estimated(chain)
         least_gain = self._log_prior(statistics) - model._log_prior(statistics)
         redo = None
         if step.redo is not None and "emission" not in config.frozen:
@@ -557,6 +556,19 @@ class HiddenMarkovModel:
             redo = replace(self, emission=step.redo, relay=relay)
         is_final = statistics.num_unknown == 0 and step.is_final
         return Update(model, tuple(repairs), least_gain, redo, is_final)
+
+    def _not_estimated(self, chain: ChainStatistics) -> list[str]:
+        """A line for each state of which the data say nothing, or not where it leads."""
+        entered_K, left_K = chain.initial + chain.transitions.sum(0), chain.transitions.sum(1)
+        least = NO_STEP * float(entered_K.sum())
+        has_choice_K = self.config.allowed.sum(1) > 1
+        lines = []
+        for k in range(self.num_states):
+            if entered_K[k] <= least:
+                lines.append(f"no step is in state {k}; its parameters are what the prior or the start says")
+            elif left_K[k] <= least and has_choice_K[k] and "transition_matrix" not in self.config.frozen:
+                lines.append(f"state {k} is in last steps alone; its transitions are what the prior or the start says")
+        return lines
 
     @property
     def _transition_pseudocounts(self) -> Tensor:

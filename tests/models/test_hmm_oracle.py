@@ -172,7 +172,7 @@ def test_statistics_of_two_blocks_are_those_of_one():
 
 
 def test_log_prob_of_a_block_adds_up_to_that_of_its_sequences(small):
-    block = block_of(small.sequences, (2.0, 1.0, 0.5, 3.0, 0.0), small.evidence)
+    block = block_of(small.sequences, (2.0, 1.0, 0.5, 3.0, 0.1), small.evidence)
     steps = small.model.log_prob_of(block).split([len(x) for x in small.sequences])
     close([float(each.sum()) for each in steps], [answer.log_prob for answer in small.answers_with_evidence])
 

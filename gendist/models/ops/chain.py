@@ -229,7 +229,7 @@ class ChainPass:
             joint_KN.clamp_min_(self._bound).exp_()
             if is_impossible_KN is not None:
                 joint_KN.masked_fill_(is_impossible_KN, 0.0)
-            likelihood_NK[rows] = joint_KN.T
+            likelihood_NK[rows] = joint_KN.T.to(likelihood_NK)
             log_largest_N[rows] = largest_N.to(torch.float64)
         return likelihood_NK, log_largest_N, is_bounded_NK
 
@@ -330,7 +330,7 @@ class ChainPass:
         log_prob_N[chosen] = torch.where(log_total_N > -torch.inf, log_step_N, -torch.inf)
         chosen = chosen.to(self._device)
         self._probs[chosen] = (log_alpha_NK + log_beta_NK - log_total_N1).exp().to(self._probs)
-        self._weighed[chosen] = 0.0
+        self._weighed[chosen] = self._filtered[chosen] = 0.0
         weights_N = None if self._weights is None else self._weights[places][packing.places]
         log_to_NK = log_likelihood_NK + log_beta_NK - log_total_N1
         log_from_NK = torch.full_like(log_to_NK, -torch.inf)
