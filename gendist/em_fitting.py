@@ -303,12 +303,12 @@ def _model_to_start_from(
         artifact = load_artifact(config.init)
         init, schema = artifact.model, artifact.schema
     model, transforms = taken_apart(init)
-    if schema is None and not isinstance(model, family) and hasattr(family, "from_sklearn"):
+    if schema is None and not isinstance(model, family) and hasattr(family, "from_estimator"):
         if not hasattr(model, "get_params"):
-            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or a scikit-learn estimator")
+            raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or an estimator of scikit-learn's kind")
         try:
             with one_thread():
-                init = model = family.from_sklearn(model)
+                init = model = family.from_estimator(model)
         except ValueError as error:
             raise UserError(f"init: {error}") from error
     if not isinstance(model, family):

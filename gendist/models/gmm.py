@@ -463,6 +463,8 @@ class GaussianMixture:
             )
         return cls.from_parameters(*parameters, covariance_type=kind, covariance_regularization=estimator.reg_covar)
 
+    from_estimator = from_sklearn  # what `init` of a fit may be
+
     def to_sklearn(self) -> Any:
         """A fitted `sklearn.mixture.GaussianMixture` with these parameters."""
         from sklearn.mixture import GaussianMixture as Estimator

@@ -597,6 +597,8 @@ class HiddenMarkovModel:
         config, initial, transition, emission = hmmlearn_parameters.read(estimator)
         return cls(HiddenMarkovModelConfig(**config), initial, transition, emission, length=100)
 
+    from_estimator = from_hmmlearn  # what `init` of a fit may be
+
     def to_hmmlearn(self) -> Any:
         """An hmmlearn estimator with these parameters."""
         from gendist.models.ops import hmmlearn_parameters

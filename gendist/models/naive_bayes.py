@@ -365,6 +365,8 @@ class NaiveBayes:
             tensors[f"0.{kind}.{name}"] = as_tensor(values, dtype=None).clone()
         return cls.from_tensors(config, tensors, labels)
 
+    from_estimator = from_sklearn  # what `init` of a fit may be
+
     def to_sklearn(self) -> Any:
         """A fitted scikit-learn classifier with these parameters, which predicts; its counts are those of a mean row."""
         import numpy as np
