@@ -59,6 +59,12 @@ def estimate(
                 f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but no row has a label; name their column with "
                 "data.label, or leave it out"
             )
+        if spec.fit.unlabelled_weight != 1.0 and getattr(family, "takes_sequences", False):
+            if not issubclass(family, ClassConditional):
+                raise UserError(
+                    f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but all steps of a sequence weigh the same; leave "
+                    "it out, or let labels be those of whole sequences (model.labels: classes)"
+                )
         start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
         opened = source_of(data) if data is not None else open_source(spec.data)
         source = (as_sequences if getattr(family, "takes_sequences", False) else as_rows)(opened, spec.data)

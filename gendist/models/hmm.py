@@ -424,10 +424,12 @@ class HiddenMarkovModel:
 
     @classmethod
     def default_start(cls, config: HiddenMarkovModelConfig, labels: tuple[Any, ...]) -> str:
-        """From the labelled steps where each state has a label; else by k-means, but for categories, which have no distance."""
+        """From the labelled steps where each state has a label; else by k-means, but for categories, which have no distance,
+        and from left to right, where states begin as equal parts of time."""
         if labels and len(labels) == config.num_states:
             return "labels"
-        return "random_responsibilities" if config.emission.kind in ("categorical", "mixed") else "kmeans||"
+        needs_no_centers = config.emission.kind in ("categorical", "mixed") or config.topology == "left_to_right"
+        return "random_responsibilities" if needs_no_centers else "kmeans||"
 
     @classmethod
     def check(cls, config: HiddenMarkovModelConfig, summary: DataSummary, labels: tuple[Any, ...]) -> None:
