@@ -34,6 +34,8 @@ bench: setup           ## speed, sampling and memory, side by side with peers (S
 	$(BIN)/python benchmarks/gmm.py
 	$(BIN)/python benchmarks/gmm_sampling.py
 	$(BIN)/python benchmarks/gmm_memory.py
+	$(BIN)/python benchmarks/hmm.py
+	$(BIN)/python benchmarks/hmm_memory.py
 	$(BIN)/python benchmarks/deep.py
 
 schema: setup          ## write the JSON schema that editors check configs with

@@ -73,6 +73,7 @@ def start(case: Case, x: np.ndarray, num_iterations: int = 1) -> Any:
         rows = x.reshape(-1, x.shape[2])
         estimator.means_ = rows[rng.choice(len(rows), num_states, replace=False)]
         estimator.covars_ = np.tile(rows.var(0), (num_states, 1))
+        estimator.n_features = rows.shape[1]
     else:
         estimator = hmm.CategoricalHMM(num_states, n_features=NUM_SYMBOLS, **shared)
         estimator.emissionprob_ = rng.dirichlet(np.full(NUM_SYMBOLS, 5.0), num_states)

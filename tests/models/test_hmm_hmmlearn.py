@@ -25,6 +25,7 @@ from hmm_emissions import (
 from hmmlearn import hmm
 from scipy.special import gammaln
 
+import gendist
 from gendist.models.distributions.categorical import Categorical
 from gendist.models.distributions.columns import Columns, Group
 from gendist.models.distributions.multinomial import Multinomial
@@ -170,10 +171,14 @@ def whole(x: np.ndarray, estimator: Any) -> np.ndarray:
     return x if isinstance(estimator, hmm.GaussianHMM | hmm.GMMHMM) else x.astype(int)
 
 
-def assert_same_fit(pair: Pair) -> None:
+def in_two_blocks(pair: Pair) -> Any:
+    return fitted(pair.model, [block_of(pair.sequences[:2]), block_of(pair.sequences[2:])], NUM_ITERATIONS)
+
+
+def assert_same_fit(pair: Pair, fit: Callable[[Pair], Any] = in_two_blocks) -> None:
+    """fit: what makes a model and the records of its iterations."""
     estimator = pair.estimator.fit(whole(pair.rows, pair.estimator), [len(x) for x in pair.sequences])
-    blocks = [block_of(pair.sequences[:2]), block_of(pair.sequences[2:])]
-    model, history = fitted(pair.model, blocks, NUM_ITERATIONS)
+    model, history = fit(pair)
     num_steps = len(pair.rows)
     trace = np.array([record["log_likelihood"] for record in history]) * num_steps + pair.constant(pair.rows)
     np.testing.assert_allclose(trace, np.array(estimator.monitor_.history), rtol=TOLERANCE)
@@ -187,6 +192,27 @@ def assert_same_fit(pair: Pair) -> None:
 @pytest.mark.parametrize("kind", PAIRS)
 def test_parameters_and_trace_are_hmmlearns(kind):
     assert_same_fit(PAIRS[kind]())
+
+
+@pytest.mark.parametrize("kind", ["gaussian full", "categorical"])
+def test_fit_takes_the_same_steps(kind):
+    """From a model in memory, with what the spec says of its estimation: no regularization, no pseudocounts."""
+    pair = PAIRS[kind]()
+    emission: dict[str, Any] = {"kind": "gaussian", "covariance_type": "full", "covariance_regularization": 0.0}
+    if kind == "categorical":
+        emission = {"kind": "categorical", "pseudocount": 0.0, "unseen_categories": False}
+    spec = {
+        "name": "like-hmmlearn",
+        "family": "hmm",
+        "model": {"num_states": NUM_STATES, "emission": emission},
+        "fit": {"max_iterations": NUM_ITERATIONS, "tolerance": 0.0},
+    }
+
+    def by_gendist(pair: Pair) -> Any:
+        run = gendist.fit(spec, data=pair.sequences, init=pair.model)
+        return run.model, run.history
+
+    assert_same_fit(pair, by_gendist)
 
 
 @pytest.mark.parametrize("implementation", ["log", "scaling"])
@@ -338,13 +364,43 @@ def test_no_number_is_lost_and_the_likelihood_never_falls(pattern):
     assert all(bool(torch.isfinite(probs).all()) for probs in model.encode(sequences))
 
 
-def assert_sound(model: HiddenMarkovModel, history: tuple[dict[str, Any], ...]) -> None:
+@pytest.mark.parametrize("regularization", [1e-6, 0.0])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_fit_from_the_data_alone_ends_with_numbers(pattern, regularization):
+    """Without regularization a covariance may shrink until there is nothing left of it but rounding: that is told."""
+    model, sequences, _ = PATTERNS[pattern]
+    emission = {"kind": "gaussian", "covariance_type": "full", "covariance_regularization": regularization}
+    spec = {
+        "name": "hard",
+        "family": "hmm",
+        "model": {"num_states": model.num_states, "emission": emission},
+        "fit": {"max_iterations": 15, "tolerance": 0.0},
+    }
+    run = gendist.fit(spec, data=sequences)
+    if regularization > 0.0:
+        assert_sound(run.model, run.history)
+    assert_finite(run.model)
+    for before, after in pairwise(run.history):
+        assert after["log_likelihood"] >= guaranteed_after(before) or before["repairs"] or after["fell"]
+    assert all(bool(probs.isfinite().all()) for probs in run.model.encode(sequences))
+
+
+def guaranteed_after(record: dict[str, Any]) -> float:
+    """What the next log-likelihood is at least, but for rounding."""
+    guaranteed: float = record["log_likelihood"] + record["least_gain"]
+    return guaranteed - 1e-9 * max(1.0, abs(record["log_likelihood"]), abs(record["least_gain"]))
+
+
+def assert_finite(model: HiddenMarkovModel) -> None:
     assert all(bool(torch.isfinite(tensor.double()).all()) for tensor in model.tensors().values())
     np.testing.assert_allclose(model.transition_matrix.sum(1), 1.0, rtol=1e-12)
     np.testing.assert_allclose(model.initial_probs.sum(), 1.0, rtol=1e-12)
+
+
+def assert_sound(model: HiddenMarkovModel, history: tuple[dict[str, Any], ...]) -> None:
+    assert_finite(model)
     for before, after in pairwise(history):
-        slack = 1e-9 * max(1.0, abs(before["log_likelihood"]))
-        assert after["log_likelihood"] >= before["log_likelihood"] + before["least_gain"] - slack
+        assert after["log_likelihood"] >= guaranteed_after(before)
         assert "fell" not in after
 
 
