@@ -144,7 +144,9 @@ class ClassConditional:
         return self._sampled("sample_states", num_samples, seed, offset, given, length)
 
     def _sampled(self, verb: str, num_samples: int, seed: int, offset: int, given: Any, length: int | None) -> Tensor:
-        options = {"length": length or max(model.length for model in self.models)} if self.takes_sequences else {}
+        options = (
+            {"length": max(model.length for model in self.models) if length is None else length} if self.takes_sequences else {}
+        )
         if given is not None:
             class_N = torch.full((num_samples,), latent_of(given, self.labels, len(self.models), "classes"))
         else:
@@ -232,6 +234,7 @@ class ClassConditional:
 
     def _joint(self, block: Block, compute: Compute) -> Tensor:
         """(C, N) log p(x, class) and the evidence; of classes that the evidence excludes no density is asked for."""
+        _check_labels_of_sequences(block)
         joint_CN = torch.full((len(self.models), block.num_rows), -torch.inf, dtype=torch.float64)
         for c, model in enumerate(self.models):
             evidence_N = torch.zeros(block.num_rows, dtype=torch.float64) if block.evidence is None else block.evidence[:, c]
@@ -301,6 +304,21 @@ def _mixed(filled_CN: Tensor, posterior_NC: Tensor, seed: int | None, offset: in
     return filled_CN[class_N, torch.arange(len(class_N))]
 
 
+def _check_labels_of_sequences(block: Block) -> None:
+    """UserError where a sequence has steps of different labels."""
+    if block.sequence_bounds is None or block.evidence is None:
+        return
+    lengths = block.sequence_bounds.diff()
+    first_N = block.sequence_bounds[:-1].repeat_interleave(lengths)
+    differs_N = (block.evidence != block.evidence[first_N]).any(1)
+    if bool(differs_N.any()):
+        row = int(differs_N.nonzero()[0, 0])
+        raise UserError(
+            f"row {int(block.rows[row])} has another label than the first step of its sequence, row "
+            f"{int(block.rows[first_N[row]])}; with model.labels: classes all steps have the label of their sequence"
+        )
+
+
 def _of_whole(log_prob_N: Tensor, block: Block) -> Tensor:
     """(N,) at each step log p of the whole sequence."""
     if block.sequence_bounds is None:
@@ -341,6 +359,7 @@ def _of_class(c: int, function: Callable[[Any, Run[Block]], Any], broadcast: Any
 
 
 def _labelled(c: int, block: Block) -> Block:
+    _check_labels_of_sequences(block)
     if block.evidence is None:
         shares_N = torch.zeros(block.num_rows, dtype=torch.float64)
     else:

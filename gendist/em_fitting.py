@@ -62,8 +62,8 @@ def estimate(
         of_steps = getattr(family, "takes_sequences", False) and not issubclass(family, ClassConditional)
         if spec.fit.unlabelled_weight != 1.0 and of_steps:
             raise UserError(
-                f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but the steps of a sequence weigh the same; leave it "
-                "out, or let labels be those of whole sequences (model.labels: classes)"
+                f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but all steps of a sequence weigh the same; leave "
+                "it out, or let labels be those of whole sequences (model.labels: classes)"
             )
         start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
         opened = source_of(data) if data is not None else open_source(spec.data)

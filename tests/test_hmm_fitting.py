@@ -172,6 +172,15 @@ def test_sequences_without_a_label_take_part():
     assert accuracy > 0.8
 
 
+def test_steps_of_different_classes_in_one_sequence_are_told():
+    frame, _ = steps_frame()
+    frame["kind"] = np.where(frame["who"] < 6, "early", "late")
+    frame.loc[3, "kind"] = None
+    spec = {**SPEC, "model": {"num_states": 2, "labels": "classes"}}
+    with pytest.raises(UserError, match="row 3 has another label than the first step of its sequence, row 0"):
+        gendist.fit({**spec, "data": {"sequence": "who", "label": "kind", "columns": ["a", "b"]}}, data=frame)
+
+
 def test_behind_transforms_the_density_is_that_of_the_data():
     x, _ = walk(2_000, 5)
     sequences = [10.0 * x[:900] + 3.0, 10.0 * x[900:] + 3.0]
