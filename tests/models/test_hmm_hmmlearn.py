@@ -252,6 +252,15 @@ def test_decoded_paths_are_hmmlearns(kind):
     assert torch.cat(pair.model.most_likely_states(pair.sequences)).tolist() == theirs.tolist()
 
 
+@pytest.mark.parametrize("kind", PAIRS)
+def test_aic_and_bic_are_hmmlearns(kind):
+    pair = PAIRS[kind]()
+    x, lengths = whole(pair.rows, pair.estimator), [len(each) for each in pair.sequences]
+    found = pair.model.criteria(pair.estimator.score(x, lengths), len(x))
+    np.testing.assert_allclose(found["aic"], pair.estimator.aic(x, lengths), rtol=TOLERANCE)
+    np.testing.assert_allclose(found["bic"], pair.estimator.bic(x, lengths), rtol=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", COVARIANCE_TYPES)
 def test_the_e_step_of_mixtures_is_hmmlearns(kind):
     """The M-step is not: hmmlearn takes covariances about the old means. Its mixtures are tied within a state, ours all."""
