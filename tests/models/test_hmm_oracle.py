@@ -191,7 +191,7 @@ def test_log_prob_of_a_block_adds_up_to_that_of_its_sequences(small):
 
 @pytest.mark.parametrize("precision", COMPUTES)
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("kind", ["gaussian full", "gaussian diag", "mixture diag", "categorical"])
+@pytest.mark.parametrize("kind", ["gaussian full", "mixture diag", "categorical"])
 def test_a_sequence_in_pieces_is_the_whole_sequence(kind, topology, precision):
     """All paths of one of 7 steps, with a missing step, evidence and a weight, beside two that lie in blocks of their own."""
     compute, tolerance = COMPUTES[precision]
@@ -348,7 +348,7 @@ def test_a_state_that_cannot_be_reached_may_be_the_likeliest(case, precision):
     expected = by_enumeration(logarithm(initial_probs), logarithm(transition_matrix), log_density(x))
     # A density has the digits of its precision: what is far away costs those behind the point.
     tolerance *= max(1.0, float(np.abs(log_density(x)).max()) / 100.0)
-    ordinary = drawn_from(model, 30)
+    ordinary = drawn_from(model, 8)
     for sequences in ([x], [ordinary, x, x[:2], ordinary]):
         others = [each for each in sequences if each is not x]
         of_others = model.e_step(block_of(others), compute) if others else None
@@ -404,7 +404,7 @@ class Long:
         emission, log_density = far_apart(3.0)
         self.model = model_of(self.initial_probs, self.transition_matrix, emission)
         rng = np.random.default_rng(0)
-        self.sequences = [3.0 * rng.integers(0, 3, (length, 1)) + rng.normal(size=(length, 1)) for length in (10_000, 700, 3)]
+        self.sequences = [3.0 * rng.integers(0, 3, (length, 1)) + rng.normal(size=(length, 1)) for length in (5_000, 700, 3)]
         log_chain = logarithm(self.initial_probs), logarithm(self.transition_matrix)
         self.answers = [in_logarithms(*log_chain, log_density(x)) for x in self.sequences]
 
@@ -415,7 +415,7 @@ def long(request) -> Long:
 
 
 @pytest.mark.parametrize("precision", COMPUTES)
-def test_statistics_of_ten_thousand_steps(long, precision):
+def test_statistics_of_thousands_of_steps(long, precision):
     compute, tolerance = COMPUTES[precision]
     statistics, answers = long.model.e_step(block_of(long.sequences), compute), long.answers
     close(statistics.log_likelihood, sum(a.log_prob for a in answers), tolerance)
@@ -424,7 +424,7 @@ def test_statistics_of_ten_thousand_steps(long, precision):
     close(state_counts(statistics), sum(a.smoothed.sum(0) for a in answers), tolerance)
 
 
-def test_inference_in_ten_thousand_steps(long):
+def test_inference_in_thousands_of_steps(long):
     model, sequences = long.model, long.sequences
     close(model.log_prob(sequences), [answer.log_prob for answer in long.answers])
     for smoothed, answer in zip(model.encode(sequences), long.answers, strict=True):
@@ -493,10 +493,10 @@ def test_samples_have_the_models_own_moments(kind):
 def test_samples_are_parts_of_one_endless_sample(kind):
     model = Small(kind).model
     for sample in (model.sample, model.sample_states):
-        whole = sample(100, seed=5, length=7)
-        assert torch.equal(whole, torch.cat([sample(40, seed=5, length=7), sample(60, seed=5, offset=40, length=7)]))
-        assert torch.equal(whole, sample(100, seed=5, length=12)[:, :7])
-        assert not torch.equal(whole, sample(100, seed=6, length=7))
+        whole = sample(100, seed=5, length=3)
+        assert torch.equal(whole, torch.cat([sample(40, seed=5, length=3), sample(60, seed=5, offset=40, length=3)]))
+        assert torch.equal(whole, sample(100, seed=5, length=5)[:, :3])
+        assert not torch.equal(whole, sample(100, seed=6, length=3))
 
 
 # Forecasts
