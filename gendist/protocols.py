@@ -401,8 +401,8 @@ class StatisticsModel(GenerativeModel, Protocol):
     def e_step(self, block: Block, compute: Compute = EXACT) -> Statistics: ...
 
     def log_prob_of(self, block: Block, compute: Compute = EXACT) -> Tensor:
-        """(N,) log p of a block's rows, given what is known of their latents: what the E-step sums. Of a step of a sequence,
-        given the steps before it; the block holds whole sequences."""
+        """(N,) log p of a block's rows, given what is known of their latents: what the E-step sums. Of sequences,
+        which lie in the block as wholes, those of the steps add up to that of the sequence; 0 where the weight is 0."""
         ...
 
     def log_likelihood_of(self, block: Block, compute: Compute = EXACT) -> Statistics:

@@ -24,7 +24,7 @@ LEAF_ENTRIES = 524_288  # four megabytes of float64: few enough leaves, and many
 NUM_LEAVES_OF_SMALL_DATA = 32  # so that small data still spread over workers
 
 # A kernel takes a step of many sequences at a time: leaves of sequences are few and large.
-MIN_SEQUENCE_LEAF_ROWS = 4_096
+MIN_SEQUENCE_LEAF_ROWS = 32_768  # a step of few sequences costs as much as one of many
 MAX_SEQUENCE_LEAF_ROWS = 131_072
 NUM_SEQUENCE_LEAVES_OF_SMALL_DATA = 8
 

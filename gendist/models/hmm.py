@@ -27,6 +27,7 @@ from gendist.models.ops.forward_backward import drawn_states, log_forward, most_
 from gendist.models.ops.independent_latent import latent_of, loaded, log_prob_of_rows
 from gendist.models.ops.packing import Packing
 from gendist.noise import Noise
+from gendist.one_thread import one_thread
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor, sequences_of
 
 ROWS_AT_ONCE = 131_072  # of sequences that are looked at together
@@ -196,11 +197,13 @@ class HiddenMarkovModel:
     # What is said of sequences: each is an array (T, D), NaN where an entry is missing; one (T, D) array is one sequence,
     # one of (S, T, D) are S.
 
+    @one_thread()  # steps are small
     def log_prob(self, sequences: Any) -> Tensor:
         """(S,) log p(x) of each sequence, in nats."""
         parts = [_sums(self._smoothed(block)[1], block) for block in self._blocks(sequences)]
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64)
 
+    @one_thread()
     def encode(self, sequences: Any) -> list[Tensor]:
         """(T, K) of each sequence, p(state | the whole sequence)."""
         return [part for block in self._blocks(sequences) for part in _split(self._smoothed(block)[0], block)]
@@ -212,10 +215,12 @@ class HiddenMarkovModel:
         probs_NK[smoothed.rows] = smoothed.probs
         return probs_NK, _by_row(smoothed.log_prob, smoothed.rows, block.num_rows)
 
+    @one_thread()
     def filtered_probs(self, sequences: Any) -> list[Tensor]:
         """(T, K) of each sequence, p(state | the sequence up to this step)."""
         return [part for block, log_alpha_NK in self._filtered(sequences) for part in _split(log_alpha_NK.softmax(1), block)]
 
+    @one_thread()
     def most_likely_states(self, sequences: Any) -> list[Tensor]:
         """(T,) of each sequence, the states of the most likely path (Viterbi 1967)."""
         paths = []
@@ -226,6 +231,7 @@ class HiddenMarkovModel:
             paths += _split(_by_row(states_N, packing.rows, block.num_rows), block)
         return paths
 
+    @one_thread()
     def sample_posterior_states(self, sequences: Any, *, seed: int = 0, offset: int = 0) -> list[Tensor]:
         """(T,) of each sequence, states drawn from p(path | x). offset: the number of the first step among those that belong to
         the seed."""
@@ -237,6 +243,7 @@ class HiddenMarkovModel:
             paths += _split(_by_row(states_N, packing.rows, block.num_rows), block)
         return paths
 
+    @one_thread()
     def forecast_states(self, sequences: Any, horizon: int = 1) -> Tensor:
         """(S, horizon, K) p(state of each of the next steps | the sequence)."""
         if horizon < 1:
@@ -251,6 +258,7 @@ class HiddenMarkovModel:
             forecasts.append(forecasts[-1] @ self.transition_matrix)
         return torch.stack(forecasts, 1)
 
+    @one_thread()
     def forecast(self, sequences: Any, horizon: int = 1) -> Tensor:
         """(S, horizon, D) the mean of x at each of the next steps, given the sequence; of categories the most likely one."""
         probs_SHK = self.forecast_states(sequences, horizon)
@@ -272,6 +280,7 @@ class HiddenMarkovModel:
     def _mean(self, probs_NK: Tensor) -> Tensor:
         return self.emission.impute(probs_NK) if isinstance(self.emission, Columns) else probs_NK @ self.emission.means
 
+    @one_thread()
     def impute(self, sequences: Any, *, seed: int | None = None, offset: int = 0) -> list[Tensor]:
         """(T, D) each sequence with its missing entries (NaN) filled in: by their mean given all of the sequence (of a
         category the most likely one), or, where a seed is given, by a draw: a path of states, then the entries.
@@ -375,6 +384,7 @@ class HiddenMarkovModel:
 
     # Sampling
 
+    @one_thread()
     def sample(
         self, num_samples: int, *, seed: int = 0, offset: int = 0, length: int | None = None, given: Any = None
     ) -> Tensor:
@@ -391,6 +401,7 @@ class HiddenMarkovModel:
                 x_NTD[rows, t] = self.emission.sample(state_N, seed, f"sample.x.{t}", offset + first)
         return x_NTD
 
+    @one_thread()
     def sample_states(
         self, num_samples: int, *, seed: int = 0, offset: int = 0, length: int | None = None, given: Any = None
     ) -> Tensor:
@@ -567,6 +578,8 @@ class HiddenMarkovModel:
         lines = []
         for k in range(self.num_states):
             if entered_K[k] <= least:
+                if float(self.initial_probs[k] + self.transition_matrix[:, k].sum()) == 0.0:
+                    continue  # told when it lost its last step
                 lines.append(f"no step is in state {k}; its parameters are what the prior or the start says")
             elif left_K[k] <= least and has_choice_K[k] and "transition_matrix" not in self.config.frozen:
                 lines.append(f"state {k} is in last steps alone; its transitions are what the prior or the start says")
