@@ -248,7 +248,9 @@ class EMFitting:
         restart = leader(candidates)
         model, history = candidates[restart].model, candidates[restart].history
         # Where all was counted, the start had counted it, too, unless it was given: the last record is of these parameters.
-        counted = history[-1] if candidates[restart].decision is Decision.COUNTED and self.start is None else None
+        # Not so of sequences, whose start does not count transitions.
+        start_counts = self.start is None and not getattr(self.family, "takes_sequences", False)
+        counted = history[-1] if candidates[restart].decision is Decision.COUNTED and start_counts else None
         mean = counted["log_likelihood"] if counted else mean_log_likelihood(model, training, self.compute)
         log_likelihood = _shifted(mean, log_abs_det["training"])
         results: dict[str, Any] = {

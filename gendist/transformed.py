@@ -16,6 +16,15 @@ from torch import Tensor
 from gendist.data.transforms import Transforms
 from gendist.protocols import sequences_of
 
+OF_SEQUENCES = (
+    "filtered_probs",
+    "forecast",
+    "forecast_states",
+    "most_likely_states",
+    "sample_posterior_states",
+    "sample_states",
+)
+
 
 class _Offered:
     """A verb that is there where the model within offers it; elsewhere asking for it tells the model's reason."""
@@ -100,7 +109,7 @@ class Transformed:
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, **options: Any) -> Any:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed, as the data would hold them."""
         z = self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options)
-        return self.transforms.inverse(z) if z.ndim == 2 else self.transforms.inverse(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+        return self._inverse(z)
 
     @_Offered
     def log_prob(self, x_ND: Any) -> Tensor:
@@ -143,6 +152,23 @@ class Transformed:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
 
+    def __getattr__(self, name: str) -> Any:
+        """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
+        if name not in OF_SEQUENCES or not hasattr(self.model, name):
+            raise AttributeError(
+                f"a {type(self.model).__name__} behind transforms has no {name}; `model.model` is the one within"
+            )
+        verb = getattr(self.model, name)
+        if name == "sample_states":
+            return verb
+        if name == "forecast":
+            return lambda x, *rest, **options: self._inverse(verb(self._forward(x), *rest, **options))
+        return lambda x, *rest, **options: verb(self._forward(x), *rest, **options)
+
+    def _inverse(self, z: Tensor) -> Tensor:
+        """Of rows (N, E), or of sequences (S, T, E)."""
+        return self.transforms.inverse(z) if z.ndim == 2 else self.transforms.inverse(z.flatten(0, 1)).unflatten(0, z.shape[:2])
+
     def _forward(self, x: Any) -> Any:
         """The transformed rows; of a model of sequences the transformed sequences."""
         if not getattr(self.model, "takes_sequences", False):
@@ -152,6 +178,8 @@ class Transformed:
     def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
         if getattr(self.model, "takes_sequences", False):
             mapped = [self.transforms.map(x_TD) for x_TD in sequences_of(x_ND)]
+            if not mapped:
+                return torch.zeros(0, dtype=torch.float64)
             log_abs_det_S = torch.stack([log_abs_det_T.sum() for _, log_abs_det_T in mapped])
             return of_z([z_TE for z_TE, _ in mapped], **options) + log_abs_det_S
         z_NE, log_abs_det_N = self.transforms.map(x_ND)

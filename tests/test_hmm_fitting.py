@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 from sklearn.datasets import load_digits
 
 import gendist
 from gendist.config import load_spec
-from gendist.models.hmm import HiddenMarkovModel
+from gendist.models.distributions.gaussian import Gaussian
+from gendist.models.distributions.gaussian_emission import GaussianEmission
+from gendist.models.hmm import HiddenMarkovModel, HiddenMarkovModelConfig
 from gendist.noise import Noise
-from gendist.protocols import UserError
+from gendist.protocols import Block, Compute, UserError
 
 MEANS = np.array([[-4.0, 0.0], [0.0, 3.0], [4.0, 0.0]])
 TRANSITIONS = np.array([[0.95, 0.04, 0.01], [0.02, 0.9, 0.08], [0.05, 0.05, 0.9]])
@@ -243,3 +248,94 @@ def test_a_sequence_that_is_not_the_models_is_told(unbroken):
         model.sample(3, length=0)
     with pytest.raises(UserError, match="horizon"):
         model.forecast([np.zeros((3, 2))], horizon=0)
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+@pytest.mark.parametrize("topology", ["left_to_right", "banded"])
+def test_cut_sequences_never_reach_what_cannot_be_reached(topology, precision):
+    """States lie 8 standard deviations apart, and the data go back, which the chain may not: all of it rests on states that
+    the fast recursions have lost."""
+    gaussian = Gaussian(torch.tensor([[0.0], [8.0], [16.0]]).double(), torch.ones(3, 1).double(), "diag")
+    transitions = [[0.9, 0.1, 0.0], [0.0 if topology == "left_to_right" else 0.1, 0.8, 0.1], [0.0, 0.0, 1.0]]
+    transitions = (np.array(transitions) / np.sum(transitions, 1, keepdims=True)).tolist()
+    emission = GaussianEmission.of(gaussian)
+    config = HiddenMarkovModelConfig(num_states=3, topology=topology, emission=emission.config)
+    model = HiddenMarkovModel.from_parameters([1.0, 0.0, 0.0], transitions, emission, config)
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=40) + 8 * np.repeat([0, 1, 2, 1], 10))[:, None]
+    compute = Compute(precision)
+
+    def block(start: int, stop: int) -> Block:
+        bounds = torch.tensor([0, stop - start])
+        return Block(x[start:stop], torch.arange(start, stop), sequence_bounds=bounds, open_ends=(start > 0, stop < 40))
+
+    def e_step(of, cuts):
+        parts = [of.e_step(block(start, stop), compute) for start, stop in itertools.pairwise(cuts)]
+        return functools.reduce(lambda a, b: a.merge(b), parts)
+
+    whole = e_step(model, [0, 40])
+    for cuts in ([0, 20, 40], [0, 15, 30, 40]):
+        first = e_step(model, cuts)
+        second = e_step(model.m_step(first).redo, cuts)
+        tolerance = 1e-9 if precision == "float64" else 1e-4
+        assert second.log_likelihood == pytest.approx(whole.log_likelihood, rel=tolerance)
+        np.testing.assert_allclose(second.transitions, whole.transitions, atol=tolerance * 40)
+        np.testing.assert_allclose(second.emission.counts, whole.emission.counts, atol=tolerance * 40)
+
+
+def test_what_is_said_of_counted_sequences_is_of_the_fitted_model():
+    frame, truth = steps_frame()
+    frame["state"] = truth
+    spec = {**SPEC, "data": {"sequence": "who", "label": "state", "columns": ["a", "b"]}, "fit": {}}
+    run = gendist.fit(spec, data=frame)
+    log_emission = np.log(np.maximum(run.model.transition_matrix.numpy(), 1e-300))
+    same = frame["who"].to_numpy()[1:] == frame["who"].to_numpy()[:-1]
+    x, means = frame[["a", "b"]].to_numpy(), run.model.emission.gaussian.means.numpy()
+    variances = run.model.emission.gaussian.covariances.numpy()
+    joint = norm.logpdf(x, means[truth], np.sqrt(variances[truth])).sum()
+    joint += log_emission[truth[:-1], truth[1:]][same].sum()
+    joint += np.log(run.model.initial_probs.numpy()[truth[np.unique(frame["who"], return_index=True)[1]]]).sum()
+    assert run.results["log_likelihood"] * len(frame) == pytest.approx(joint, rel=1e-10)
+
+
+def test_mixed_columns_of_numbers_find_their_states():
+    x, _ = walk(3_000, 3)
+    spec = {**SPEC, "model": {"num_states": 3, "emission": {"kind": "mixed"}}, "fit": {"max_iterations": 20}}
+    plain = gendist.fit({**spec, "model": {"num_states": 3}}, data=[x])
+    mixed = gendist.fit(spec, data=[x])
+    assert mixed.results["log_likelihood"] == pytest.approx(plain.results["log_likelihood"], abs=1e-2)
+
+
+def test_known_states_that_the_topology_forbids_are_told():
+    frame, truth = steps_frame()
+    frame["state"] = truth
+    spec = {**SPEC, "model": {"num_states": 3, "topology": "left_to_right"}, "data": {"sequence": "who", "label": "state"}}
+    with pytest.raises(UserError, match=r"transition that has probability 0; see model\.topology"):
+        gendist.fit(spec, data=frame)
+
+
+def test_of_an_impossible_sequence_nothing_is_no_number():
+    emission = GaussianEmission.of(Gaussian(torch.tensor([[0.0], [1.0]]).double(), torch.ones(2, 1).double(), "diag"))
+    model = HiddenMarkovModel.from_parameters([0.5, 0.5], [[0.9, 0.1], [0.1, 0.9]], emission)
+    for length in (3, 5_000):
+        x = np.zeros((length, 1))
+        x[1] = 1e200
+        for values in (model.encode([x])[0], model.filtered_probs([x])[0], model.forecast([x], 2), model.log_prob([x])):
+            assert not bool(values.isnan().any())
+
+
+def test_verbs_of_sequences_are_there_behind_transforms():
+    x, _ = walk(1_000, 8)
+    run = gendist.fit({**SPEC, "data": {"transforms": ["standardize"]}, "fit": {"max_iterations": 20}}, data=[10 * x])
+    z = run.model.transforms.forward(torch.from_numpy(10 * x))
+    assert torch.equal(run.model.most_likely_states([10 * x])[0], run.model.model.most_likely_states([z])[0])
+    inside = run.model.model.forecast([z], 3)
+    np.testing.assert_allclose(run.model.forecast([10 * x], 3)[0], run.model.transforms.inverse(inside[0]), rtol=1e-12)
+    with pytest.raises(AttributeError, match="behind transforms"):
+        _ = run.model.transition_matrix
+
+
+def test_a_start_that_the_topology_does_not_allow_is_refused(walks):
+    emission = GaussianEmission.of(Gaussian(torch.zeros(2, 2).double(), torch.ones(2, 2).double(), "diag"))
+    model = HiddenMarkovModel.from_parameters([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], emission)
+    with pytest.raises(UserError, match="begin in"):
+        gendist.fit({**SPEC, "model": {"num_states": 2, "topology": "left_to_right"}}, data=[walks[4]], init=model)

@@ -57,6 +57,13 @@ def as_fitted(
     names = source.schema.names
     if config.sequence is None and sequence in names:
         config = config.model_copy(update={"sequence": sequence, "order": order if order in names else None})
+    elif config.sequence is None and {"sequence", "step"} <= set(names):  # a sample
+        config = config.model_copy(update={"sequence": "sequence", "order": "step"})
+    elif config.sequence is None and sequence is not None and len(names) > 1:
+        raise UserError(
+            f"{source.name}: no column '{sequence}', which tells the sequences of the model's data apart; name the column that "
+            "does with data.sequence"
+        )
     if text is None:
         if config.text is not None:
             raise UserError("data.text: the model was not fitted to tokens of texts; leave it out")

@@ -46,7 +46,8 @@ class HiddenMarkovModelConfig(BaseModel):
     emission                     the distribution of x given a state: `kind: gaussian`, with the keys of a Gaussian mixture's
                                  and num_components of each state; or another kind, with the keys of naive Bayes
     topology                     which transitions there may be: free (all), left_to_right (to a state itself and the next
-                                 ones, from the first state on), banded (to neighbours on both sides), or a matrix of 0 and 1
+                                 ones, from the first state on; states begin as equal parts of time, whatever `fit.init` and
+                                 the seed), banded (to neighbours on both sides), or a matrix of 0 and 1
     max_jump                     how many states further left_to_right and banded may lead
     initial_pseudocount          of each state: sequences that are taken to have begun there
     transition_pseudocount       of each allowed transition: how often it is taken to have been seen
@@ -218,7 +219,7 @@ class HiddenMarkovModel:
     @one_thread()
     def filtered_probs(self, sequences: Any) -> list[Tensor]:
         """(T, K) of each sequence, p(state | the sequence up to this step)."""
-        return [part for block, log_alpha_NK in self._filtered(sequences) for part in _split(log_alpha_NK.softmax(1), block)]
+        return [part for block, log_alpha_NK in self._filtered(sequences) for part in _split(_shares(log_alpha_NK), block)]
 
     @one_thread()
     def most_likely_states(self, sequences: Any) -> list[Tensor]:
@@ -246,11 +247,11 @@ class HiddenMarkovModel:
     @one_thread()
     def forecast_states(self, sequences: Any, horizon: int = 1) -> Tensor:
         """(S, horizon, K) p(state of each of the next steps | the sequence)."""
-        if horizon < 1:
+        if not isinstance(horizon, int) or horizon < 1:
             raise UserError(f"horizon {horizon}; ask for 1 step or more")
         nexts = []
         for block, log_alpha_NK in self._filtered(sequences):
-            for last_K in (part[-1].softmax(0) if len(part) else None for part in _split(log_alpha_NK, block)):
+            for last_K in (_shares(part[-1:])[0] if len(part) else None for part in _split(log_alpha_NK, block)):
                 nexts.append(self.initial_probs if last_K is None else last_K @ self.transition_matrix)
         probs_SK = torch.stack(nexts) if nexts else torch.zeros(0, self.num_states, dtype=torch.float64)
         forecasts = [probs_SK]
@@ -439,7 +440,7 @@ class HiddenMarkovModel:
         and from left to right, where states begin as equal parts of time."""
         if labels and len(labels) == config.num_states:
             return "labels"
-        needs_no_centers = config.emission.kind in ("categorical", "mixed") or config.topology == "left_to_right"
+        needs_no_centers = config.emission.kind == "categorical" or config.topology == "left_to_right"
         return "random_responsibilities" if needs_no_centers else "kmeans||"
 
     @classmethod
@@ -477,6 +478,8 @@ class HiddenMarkovModel:
             )
         if bool((model.transition_matrix[~config.allowed] > 0).any()):
             raise UserError("the model to start from has transitions that model.topology does not allow")
+        if bool((model.initial_probs[~config.allowed_first] > 0).any()):
+            raise UserError("the model to start from begins in states that model.topology does not allow to begin in")
         emission = _adopted_emission(config, summary, model.emission)
         return replace(model, config=config, emission=emission, labels=labels or model.labels)
 
@@ -497,6 +500,7 @@ class HiddenMarkovModel:
         chain_pass = ChainPass(self.chain, kernel, block, compute)
         smoothed = chain_pass.run(self.relay.messages.get(int(block.rows[0])) if is_piece and self.relay else None)
         log_prob_N = _by_row(smoothed.log_prob, smoothed.rows, block.num_rows)
+        _check_evidence(block, log_prob_N)
         statistics = HiddenMarkovStatistics(
             block.weighted_sum(log_prob_N),
             chain_pass.statistics(),
@@ -678,6 +682,23 @@ def _num_unknown(block: Block) -> int:
     """How many steps of positive weight have a state that the evidence leaves open."""
     open_N = ~block.has_one_latent
     return int((open_N if block.weights is None else open_N & (block.weights > 0)).sum())
+
+
+def _check_evidence(block: Block, log_prob_N: Tensor) -> None:
+    """UserError where a sequence that something is known of cannot be."""
+    impossible_N = log_prob_N == -torch.inf
+    if block.evidence is None or not bool((impossible_N & (block.evidence != 0).any(1)).any()):
+        return
+    row = int(block.rows[int(impossible_N.nonzero()[0, 0])])
+    raise UserError(
+        f"the sequence with row {row} is impossible: what is known of its states takes a transition that has probability 0; "
+        "see model.topology, which takes states in the order of data.labels, and the model to start from"
+    )
+
+
+def _shares(log_weights_NK: Tensor) -> Tensor:
+    """(N, K) shares that sum to 1, or are all 0 where nothing is possible."""
+    return torch.where((log_weights_NK > -torch.inf).any(1, keepdim=True), log_weights_NK.softmax(1), 0.0)
 
 
 def _packing(block: Block) -> Packing:

@@ -172,6 +172,7 @@ class ChainPass:
         bound = chain.bound(compute.dtype)
         self._is_checked = bound is None
         self._bound = CHECKED_BOUND[compute.dtype] if bound is None else bound
+        self._nothing = self._digits.least**0.75
         # As many steps as cannot vanish together, the transitions among them.
         self._stride = 1 if bound is None else max(1, min(MAX_STRIDE, int(self._digits.lowest / bound)))
         weights_S = sequence_weights(block)
@@ -283,6 +284,10 @@ class ChainPass:
                 before_SK, after_SK = messages.before[self._packing.order], messages.after[self._packing.order]
                 predicted_SK = before_SK.exp() @ self._chain.transition_matrix
                 predicted_SK = torch.where(segments.begins[:, None], 1.0, predicted_SK).to(self._transition)
+                if is_bounded_NK is not None:  # also what cannot be reached, and is raised to `least`
+                    first_SK = likelihood_NK[: packing.num_sequences] * predicted_SK
+                    least_S1 = self._digits.least * first_SK.sum(1, keepdim=True)
+                    is_bounded_NK[: packing.num_sequences] |= first_SK <= least_S1
             least = self._digits.least if self._is_checked else 0.0
             norm_N = forward_(likelihood_NK, packing, self._transition, predicted_SK, filtered_NK, self._stride, least)
             trust_S = torch.ones(packing.num_sequences, dtype=torch.bool)
@@ -305,6 +310,8 @@ class ChainPass:
         again = torch.nonzero(~trust_S)[:, 0]
         if len(again):
             self._run_again(again, log_prob_N, before_SK, after_SK)
+        if self._is_checked:  # what was raised to `least` is nothing again
+            torch.threshold_(likelihood_NK, self._nothing, 0.0)
         return Smoothed(packing.rows, likelihood_NK, log_prob_N)
 
     def _run_again(self, places: Tensor, log_prob_N: Tensor, before_SK: Tensor | None, after_SK: Tensor | None) -> None:
@@ -371,6 +378,8 @@ class ChainPass:
             to_SK = self._weighed[:num_sequences].cpu().to(torch.float64)
             transitions += self._before[linked].exp().T @ to_SK[linked]
         transitions = transitions * self._chain.transition_matrix + self._transitions_again
+        if self._is_checked:
+            torch.threshold_(transitions, self._nothing, 0.0)
         for rows in loaded(self._x, self._missing, self._kernel):
             self._kernel.add(self._probs[rows].T)
         return ChainStatistics(initial_K, transitions)

@@ -113,7 +113,7 @@ def transfer(likelihood_NK: Tensor, packing: Packing, transition_KK: Tensor, fir
             state_KKB, other_KKB = other_KKB, state_KKB
         state_KKB.mul_(likelihood_BK.T.contiguous()[:, None, :])
         if (t + 1) % stride == 0:
-            norm_KB = state_KKB.sum(0)
+            norm_KB = state_KKB.sum(0).clamp_min_(torch.finfo(state_KKB.dtype).tiny)  # 0 where x is impossible
             state_KKB.div_(norm_KB)
             log_norm_KS[:, :size] += norm_KB.log()
     at_end_KKS[:, :, : state_KKB.shape[2]] = state_KKB
@@ -172,10 +172,11 @@ def log_messages(log_transfers_SKK: Tensor, log_before_K: Tensor, log_after_K: T
             log_next_K = np.logaddexp.reduce(before[-1][:, None] + log_transfer_KK, axis=0)
             log_norm = np.logaddexp.reduce(log_next_K)
             log_prob += float(log_norm)
-            before.append(log_next_K - log_norm)
+            before.append(log_next_K - log_norm if log_norm > -np.inf else log_next_K)
         for log_transfer_KK in reversed(transfers[1:]):
             log_previous_K = np.logaddexp.reduce(log_transfer_KK + after[-1], axis=1)
-            after.append(log_previous_K - log_previous_K.max())
+            largest = log_previous_K.max()
+            after.append(log_previous_K - largest if largest > -np.inf else log_previous_K)
     return torch.from_numpy(np.stack(before[:-1])), torch.from_numpy(np.stack(after[::-1])), log_prob
 
 
