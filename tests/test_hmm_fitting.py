@@ -309,7 +309,7 @@ def test_known_states_that_the_topology_forbids_are_told():
     frame, truth = steps_frame()
     frame["state"] = truth
     spec = {**SPEC, "model": {"num_states": 3, "topology": "left_to_right"}, "data": {"sequence": "who", "label": "state"}}
-    with pytest.raises(UserError, match=r"transition that has probability 0; see model\.topology"):
+    with pytest.raises(UserError, match=r"what is known of their latents contradicts it .*model\.topology"):
         gendist.fit(spec, data=frame)
 
 

@@ -82,9 +82,11 @@ def expectation_maximization(
 
 
 def not_finite(log_likelihood: float) -> UserError:
+    known = ", or what is known of their latents contradicts it (as labels of states may what model.topology allows)"
     return UserError(
-        f"the log-likelihood is {log_likelihood}: the rows are too far from the model for the precision; rescale the columns, "
-        "take fit.precision: float64, or start from the data with fit.init"
+        f"the log-likelihood is {log_likelihood}: the rows are too far from the model for the precision"
+        f"{known if log_likelihood == -math.inf else ''}; rescale the columns, take fit.precision: float64, or start from the "
+        "data with fit.init"
     )
 
 

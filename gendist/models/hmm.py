@@ -500,7 +500,6 @@ class HiddenMarkovModel:
         chain_pass = ChainPass(self.chain, kernel, block, compute)
         smoothed = chain_pass.run(self.relay.messages.get(int(block.rows[0])) if is_piece and self.relay else None)
         log_prob_N = _by_row(smoothed.log_prob, smoothed.rows, block.num_rows)
-        _check_evidence(block, log_prob_N)
         statistics = HiddenMarkovStatistics(
             block.weighted_sum(log_prob_N),
             chain_pass.statistics(),
@@ -682,18 +681,6 @@ def _num_unknown(block: Block) -> int:
     """How many steps of positive weight have a state that the evidence leaves open."""
     open_N = ~block.has_one_latent
     return int((open_N if block.weights is None else open_N & (block.weights > 0)).sum())
-
-
-def _check_evidence(block: Block, log_prob_N: Tensor) -> None:
-    """UserError where a sequence that something is known of cannot be."""
-    impossible_N = log_prob_N == -torch.inf
-    if block.evidence is None or not bool((impossible_N & (block.evidence != 0).any(1)).any()):
-        return
-    row = int(block.rows[int(impossible_N.nonzero()[0, 0])])
-    raise UserError(
-        f"the sequence with row {row} is impossible: what is known of its states takes a transition that has probability 0; "
-        "see model.topology, which takes states in the order of data.labels, and the model to start from"
-    )
 
 
 def _shares(log_weights_NK: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self
 
 import torch
@@ -58,10 +59,15 @@ class HiddenMarkovStatistics:
 
     @property
     def log_likelihood(self) -> float:
-        total = self.log_likelihood_of_whole
-        for pieces in self.cut_sequences:
-            total += pieces[0].weight * Messages.between(torch.cat([piece.log_transfers for piece in pieces]))[1]
-        return total
+        of_pieces = [pieces[0].weight * log_prob for pieces, _, log_prob in self.joined]
+        return sum(of_pieces, self.log_likelihood_of_whole)
+
+    @cached_property
+    def joined(self) -> list[tuple[list[Piece], Messages, float]]:
+        """The pieces of each sequence, the messages to their segments, and its log p."""
+        return [
+            (pieces, *Messages.between(torch.cat([each.log_transfers for each in pieces]))) for pieces in self.cut_sequences
+        ]
 
     @property
     def cut_sequences(self) -> list[list[Piece]]:
@@ -100,8 +106,7 @@ class Relay:
     def of(cls, statistics: HiddenMarkovStatistics) -> Self:
         """From a first pass, whose pieces yielded their transfers."""
         found: dict[int, Messages] = {}
-        for pieces in statistics.cut_sequences:
-            messages, _ = Messages.between(torch.cat([piece.log_transfers for piece in pieces]))
+        for pieces, messages, _ in statistics.joined:
             sizes = [len(piece.log_transfers) for piece in pieces]
             parts = zip(pieces, messages.before.split(sizes), messages.after.split(sizes), strict=True)
             found |= {piece.first_row: Messages(before_SK, after_SK) for piece, before_SK, after_SK in parts}

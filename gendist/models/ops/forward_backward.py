@@ -12,6 +12,8 @@ Legend: N packed steps, S sequences, K states; log_likelihood[n, k] = log p(x_n 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from torch import Tensor
 from gendist.models.ops.packing import Packing
 
 MOST_ENTRIES = 1 << 22  # of what a product of logarithms holds at a time
+NEAR = 300.0  # of logarithms: the products of two such numbers are far from vanishing
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
 
 # Scaled probabilities
 
@@ -165,19 +170,36 @@ def log_messages(log_transfers_SKK: Tensor, log_before_K: Tensor, log_after_K: T
 
     before  of the first, after  of the last
     """
-    transfers = list(log_transfers_SKK.numpy())  # small matrices, of which NumPy makes less fuss
-    before, after, log_prob = [log_before_K.numpy()], [log_after_K.numpy()], 0.0
-    with np.errstate(invalid="ignore"):  # of what is impossible
-        for log_transfer_KK in transfers:
-            log_next_K = np.logaddexp.reduce(before[-1][:, None] + log_transfer_KK, axis=0)
-            log_norm = np.logaddexp.reduce(log_next_K)
-            log_prob += float(log_norm)
-            before.append(log_next_K - log_norm if log_norm > -np.inf else log_next_K)
-        for log_transfer_KK in reversed(transfers[1:]):
-            log_previous_K = np.logaddexp.reduce(log_transfer_KK + after[-1], axis=1)
-            largest = log_previous_K.max()
-            after.append(log_previous_K - largest if largest > -np.inf else log_previous_K)
+    # Small matrices, of which NumPy makes less fuss.
+    log_transfers, log_before, log_after = (values.numpy() for values in (log_transfers_SKK, log_before_K, log_after_K))
+    largest_S = log_transfers.max((1, 2))
+    if (log_transfers.min((1, 2)) > largest_S - NEAR).all():  # so near to each other that no sum loses one
+        return _messages(np.exp(log_transfers - largest_S[:, None, None]), largest_S, np.exp(log_before), np.exp(log_after))
+    before, after, log_prob = [log_before], [log_after], 0.0
+    for log_transfer_KK in log_transfers:
+        log_next_K = np.logaddexp.reduce(before[-1][:, None] + log_transfer_KK, axis=0)
+        log_norm = np.logaddexp.reduce(log_next_K)
+        log_prob += float(log_norm)
+        before.append(log_next_K - log_norm if log_norm > -np.inf else log_next_K)
+    for log_transfer_KK in log_transfers[:0:-1]:
+        log_previous_K = np.logaddexp.reduce(log_transfer_KK + after[-1], axis=1)
+        largest = log_previous_K.max()
+        after.append(log_previous_K - largest if largest > -np.inf else log_previous_K)
     return torch.from_numpy(np.stack(before[:-1])), torch.from_numpy(np.stack(after[::-1])), log_prob
+
+
+def _messages(transfers: Array, log_scales_S: Array, before_K: Array, after_K: Array) -> tuple[Tensor, Tensor, float]:
+    """What `log_messages` returns, from what is no logarithm."""
+    before, norms, after = [before_K], [], [after_K]
+    for transfer_KK in transfers:
+        next_K = before[-1] @ transfer_KK
+        norms.append(next_K.sum())
+        before.append(next_K / norms[-1])
+    for transfer_KK in transfers[:0:-1]:
+        previous_K = transfer_KK @ after[-1]
+        after.append(previous_K / previous_K.max())
+    log_prob = float(np.log(norms).sum() + log_scales_S.sum())
+    return torch.from_numpy(np.log(np.stack(before[:-1]))), torch.from_numpy(np.log(np.stack(after[::-1]))), log_prob
 
 
 def most_likely_states(
