@@ -59,7 +59,7 @@ def as_fitted(
         config = config.model_copy(update={"sequence": sequence, "order": order if order in names else None})
     elif config.sequence is None and {"sequence", "step"} <= set(names):  # a sample
         config = config.model_copy(update={"sequence": "sequence", "order": "step"})
-    elif config.sequence is None and sequence is not None and len(names) > 1:
+    elif config.sequence is None and sequence is not None and len(names) > 1 and _are_numbers(source):
         raise UserError(
             f"{source.name}: no column '{sequence}', which tells the sequences of the model's data apart; name the column that "
             "does with data.sequence"
@@ -76,6 +76,11 @@ def as_fitted(
     if config.text not in (None, as_known):
         raise UserError(f"data.text: the model has taken texts apart otherwise ({as_known}); leave it out")
     return config.model_copy(update={"text": as_known, "columns": None})
+
+
+def _are_numbers(source: Source) -> bool:
+    """Whether each row holds numbers alone, so that it can be no more than a step."""
+    return all(is_numeric(field.type) and not is_list(field.type) for field in source.schema)
 
 
 def as_rows(source: Source, config: DataConfig) -> Source:
