@@ -154,11 +154,10 @@ class Transformed:
 
     def __getattr__(self, name: str) -> Any:
         """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
-        if name not in OF_SEQUENCES or not hasattr(self.model, name):
-            raise AttributeError(
-                f"a {type(self.model).__name__} behind transforms has no {name}; `model.model` is the one within"
-            )
-        verb = getattr(self.model, name)
+        model = self.__dict__.get("model")  # not there yet while it is unpickled
+        if name not in OF_SEQUENCES or not hasattr(model, name):
+            raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
+        verb = getattr(model, name)
         if name == "sample_states":
             return verb
         if name == "forecast":
