@@ -155,6 +155,8 @@ class Transformed:
     def __getattr__(self, name: str) -> Any:
         """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
         model = self.__dict__.get("model")  # not there yet while it is unpickled
+        if reason := getattr(model, "not_offered", {}).get(name):
+            raise AttributeError(f"{name} is not offered: {reason}")
         if name not in OF_SEQUENCES or not hasattr(model, name):
             raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
         verb = getattr(model, name)
