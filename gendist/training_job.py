@@ -184,6 +184,9 @@ class _Heard:
         self.line.alive()
         return self.rows.take(indices)
 
+    def labelled(self) -> torch.Tensor:
+        return self.rows.labelled()
+
 
 @dataclass
 class _Asked:

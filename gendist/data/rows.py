@@ -31,9 +31,10 @@ from gendist.atomic import new_folder
 from gendist.blocks import Blocks, reduce
 from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
-from gendist.protocols import Block, UserError
+from gendist.protocols import Block, UserError, is_labelled
 
 FORMAT = 2  # of the files; part of the key
+ROWS_AT_ONCE = 1 << 16
 
 Array = np.ndarray[Any, Any]
 
@@ -61,6 +62,16 @@ class RowSet:
         assert x is not None
         assert rows is not None
         return Block(x, rows, weights, evidence)
+
+    def labelled(self) -> Tensor:
+        """(L,) int64: the places of the rows of which something is known, in ascending order."""
+        if self.evidence is None:
+            return torch.empty(0, dtype=torch.int64)
+        parts = [
+            start + np.flatnonzero(is_labelled(self.evidence[start : start + ROWS_AT_ONCE]))
+            for start in range(0, self.num_rows, ROWS_AT_ONCE)
+        ]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ class DeepConfig(_Block):
     """
     num_steps          optimizer steps
     global_batch_size  samples a step, over all processes
+    labelled_batch_size  how many of them have a label, where few rows have one (data.label): these come up the more often, and
+                       every micro-batch has its share. Left out: as they come
     micro_batch_size   samples at once on one process; the largest that is even where left out
     optimizer          of every network that `optimizers` does not name
     optimizers         by network
@@ -71,6 +73,7 @@ class DeepConfig(_Block):
 
     num_steps: int = Field(default=1000, ge=1)
     global_batch_size: int = Field(default=128, ge=1)
+    labelled_batch_size: int | None = Field(default=None, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     optimizers: Mapping[str, OptimizerConfig] = Field(default_factory=dict)
@@ -89,6 +92,10 @@ class DeepConfig(_Block):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.labelled_batch_size and self.labelled_batch_size > self.global_batch_size:
+            raise ValueError(
+                f"labelled_batch_size {self.labelled_batch_size} is more than global_batch_size {self.global_batch_size}"
+            )
         if self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide global_batch_size {self.global_batch_size}"

@@ -21,6 +21,7 @@ from gendist.train.decisions import MAX_SKIPPED_IN_A_ROW, Asked, Decision, Progr
 from gendist.train.engine import Engine
 from gendist.train.global_draws import GlobalDraws
 from gendist.train.networks import explained
+from gendist.train.order import Order
 from gendist.train.records import Sums, Window
 from gendist.train.schedule import learning_rate
 from gendist.train.validation import validate
@@ -80,11 +81,13 @@ def train(
     for network in model.networks().values():
         network.train()
     restrictions.check(model, progress.step, config, division, rows.num_rows)
+    labelled = None if config.labelled_batch_size is None else rows.labelled()
+    order = Order(rows.num_rows, seed, config.global_batch_size, config.labelled_batch_size, labelled)
     global_draws = GlobalDraws(seed, engine.device)
     window, num_skipped = Window(), Counter[str]()
     while decide(progress, config) is Decision.CONTINUE:
         step = progress.step
-        batches = training_batches(rows, seed, step, division, engine.rank)
+        batches = training_batches(rows, order, step, division, engine.rank)
         phases = model.phases(step)
         counts, request = _total_counts(model, engine, phases, [batch for _, batch in batches], asked())
         if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from gendist.noise import Noise
 from gendist.protocols import Block
-from gendist.train.batches import Rows, indices
+from gendist.train.batches import Rows
 from gendist.train.config import DeepConfig
+from gendist.train.order import indices
 from gendist.train.schedule import learning_rate
 
 

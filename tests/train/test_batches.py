@@ -1,66 +1,17 @@
-"""The order of samples and their noise are functions of addresses, however the work is divided."""
+"""Micro-batches and their noise are functions of addresses, however the work is divided."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from toys import TensorRows
 
 from gendist.noise import Noise
 from gendist.protocols import Draw
-from gendist.train import batches
-from gendist.train.batches import Division, indices, moved, noise, training_batches
+from gendist.train.batches import Division, moved, noise, training_batches
+from gendist.train.order import Order, indices
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(params=["sorted", "feistel"])
-def _method(request, monkeypatch):
-    """Small data take the one way, large data the other; here, both sizes both."""
-    if request.param == "feistel":
-        monkeypatch.setattr(batches, "SORTED_UP_TO", 0)
-
-
-@pytest.mark.usefixtures("_method")
-@pytest.mark.parametrize("num_rows", [1, 2, 3, 17, 64, 1000, 5000])
-def test_every_epoch_is_a_permutation_of_its_own(num_rows):
-    order = indices(num_rows, 5, 0, 4 * num_rows).reshape(4, num_rows)
-    for epoch in order:
-        assert sorted(epoch.tolist()) == list(range(num_rows))
-    if num_rows >= 17:
-        assert len({tuple(epoch.tolist()) for epoch in order}) == 4
-        assert not torch.equal(indices(num_rows, 6, 0, num_rows), order[0])
-
-
-@pytest.mark.usefixtures("_method")
-def test_any_position_is_known_without_those_before_it():
-    whole = indices(100, 1, 0, 1000)
-    for start, number in ((0, 1), (99, 2), (250, 330), (999, 1), (7, 0)):
-        assert torch.equal(indices(100, 1, start, number), whole[start : start + number])
-
-
-@pytest.mark.usefixtures("_method")
-def test_the_order_is_even():
-    """Each row comes equally often at each place, and after each other: chi-square of many epochs."""
-    num_rows, num_epochs = 20, 4000
-    order = indices(num_rows, 2, 0, num_rows * num_epochs).reshape(num_epochs, num_rows).numpy()
-    places = np.zeros((num_rows, num_rows))
-    followers = np.zeros((num_rows, num_rows))
-    np.add.at(places, (np.broadcast_to(np.arange(num_rows), order.shape), order), 1)
-    np.add.at(followers, (order[:, :-1], order[:, 1:]), 1)
-    expected = num_epochs / num_rows
-    assert ((places - expected) ** 2 / expected).sum() < (num_rows - 1) ** 2 + 6 * (2 * (num_rows - 1) ** 2) ** 0.5
-    pairs = num_rows * (num_rows - 1)
-    expected = num_epochs * (num_rows - 1) / pairs
-    off_diagonal = followers[~np.eye(num_rows, dtype=bool)]
-    assert ((off_diagonal - expected) ** 2 / expected).sum() < pairs + 6 * (2 * pairs) ** 0.5
-
-
-def test_the_order_of_a_billion_rows_costs_no_memory():
-    places = indices(10**9, 0, 12 * 10**9 + 5, 256)
-    assert len(set(places.tolist())) == 256
-    assert 0 <= int(places.min()) < int(places.max()) < 10**9
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1, 3, 4, 100])
@@ -86,7 +37,7 @@ def test_each_sample_meets_the_same_noise_on_any_number_of_processes(world_size,
     draws = {"a": Draw("normal", 3), "b": Draw("uniform", 2)}
     step, found = 4, []
     for rank in range(world_size):
-        for start, block in training_batches(data, 9, step, Division(14, world_size, micro_batch_size), rank):
+        for start, block in training_batches(data, Order(30, 9, 14), step, Division(14, world_size, micro_batch_size), rank):
             assert torch.equal(block.x[:, 0].long(), block.rows)
             drawn = noise(9, "train.phase", draws, start, block.num_rows, CPU)
             found.append(torch.cat([block.x, drawn["a"], drawn["b"]], dim=1))

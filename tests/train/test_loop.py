@@ -11,12 +11,13 @@ from toys import MODELS, Adversarial, Regression, TensorRows, plainly_trained, r
 
 from gendist.noise import Noise
 from gendist.protocols import Loss, UserError
-from gendist.train.batches import indices, noise
+from gendist.train.batches import noise
 from gendist.train.config import DeepConfig
 from gendist.train.ddp_engine import DdpEngine
 from gendist.train.decisions import Decision, Progress
 from gendist.train.ema import gamma_of_width
 from gendist.train.loop import NotFinite, Report, train
+from gendist.train.order import indices
 from gendist.train.processes import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -15,7 +15,7 @@ from plain import Plain
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, softplus
 
-from gendist.protocols import Block, Draw, Loss, Phase
+from gendist.protocols import Block, Draw, Loss, Phase, is_labelled
 from gendist.train.config import DeepConfig
 
 
@@ -35,6 +35,9 @@ class TensorRows:
         weights = None if self.weights is None else self.weights[indices]
         evidence = None if self.evidence is None else self.evidence[indices]
         return Block(self.x[indices], indices, weights, evidence)
+
+    def labelled(self) -> Tensor:
+        return torch.nonzero(torch.zeros(0) if self.evidence is None else is_labelled(self.evidence))[:, 0]
 
 
 def rows(num_rows: int = 50) -> TensorRows:
