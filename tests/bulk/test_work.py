@@ -52,6 +52,22 @@ def test_samples_are_those_of_the_model(folder, tmp_path, name, given):
 
 
 @pytest.mark.parametrize("name", OUT)
+def test_encodings_are_those_of_the_model(folder, tmp_path, name):
+    done = bulk.encode(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / name)
+    expected = gendist.load(folder / "run").encode(pd.read_parquet(folder / "data.parquet").to_numpy()).numpy()
+    np.testing.assert_allclose(
+        read(tmp_path / name, ["latent_0", "latent_1", "latent_2"], "latents"), expected, rtol=1e-12, atol=1e-300
+    )
+    assert done.num_rows == len(expected)
+
+
+def test_what_draws_no_latents_says_so(folder, tmp_path):
+    with pytest.raises(UserError, match=r"^draw: a gmm has no distribution of latents to draw from"):
+        bulk.encode(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / "parts", draw=0)
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("name", OUT)
 def test_scores_are_those_of_the_model(folder, tmp_path, name):
     done = bulk.score(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / name)
     expected = gendist.load(folder / "run").log_prob(pd.read_parquet(folder / "data.parquet").to_numpy()).numpy()
