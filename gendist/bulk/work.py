@@ -206,8 +206,7 @@ def _of_data(
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
     _check_beside_the_data(Path(out), data, opened.paths)
-    # The columns that were fitted; an array has no names and is taken by position.
-    columns = data.columns or (loaded.schema.columns if len(opened.schema.names) > 1 else None)
+    columns = data.columns or _columns_to_read(loaded.schema, opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored})
     source: Source = opened
@@ -247,6 +246,15 @@ def _of_data(
         model=loaded.model,
         encode=encoder_of(Path(out)),
     )
+
+
+def _columns_to_read(fitted: Schema, there: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns that were fitted. An array has no names and is taken by position; of a model that was fitted to one, `sample`
+    has written a column for each feature."""
+    if len(there) == 1:
+        return None
+    are_features = not set(fitted.columns) <= set(there) and set(fitted.feature_names) <= set(there)
+    return fitted.feature_names if are_features else fitted.columns
 
 
 def sample_options(model: Any, length: int | None) -> dict[str, Any]:
