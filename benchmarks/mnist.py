@@ -73,8 +73,8 @@ def read(mnist: Path, part: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(file) for file in files])
 
 
-def with_few_labels(train: pa.Table, seed: int, path: Path) -> Path:
-    """The training images in a file in which ten of each class have a label."""
+def with_few_labels(train: pa.Table, seed: int, folder: Path) -> Path:
+    """A folder like the hub's with the training images, in which ten of each class have a label."""
     labels = np.array(train["label"].to_pylist(), dtype=np.int64)
     rng = np.random.default_rng(seed)
     kept = np.concatenate(
@@ -82,10 +82,11 @@ def with_few_labels(train: pa.Table, seed: int, path: Path) -> Path:
     )
     is_missing = np.ones(len(labels), dtype=bool)
     is_missing[kept] = False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     place = train.schema.get_field_index("label")
-    pq.write_table(train.set_column(place, "label", pa.array(labels, mask=is_missing)), path)
-    return path
+    table = train.set_column(place, "label", pa.array(labels, mask=is_missing)).replace_schema_metadata(None)
+    pq.write_table(table, folder / "train-00000-of-00001.parquet")
+    return folder
 
 
 def measured(case: Case, model: Any, test: pa.Table, num_importance_samples: int) -> float:
@@ -119,9 +120,10 @@ def main() -> None:
         case, found, seconds = CASES[name], [], []
         for seed in options.seeds:
             folder = options.runs / f"{name}-{seed}"
-            data = with_few_labels(train, seed, folder.with_suffix(".parquet")) if case.measure == "error" else options.mnist
-            source = ["data.source=parquet", f"data.path={data}" if data.is_file() else f"data.path={data}/train*.parquet"]
-            spec = load_spec(CONFIGS / f"{case.config}.yaml", [*case.changes, *source, f"seed={seed}", *options.set])
+            few = case.measure == "error"
+            data = with_few_labels(train, seed, options.runs / f"100-labels-{seed}") if few else options.mnist
+            changes = [*case.changes, f"data.path={data}", f"seed={seed}", *options.set]
+            spec = load_spec(CONFIGS / f"{case.config}.yaml", changes)
             began = time.monotonic()
             run = gendist.fit(spec, run_dir=folder)
             seconds.append(time.monotonic() - began)

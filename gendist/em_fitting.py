@@ -320,7 +320,9 @@ def _model_to_start_from(
         except ValueError as error:
             raise UserError(f"init: {error}") from error
     if not isinstance(model, family):
-        raise UserError(f"init: a {type(model).__name__}, but the spec is of family {spec.family}")
+        raise UserError(
+            f"init: a {type(model).__name__}; a spec of family {spec.family} like this one makes a {family.__name__}: give such"
+        )
     declared = transforms.declared if transforms else ()
     if declared != spec.data.transforms:
         there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))
