@@ -25,6 +25,7 @@ from gendist.train.config import DeepConfig
 
 SHAPE = (8, 8)
 CONVOLUTIONS = {"channels": [4], "activation": "silu"}
+RESIDUAL = {**CONVOLUTIONS, "num_blocks": 1, "checkpointing": True}
 FULLY_CONNECTED = {"hidden_sizes": [10], "activation": "tanh"}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,6 +40,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "discriminator": FULLY_CONNECTED,
     },
     "gan, hinge": {"loss": "hinge", "penalty": "none", "generator": FULLY_CONNECTED, "discriminator": FULLY_CONNECTED},
+    "gan, residual": {
+        "loss": "hinge",
+        "penalty": "none",
+        "generator": {**RESIDUAL, "normalization": "layer"},
+        "discriminator": {**RESIDUAL, "spectral_norm": True},
+    },
 }
 
 

@@ -52,7 +52,7 @@ ADAM = {
 # the discriminator's last bias is the share of the samples less that of the data, 1 - 1. With an epsilon of 1e-8 all else
 # agrees within 2e-6 there, and that bias ends anywhere; with one that is larger than rounding, it agrees as well.
 DAMPED = {**ADAM, "learning_rate": 0.03, "epsilon": 0.1}
-OPTIMIZERS = {"gan, wasserstein": DAMPED, "gan, hinge": DAMPED}
+OPTIMIZERS = {"gan, wasserstein": DAMPED, "gan, hinge": DAMPED, "gan, residual": DAMPED}
 
 
 pytestmark = pytest.mark.timeout(1200)  # of which the first test waits for all that the processes do
@@ -91,9 +91,12 @@ def is_chosen(case: Case) -> bool:
     """DDP meets every family everywhere. Each stage of DeepSpeed, which is slow where each of more processes than cores has
     next to nothing to compute, meets every family on one process and on two or three, and at every number of processes and of
     accumulation steps some of them. All meet both toys, which have what the families lack: terms of different counts,
-    parameters that no loss reaches, buffers that move, lazy penalties."""
+    parameters that no loss reaches, buffers that move, lazy penalties. The residual networks, which are slow, meet DDP and the
+    stage that shards parameters, once."""
     if case.is_sgd:
         return True
+    if case.model == "gan, residual":
+        return case.engine in ("ddp", "zero 3") and (case.world_size, case.num_accumulation_steps) == (2, 2)
     if case.model in TOYS:
         return (case.model, case.world_size, case.num_accumulation_steps) in (("regression", 3, 2), ("adversarial", 2, 2))
     if case.engine == "ddp":
