@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
+from gendist.models.ops.offered import Offered
 from gendist.protocols import sequences_of
 
 OF_SEQUENCES = (
@@ -24,23 +25,6 @@ OF_SEQUENCES = (
     "sample_posterior_states",
     "sample_states",
 )
-
-
-class _Offered:
-    """A verb that is there where the model within offers it; elsewhere asking for it tells the model's reason."""
-
-    def __init__(self, verb: Callable[..., Any]):
-        self.verb, self.__doc__ = verb, verb.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Transformed | None, owner: type) -> Any:
-        if instance is None:
-            return self.verb
-        if self.name in instance.not_offered:
-            raise AttributeError(f"{self.name} is not offered: {instance.not_offered[self.name]}")
-        return self.verb.__get__(instance, owner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +51,7 @@ class Transformed:
 
     @property
     def not_offered(self) -> Mapping[str, str]:
-        return type(self.model).not_offered
+        return self.model.not_offered
 
     @property
     def config(self) -> BaseModel:
@@ -111,46 +95,51 @@ class Transformed:
         z = self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options)
         return self._inverse(z)
 
-    @_Offered
+    @Offered
     def log_prob(self, x_ND: Any) -> Tensor:
         """(N,) log p(x) in nats, in the units of x; of the principal coordinates where a pca drops directions."""
         return self._density(self.model.log_prob, x_ND)
 
-    @_Offered
+    @Offered
     def elbo(self, x_ND: Any, **options: Any) -> Tensor:
         """(N,) a lower bound of log_prob."""
         return self._density(self.model.elbo, x_ND, **options)
 
-    @_Offered
+    @Offered
     def log_prob_bound(self, x_ND: Any, **options: Any) -> Tensor:
         """(N,) a tighter bound of log_prob."""
         return self._density(self.model.log_prob_bound, x_ND, **options)
 
-    @_Offered
-    def encode(self, x_ND: Any) -> Tensor:
+    @Offered
+    def encode(self, x_ND: Any, **options: Any) -> Tensor:
         """The model's representation of the transformed rows."""
-        return self.model.encode(self._forward(x_ND))
+        return self.model.encode(self._forward(x_ND), **options)
 
-    @_Offered
-    def decode(self, latents: Any) -> Tensor:
+    @Offered
+    def decode(self, latents: Any, **options: Any) -> Tensor:
         """(N, D) the image in x of the model's mean of z: the mean of x where the transforms are linear, without log1p."""
-        return self.transforms.inverse(self.model.decode(latents))
+        return self.transforms.inverse(self.model.decode(latents, **options))
 
-    @_Offered
+    @Offered
     def classify(self, x_ND: Any) -> Tensor:
         """(N, C) log p(label | x), which no change of variables changes."""
         return self.model.classify(self._forward(x_ND))
 
-    @_Offered
+    @Offered
     def impute(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
         filled = self.model.impute(self._forward(x_ND), **options)
         return [self.transforms.inverse(z) for z in filled] if isinstance(filled, list) else self.transforms.inverse(filled)
 
-    @_Offered
+    @Offered
     def reconstruct(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
+
+    def figures(self, seed: int) -> dict[str, Tensor]:
+        """What the family would have people look at, (rows, steps, D) each; nothing where it has nothing."""
+        figures = self.model.figures(seed) if hasattr(self.model, "figures") else {}
+        return {name: self._inverse(z_RTE) for name, z_RTE in figures.items()}
 
     def __getattr__(self, name: str) -> Any:
         """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
