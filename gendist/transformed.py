@@ -67,7 +67,7 @@ class Transformed:
 
     @property
     def not_offered(self) -> Mapping[str, str]:
-        return type(self.model).not_offered
+        return self.model.not_offered
 
     @property
     def config(self) -> BaseModel:
@@ -76,6 +76,11 @@ class Transformed:
     @property
     def labels(self) -> tuple[Any, ...]:
         return self.model.labels
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """What `sample` may be given, where that is not any of the labels."""
+        return getattr(self.model, "conditions", self.model.labels)
 
     @property
     def num_features(self) -> int:
@@ -132,9 +137,9 @@ class Transformed:
         return self.model.encode(self._forward(x_ND))
 
     @_Offered
-    def decode(self, latents: Any) -> Tensor:
+    def decode(self, latents: Any, **options: Any) -> Tensor:
         """(N, D) the image in x of the model's mean of z: the mean of x where the transforms are linear, without log1p."""
-        return self.transforms.inverse(self.model.decode(latents))
+        return self.transforms.inverse(self.model.decode(latents, **options))
 
     @_Offered
     def classify(self, x_ND: Any) -> Tensor:
