@@ -27,8 +27,9 @@ def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
     """A picture of the first samples of a model, always those of the same noise, label by label where it has some; a warning
     where it cannot be drawn."""
     try:
-        each = max(1, NUM_PICTURED // max(len(model.labels), 1))
-        labels = model.labels[:NUM_PICTURED] or (None,)
+        conditions = getattr(model, "conditions", model.labels)
+        each = max(1, NUM_PICTURED // max(len(conditions), 1))
+        labels = conditions[:NUM_PICTURED] or (None,)
         samples = [np.asarray(model.sample(each, seed=seed, offset=i * each, given=y)) for i, y in enumerate(labels)]
         save_picture(np.concatenate(samples), schema, path)
     except Exception as error:  # a fit of hours is not lost to a plot of odd numbers

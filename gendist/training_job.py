@@ -7,6 +7,7 @@ pictures. A process that is lost costs the steps since the newest checkpoint, an
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import time
@@ -22,6 +23,7 @@ import torch
 from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset
 from gendist.data.rows import RowSet, RowsOnDisk
+from gendist.evaluate.watch import watch_samples
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_samples
 from gendist.protocols import DeepModel, UserError
@@ -38,6 +40,8 @@ STOP_FILE = ".stop"  # in the run directory: while it is there, the processes ar
 SAMPLES = "samples"  # in the run directory: the pictures along the way
 PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
+
+logger = logging.getLogger("gendist")
 
 
 class Line(Protocol):
@@ -133,18 +137,21 @@ class _Process:
             with writer or nullcontext():
                 try:
                     for report in reports:
-                        self._keep(report, model, engine, writer)
+                        self._keep(report, model, engine, writer, rows.get("validation") or rows["training"])
                         progress = report.progress if report.is_checkpoint_due else progress
                     return decide(progress, self.config) is not Decision.CONTINUE
                 except NotFinite as error:
                     kept = f"that of step {progress.step} in {self.directory.checkpoints}" if progress.step else "none yet"
                     raise UserError(f"{error}; the last good checkpoint is {kept}") from error
 
-    def _keep(self, report: Report, model: DeepModel, engine: Engine, writer: CheckpointWriter | None) -> None:
+    def _keep(self, report: Report, model: DeepModel, engine: Engine, writer: CheckpointWriter | None, held_out: Any) -> None:
         """What is due after a step; every process takes part."""
-        if writer and report.record:
-            self.directory.append_metrics([report.record], sync=report.is_checkpoint_due)
-            self.line.record(report.record)
+        record = report.record
+        if record and is_due(report.progress.step, self.config.eval_every, self.config):
+            record = record | self._look_at_samples(report, model, engine, held_out)
+        if writer and record:
+            self.directory.append_metrics([record], sync=report.is_checkpoint_due)
+            self.line.record(record)
         if report.is_checkpoint_due:
             state = engine.state()
             if writer:
@@ -153,12 +160,12 @@ class _Process:
                 self.line.checkpoint()
         if writer:
             writer.check()
-        if is_due(report.progress.step, self.config.eval_every, self.config):
-            self._draw(report.progress.step, model, engine)
 
-    def _draw(self, step: int, model: DeepModel, engine: Engine) -> None:
-        """Samples of always the same noise, from the averaged networks."""
-        networks = list(model.networks().values())
+    def _look_at_samples(self, report: Report, model: DeepModel, engine: Engine, held_out: Any) -> dict[str, Any]:
+        """Samples of always the same noise, from the averaged networks, as a picture and, where no validation tells how good
+        they are, beside rows that were held out, or of training where none were. What is found is returned, on rank 0."""
+        step, networks = report.progress.step, list(model.networks().values())
+        found: dict[str, Any] = {}
         with engine.averaged(), torch.no_grad():
             for network in networks:
                 network.eval()
@@ -167,8 +174,13 @@ class _Process:
                 folder.mkdir(exist_ok=True)
                 pictured = transformed(model, self.dataset.transforms)
                 draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
+                if model.validation_objective is None:
+                    found = watch_samples(model, held_out, self.spec.seed, report.record, self.line.alive)
             for network in networks:
                 network.train()
+        for line in found.get("warnings", ()):
+            logger.warning("step %d: %s", step, line)
+        return found
 
 
 def _check_labels(model: Any, rows: RowSet) -> None:

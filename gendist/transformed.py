@@ -62,6 +62,11 @@ class Transformed:
         return self.model.labels
 
     @property
+    def conditions(self) -> tuple[Any, ...]:
+        """What `sample` may be given, where that is not any of the labels."""
+        return getattr(self.model, "conditions", self.model.labels)
+
+    @property
     def num_features(self) -> int:
         """D."""
         return len(self.transforms.source_names)

@@ -1,22 +1,27 @@
 """Generative adversarial network: a generator G makes x of noise z, and a discriminator D learns to tell it from data.
 
 Goodfellow et al. 2014, "Generative Adversarial Nets"; Radford, Metz & Chintala 2016 (DCGAN). Losses and penalties, with their
-sources, are in `ops/adversarial.py`.
-Legend: N samples, B samples of a micro-batch, D features, L latent dimensions, F features of the discriminator.
+sources, are in `ops/adversarial.py`. With labels for all rows, G and D are given the class (Miyato & Koyama 2018); with labels
+for some, D learns the classes, too (Salimans et al. 2016, `ops/semi_supervised.py`).
+Legend: N samples, B samples of a micro-batch, D features, L latent dimensions, C classes, F features of the discriminator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from gendist.models.ops import networks
-from gendist.models.ops.adversarial import LossName, discriminator_loss, generator_loss, gradient_penalty, r1
+from gendist.models.ops import networks, semi_supervised
+from gendist.models.ops.adversarial import LossName, discriminator_loss, generator_loss, gradient_penalty, projection, r1
+from gendist.models.ops.augmentation import AugmentationName, augment, num_uniforms
+from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.layout import Layout, check_between_0_and_1
 from gendist.models.ops.networks import Activation, NetworkConfig
 from gendist.models.ops.sums import total_weight, weighted_sum
@@ -27,6 +32,8 @@ from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor
 DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
 GENERATOR = Phase("generator", "generator")
+
+HAS_WON = 0.99  # D's accuracy, over many samples, from which G has nothing to learn from
 
 
 class DiscriminatorConfig(NetworkConfig):
@@ -39,8 +46,13 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
     """The `model:` block of a spec of family `gan`.
 
     latent_dim        of z
-    generator         gives as many numbers as x has
-    discriminator     gives one number, larger for data; a module of the user's own may have a method features(x) for `encode`
+    labels            what is made of data.label, which names the classes. condition (the default): every row has a label, and
+                      G and D are given it. semi_supervised: a few rows have one, D learns to tell the classes (`classify`), and
+                      G, without classes, makes it better at that
+    generator         is given z, and with a condition the class, one-hot, behind it; gives as many numbers as x has
+    discriminator     gives one number, larger for data; with a condition one more for each class, of which that of the sample's
+                      class is added; semi_supervised: one for each class. A module of the user's own may have a method
+                      features(x), what its last layer is given: for `encode`, and semi_supervised, which needs it
     output            of the generator: tanh, for x from 0 to 1, or linear; where left out, tanh for images alone. With tanh,
                       networks see x as -1 to 1, so that penalties have the units of the papers
     loss              non_saturating, hinge or wasserstein
@@ -48,12 +60,16 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
     penalty_weight    gamma of R1, lambda of WGAN-GP: 10 in both papers
     penalty_every     steps from one penalty to the next, which then is an optimizer step of its own and counts that many times
                       (Karras et al. 2020, "lazy regularization"; their change of learning rate and betas is left to the spec)
+    feature_matching  of semi_supervised: batch: of means over a global batch, which then is one micro-batch of one process.
+                      pairs: of two samples with each row; for any number of processes, at twice the work for G
+    augmentation      of images, of data and samples alike, in this order: color, translation, cutout
     num_critic_steps  steps of the discriminator for one of the generator, each on a global batch of its own
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     latent_dim: int = Field(ge=1)
+    labels: Literal["condition", "semi_supervised"] | None = None
     generator: NetworkConfig = NetworkConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     output: Literal["tanh", "linear"] | None = None
@@ -61,7 +77,17 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
     penalty: Literal["none", "r1", "gradient_penalty"] = "r1"
     penalty_weight: float = Field(default=10.0, ge=0.0, allow_inf_nan=False)
     penalty_every: int = Field(default=1, ge=1)
+    feature_matching: Literal["batch", "pairs"] = "batch"
+    augmentation: tuple[AugmentationName, ...] = ()
     num_critic_steps: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _is_one_game(self) -> Self:
+        if self.labels == "semi_supervised" and self.loss != "non_saturating":
+            raise ValueError(f"loss {self.loss}: labels semi_supervised has its own, which is that of non_saturating")
+        if self.labels != "semi_supervised" and self.feature_matching != "batch":
+            raise ValueError(f"feature_matching {self.feature_matching}: it is of labels semi_supervised alone")
+        return self
 
     @model_validator(mode="after")
     def _wasserstein_is_constrained(self) -> Self:
@@ -82,14 +108,22 @@ class GenerativeAdversarialNetwork:
 
     Config: ClassVar[type[BaseModel]] = GenerativeAdversarialNetworkConfig
     validation_objective: ClassVar[str | None] = None
-    not_offered: ClassVar[Mapping[str, str]] = {
+    never_offered: ClassVar[Mapping[str, str]] = {
         "log_prob": "a generative adversarial network has samples, and no density",
         "elbo": "a generative adversarial network has no density, nor a bound of one",
         "log_prob_bound": "a generative adversarial network has no density, nor a bound of one",
-        "classify": "it is fitted without labels",
         "impute": "no network of it leads from x to latents",
         "reconstruct": "no network of it leads from x to latents; encode gives the discriminator's features",
     }
+
+    @property
+    def not_offered(self) -> Mapping[str, str]:
+        if self._is_semi_supervised:
+            return self.never_offered
+        why = (
+            "its discriminator is given the class; choose model.labels: semi_supervised" if self.labels else "it has no labels"
+        )
+        return {**self.never_offered, "classify": why}
 
     # Made and kept
 
@@ -98,13 +132,37 @@ class GenerativeAdversarialNetwork:
         cls, config: GenerativeAdversarialNetworkConfig, x_shape: tuple[int, ...], labels: tuple[Any, ...], seed: int
     ) -> GenerativeAdversarialNetwork:
         """Networks with fresh weights, a function of the seed; UserError where they do not suit x."""
-        if labels:
-            raise UserError("data.label: a generative adversarial network is fitted without labels; leave data.label out")
         layout = Layout(x_shape)
-        latent, shape = (config.latent_dim,), layout.network_shape
-        generator = networks.create(config.generator, latent, shape, "model.generator", seed)
-        discriminator = networks.create(config.discriminator, shape, (1,), "model.discriminator", seed)
-        return cls(config, layout, generator, discriminator)
+        if config.labels is not None and not labels:
+            raise UserError(f"model.labels: {config.labels} needs classes; name their column with data.label, or leave it out")
+        if config.augmentation and not layout.is_image:
+            raise UserError(
+                f"model.augmentation: {', '.join(config.augmentation)} is of images, and x has {layout.num_features} columns; "
+                "leave it out"
+            )
+        return cls._made(config, layout, labels, seed)
+
+    @classmethod
+    def _made(
+        cls, config: GenerativeAdversarialNetworkConfig, layout: Layout, labels: tuple[Any, ...], seed: int | None
+    ) -> GenerativeAdversarialNetwork:
+        """With fresh weights, or any where there is no seed."""
+        is_semi_supervised = config.labels == "semi_supervised"
+        inputs = config.latent_dim + (0 if is_semi_supervised else len(labels))
+        outputs = len(labels) if is_semi_supervised else 1 + len(labels)
+        shape = layout.network_shape
+
+        def network(own: NetworkConfig, given: tuple[int, ...], gives: tuple[int, ...], where: str) -> nn.Module:
+            if seed is None:
+                return networks.build(own, given, gives, where)
+            return networks.create(own, given, gives, where, seed)
+
+        generator = network(config.generator, (inputs,), shape, "model.generator")
+        discriminator = network(config.discriminator, shape, (outputs,), "model.discriminator")
+        if is_semi_supervised:
+            module = f"model.discriminator.module '{config.discriminator.module}'"
+            discriminator = semi_supervised.ClassifyingDiscriminator(discriminator, module)
+        return cls(config, layout, generator, discriminator, labels)
 
     def tensors(self) -> dict[str, Tensor]:
         weights = nn.ModuleDict(self.networks()).state_dict()
@@ -112,11 +170,7 @@ class GenerativeAdversarialNetwork:
 
     @classmethod
     def from_tensors(cls, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> GenerativeAdversarialNetwork:
-        layout = Layout.from_tensors(tensors)
-        latent, shape = (config.latent_dim,), layout.network_shape
-        generator = networks.build(config.generator, latent, shape, "model.generator")
-        discriminator = networks.build(config.discriminator, shape, (1,), "model.discriminator")
-        model = cls(config, layout, generator, discriminator, labels)
+        model = cls._made(config, Layout.from_tensors(tensors), labels, None)
         networks.load(nn.ModuleDict(model.networks()), {name: value for name, value in tensors.items() if name != "x_shape"})
         return model
 
@@ -128,29 +182,66 @@ class GenerativeAdversarialNetwork:
     def _is_bounded(self) -> bool:
         return self.config.output == "tanh" or (self.config.output is None and self.layout.is_image)
 
+    @property
+    def _is_semi_supervised(self) -> bool:
+        return self.config.labels == "semi_supervised"
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        """What `sample` may be given."""
+        return () if self._is_semi_supervised else self.labels
+
     # Samples and representations
 
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
-        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed: G of standard normal z."""
-        if given is not None:
-            raise UserError(
-                f"given {given!r}: a generative adversarial network is fitted without labels, and has no conditions"
-            )
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed: G of standard normal z.
+
+        given  one of `conditions`; where nobody says, every row draws its own, each as likely as the others
+        """
+        if given is not None and not self.conditions:
+            raise UserError(f"given {given!r}: {self._why_without_conditions}")
+        num_classes = len(self.conditions)
+        chosen = None if given is None else latent_of(given, self.labels, num_classes, "classes")
 
         def tile(first: int) -> Tensor:
             z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim).float()
-            return self._rows(self._generated(z_TL.to(_device(self.generator))))
+            if not num_classes:
+                return self._rows(self._generated(z_TL.to(_device(self.generator))))
+            if chosen is not None:
+                class_T = torch.full((TILE,), chosen)
+            else:
+                class_T = draw_latents(torch.ones(num_classes, dtype=torch.float64), seed, "sample.class", first, TILE)
+            classes_TC = one_hot(class_T, num_classes).float()
+            device = _device(self.generator)
+            return self._rows(self._generated(z_TL.to(device), classes_TC.to(device)))
 
         with evaluating(self.generator):
             return rows_in_tiles(tile, offset, num_samples)
 
-    def decode(self, z: Any) -> Tensor:
-        """(N, D) G(z) of latents (N, L), whose distribution is standard normal; `encode` does not lead to them."""
+    @property
+    def _why_without_conditions(self) -> str:
+        if self._is_semi_supervised:
+            return "the generator of model.labels: semi_supervised knows no classes; model.labels: condition has one that does"
+        return "a generative adversarial network that is fitted without labels has no conditions"
+
+    def decode(self, z: Any, *, given: Any = None) -> Tensor:
+        """(N, D) G(z) of latents (N, L), whose distribution is standard normal; `encode` does not lead to them.
+
+        given  one of `conditions`, which must be said where there are any
+        """
         z_NL = as_tensor(z, torch.float32)
         if z_NL.ndim != 2 or z_NL.shape[1] != self.config.latent_dim:
             raise UserError(f"decode takes latents of shape (N, {self.config.latent_dim}), not {tuple(z_NL.shape)}")
+        if given is not None and not self.conditions:
+            raise UserError(f"given {given!r}: {self._why_without_conditions}")
+        if given is None and self.conditions:
+            raise UserError(f"decode: say of which class, with given=; the labels are {', '.join(map(str, self.labels))}")
+        classes_TC = None
+        if given is not None:
+            chosen = latent_of(given, self.labels, len(self.labels), "classes")
+            classes_TC = one_hot(torch.full((TILE,), chosen), len(self.labels)).float().to(_device(self.generator))
         with evaluating(self.generator):
-            return map_in_tiles(lambda _, z_TL: self._rows(self._generated(z_TL)), z_NL, _device(self.generator))
+            return map_in_tiles(lambda _, z_TL: self._rows(self._generated(z_TL, classes_TC)), z_NL, _device(self.generator))
 
     def encode(self, x: Any) -> Tensor:
         """(N, F) the features that the discriminator's last layer is given."""
@@ -161,6 +252,23 @@ class GenerativeAdversarialNetwork:
         with evaluating(self.discriminator):
             return map_in_tiles(lambda _, x_TD: features(self._seen(x_TD)).flatten(1), x_ND, _device(self.discriminator))
 
+    @property
+    def classify(self) -> Callable[[Any], Tensor]:
+        """classify(x): (N, C) float64 log p(label | x), columns in the order of `labels`; of x as data, not as a sample."""
+        if "classify" in self.not_offered:
+            raise AttributeError(f"classify is not offered: {self.not_offered['classify']}")
+        return self._classify
+
+    def _classify(self, x: Any) -> Tensor:
+        x_ND = self.layout.rows(x)
+
+        def log_probs(_: int, x_TD: Tensor) -> Tensor:
+            logits: Tensor = self.discriminator(self._seen(x_TD))
+            return logits.double().log_softmax(1)
+
+        with evaluating(self.discriminator):
+            return map_in_tiles(log_probs, x_ND, _device(self.discriminator))
+
     def _seen(self, x_BD: Tensor) -> Tensor:
         """Rows as networks see them."""
         if not self._is_bounded:
@@ -168,9 +276,9 @@ class GenerativeAdversarialNetwork:
         check_between_0_and_1(x_BD, "model.output: tanh makes 0 to 1: rescale the columns, or choose linear")
         return self.layout.to_network(2.0 * x_BD - 1.0)
 
-    def _generated(self, z_BL: Tensor) -> Tensor:
-        """G(z), as networks see samples."""
-        y = self.generator(z_BL)
+    def _generated(self, z_BL: Tensor, classes_BC: Tensor | None = None) -> Tensor:
+        """G(z), as networks see samples, of classes where there are conditions."""
+        y = self.generator(z_BL if classes_BC is None else torch.cat([z_BL, classes_BC], 1))
         return torch.tanh(y) if self._is_bounded else y
 
     def _rows(self, y: Tensor) -> Tensor:
@@ -202,56 +310,159 @@ class GenerativeAdversarialNetwork:
         draws = {}
         if phase != PENALTY or self.config.penalty == "gradient_penalty":
             draws["latent"] = Draw("normal", self.config.latent_dim)
+        if phase == GENERATOR and self._matches_pairs:
+            draws["other_latent"] = Draw("normal", self.config.latent_dim)
         if self._has_penalty(phase) and self.config.penalty == "gradient_penalty":
             draws["interpolation"] = Draw("uniform", 1)
+        if width := num_uniforms(self.config.augmentation):
+            of_real = ["augmentation"] if phase != GENERATOR or self._is_semi_supervised else []
+            of_fake = ["augmentation_of_fake"] if phase != PENALTY else []
+            of_other = ["augmentation_of_other"] if "other_latent" in draws else []
+            draws |= dict.fromkeys([*of_real, *of_fake, *of_other], Draw("uniform", width))
         return draws
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
         """The weights of rows are those of the data: samples of the generator count once each."""
+        self._check_labels(batch)
         if phase == GENERATOR:
-            return {"generator": float(batch.num_rows)}
-        counts = {} if phase == PENALTY else {"real": total_weight(batch), "fake": float(batch.num_rows)}
+            return {"generator": self._weight(batch, ~batch.is_labelled) if self._matches_pairs else float(batch.num_rows)}
+        counts = {}
+        if phase == DISCRIMINATOR and self._is_semi_supervised:
+            counts = {"labelled": self._weight(batch, batch.is_labelled), "real": self._weight(batch, ~batch.is_labelled)}
+        elif phase == DISCRIMINATOR:
+            counts = {"real": total_weight(batch)}
+        if phase == DISCRIMINATOR:
+            counts["fake"] = float(batch.num_rows)
         return counts | ({"penalty": total_weight(batch)} if self._has_penalty(phase) else {})
+
+    def _check_labels(self, batch: Block) -> None:
+        """UserError where a row has no label that has to have one."""
+        if self.conditions and not bool(batch.is_labelled.all()):
+            row = int(batch.rows[~batch.is_labelled][0])
+            raise UserError(
+                f"row {row} has no label, and model.labels: condition needs that of every row; leave such rows out, or choose "
+                "semi_supervised, which learns from both"
+            )
+
+    @staticmethod
+    def _weight(batch: Block, mask_B: Tensor) -> float:
+        return float(mask_B.sum() if batch.weights is None else batch.weights[mask_B].sum())
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         if phase == GENERATOR:
-            fake_B = self._logits(self._generated(noise["latent"]))
-            return Loss({"generator": generator_loss(self.config.loss, fake_B).sum()})
-        real = self._seen(batch.x)
+            return Loss({"generator": self._of_generator(batch, noise)})
+        real, classes_BC = self._seen(batch.x), self._classes(batch)
         with torch.no_grad():
-            fake = self._generated(noise["latent"]) if "latent" in noise else None
+            # The fake at a row's place has the row's class, so that both are of the same frequencies.
+            fake = self._generated(noise["latent"], classes_BC) if "latent" in noise else None
         terms: dict[str, Tensor] = {}
         watched: dict[str, Tensor] = {}
         if phase == DISCRIMINATOR:
             assert fake is not None
-            real_B, fake_B = self._logits(real), self._logits(fake)
+            outputs, fake_outputs = self._judged(real, noise), self._judged(fake, noise, "augmentation_of_fake")
+            real_B, fake_B = self._logits(outputs, classes_BC), self._logits(fake_outputs, classes_BC)
             of_real_B, of_fake_B = discriminator_loss(self.config.loss, real_B, fake_B)
-            terms = {"real": weighted_sum(of_real_B, batch), "fake": of_fake_B.sum()}
+            if self._is_semi_supervised:
+                labelled_B = batch.is_labelled.to(real.device)
+                evidence_BC = torch.zeros_like(outputs) if batch.evidence is None else batch.evidence
+                terms["labelled"] = weighted_sum(labelled_B * semi_supervised.cross_entropy(outputs, evidence_BC), batch)
+                of_real_B = ~labelled_B * of_real_B
+            terms |= {"real": weighted_sum(of_real_B, batch), "fake": of_fake_B.sum()}
             # D is right about all at 1, and no better than a coin at 0.5.
             right_B = 0.5 * ((real_B > 0).float() + (fake_B < 0).float())
             watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum(), "accuracy": right_B.sum()}
         if self._has_penalty(phase):
+
+            def discriminator(x: Tensor) -> Tensor:
+                # Of the image before it is augmented, as the published code of differentiable augmentation has it.
+                return self._logits(self._judged(x, noise), classes_BC)
+
             if self.config.penalty == "r1":
-                penalty_B = r1(self.discriminator, real)
+                penalty_B = r1(discriminator, real)
             else:
                 assert fake is not None
-                penalty_B = gradient_penalty(self.discriminator, real, fake, noise["interpolation"])
+                penalty_B = gradient_penalty(discriminator, real, fake, noise["interpolation"])
             # A penalty that comes with every n-th step counts n times (Karras et al. 2020, appendix B).
             weight = self.config.penalty_weight * self.config.penalty_every
             terms["penalty"] = weight * weighted_sum(penalty_B, batch)
         return Loss(terms, watched)
 
-    def _logits(self, y: Tensor) -> Tensor:
-        return self.discriminator(y).float().flatten()
+    def _of_generator(self, batch: Block, noise: Mapping[str, Tensor]) -> Tensor:
+        """() what G minimises, summed over the samples."""
+        if not self._is_semi_supervised:
+            classes_BC = self._classes(batch)
+            fake = self._judged(self._generated(noise["latent"], classes_BC), noise, "augmentation_of_fake")
+            return generator_loss(self.config.loss, self._logits(fake, classes_BC)).sum()
+        with torch.no_grad():
+            real_BF = self._judged(self._seen(batch.x), noise, gives_features=True)
+        fake_BF = self._judged(self._generated(noise["latent"]), noise, "augmentation_of_fake", gives_features=True)
+        unlabelled_B = ~batch.is_labelled.to(real_BF.device)
+        if self._matches_pairs:
+            other = self._generated(noise["other_latent"])
+            other_BF = self._judged(other, noise, "augmentation_of_other", gives_features=True)
+            return weighted_sum(unlabelled_B * semi_supervised.pairwise_feature_matching(real_BF, fake_BF, other_BF), batch)
+        weights_B = unlabelled_B.float() if batch.weights is None else unlabelled_B * batch.weights.to(fake_BF)
+        if not batch.num_rows:
+            return fake_BF.sum()
+        return batch.num_rows * semi_supervised.feature_matching(real_BF, fake_BF, weights_B)
+
+    @property
+    def _matches_pairs(self) -> bool:
+        return self._is_semi_supervised and self.config.feature_matching == "pairs"
+
+    def _classes(self, batch: Block) -> Tensor | None:
+        """(B, C) the probability of each class, where there are conditions: one-hot but for soft labels."""
+        if not self.conditions:
+            return None
+        assert batch.evidence is not None
+        return batch.evidence.softmax(1).float()
+
+    def _judged(
+        self, y: Tensor, noise: Mapping[str, Tensor], augmentation: str = "augmentation", gives_features: bool = False
+    ) -> Tensor:
+        """(B, outputs) what D gives of samples as networks see them, augmented; or (B, F) its features."""
+        if self.config.augmentation:
+            y = augment(y, self.config.augmentation, noise[augmentation])
+        judged: Tensor = self.discriminator(y, True) if gives_features else self.discriminator(y)
+        return judged.float()
+
+    def _logits(self, outputs_B: Tensor, classes_BC: Tensor | None) -> Tensor:
+        """(B,) larger for data."""
+        if self._is_semi_supervised:
+            return semi_supervised.real_logit(outputs_B)
+        return outputs_B[:, 0] if classes_BC is None else projection(outputs_B, classes_BC)
 
     def validation_draws(self) -> Mapping[str, Draw]:
         return {}
 
     def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {}  # no number that D or G gives on held-out samples tells a better G
+        """Of a classifying D alone, since no number that D or G gives on held-out samples tells a better G: error and
+        cross_entropy of the rows with a label, and labelled, which rows these are: shares of all, as means have it."""
+        if not self._is_semi_supervised or batch.evidence is None:
+            return {}
+        labelled_B, logits = batch.is_labelled, self.discriminator(self._seen(batch.x)).float()
+        wrong_B = logits.argmax(1) != batch.evidence.argmax(1)
+        values = {
+            "error": labelled_B & wrong_B,
+            "cross_entropy": labelled_B * semi_supervised.cross_entropy(logits, batch.evidence),
+            "labelled": labelled_B,
+        }
+        return {name: weighted_sum(value_B.float(), batch) for name, value_B in values.items()}
+
+    def advice(self, record: Mapping[str, Any]) -> Sequence[str]:
+        """What to try, of a record of training in which something goes wrong: a line for each."""
+        accuracy = record.get("discriminator/accuracy")
+        if accuracy is None or not math.isfinite(accuracy) or accuracy < HAS_WON or self._is_semi_supervised:
+            return ()
+        return (
+            f"the discriminator is right about {accuracy:.1%} of data and samples, which leaves the generator little to learn "
+            "from: raise model.penalty_weight, add model.augmentation, or lower fit.optimizers.discriminator.learning_rate",
+        )
 
     def needs_whole_batch(self, phase: Phase) -> str | None:
-        return None
+        if phase != GENERATOR or not self._is_semi_supervised or self._matches_pairs:
+            return None
+        return "feature matching compares means over the whole batch (model.feature_matching: pairs does not)"
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -222,7 +222,8 @@ def test_images_are_made_between_0_and_1_and_columns_anywhere():
         (lambda m: m.decode(np.zeros((2, 4))), r"\(N, 3\), not \(2, 4\)"),
         (lambda m: m.sample(3, given="a"), "without labels"),
         (lambda m: m.loss(DISCRIMINATOR, batch_of(torch.full((2, 12), 255.0)), noise_of(m, DISCRIMINATOR, 2), 0), "tanh makes"),
-        (lambda m: GenerativeAdversarialNetwork.create(m.config, (4, 3), ("a",), 0), "data.label"),
+        (lambda m: m.decode(np.zeros((2, 3)), given="a"), "without labels"),
+        (lambda m: small((4,), augmentation=["color"]), "is of images, and x has 4 columns"),
     ],
 )
 def test_mistakes_are_one_line(call, match):

@@ -10,7 +10,7 @@ Legend: B samples, 64 features, which are images of 8 x 8.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import plain
@@ -49,6 +49,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "discriminator": {**RESIDUAL, "spectral_norm": True},
     },
     "vae, semi-supervised": {"encoder": FULLY_CONNECTED, "decoder": FULLY_CONNECTED, "classifier": FULLY_CONNECTED},
+    "gan, conditional": {
+        "loss": "non_saturating",
+        "penalty": "r1",
+        "labels": "condition",
+        "generator": FULLY_CONNECTED,
+        "discriminator": CONVOLUTIONS,
+    },
 }
 
 
@@ -116,10 +123,23 @@ def semi_supervised_step(model: Any, batch: Block, training: Plain) -> None:
 
 
 def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
-    """Goodfellow et al. 2014, Mescheder et al. 2018 (eq. 9), Gulrajani et al. 2017 (algorithm 1), Lim & Ye 2017."""
-    config, critic = model.config, model.discriminator
+    """Goodfellow et al. 2014, Mescheder et al. 2018 (eq. 9), Gulrajani et al. 2017 (algorithm 1), Lim & Ye 2017; with classes
+    Miyato & Koyama 2018 (eq. 3)."""
+    config, classes = model.config, batch.evidence.argmax(1)
+    given = torch.eye(3)[classes] if config.labels else torch.zeros(batch.num_rows, 0)
+
+    def generated(phase: str) -> Tensor:
+        return torch.tanh(model.generator(torch.cat([training.normal(phase, "latent", 2), given], 1)))
+
+    def critic(x: Tensor) -> Tensor:
+        if not config.labels:
+            return model.discriminator(x)
+        phi, last = model.discriminator.features(x), model.discriminator[-1]
+        embedded = torch.cat([last.weight, last.bias[:, None]], 1)[1 + classes]
+        return last(phi)[:, :1] + (embedded * torch.cat([phi, torch.ones(len(x), 1)], 1)).sum(1, keepdim=True)
+
     real = batch.x.view(-1, 1, 8, 8) * 2 - 1
-    fake = torch.tanh(model.generator(training.normal("discriminator", "latent", 2))).detach()
+    fake = generated("discriminator").detach()
     of_real, of_fake = critic(real)[:, 0], critic(fake)[:, 0]
     match config.loss:
         case "non_saturating":
@@ -136,11 +156,11 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
             loss = loss + 10 * weighted_mean((slope(critic, share * real + (1 - share) * fake) - 1) ** 2, batch)
     training.update("discriminator", loss)
     if training.step % config.num_critic_steps == config.num_critic_steps - 1:
-        logits = critic(torch.tanh(model.generator(training.normal("generator", "latent", 2))))[:, 0]
+        logits = critic(generated("generator"))[:, 0]
         training.update("generator", (-logsigmoid(logits) if config.loss == "non_saturating" else -logits).mean())
 
 
-def slope(critic: torch.nn.Module, x: Tensor) -> Tensor:
+def slope(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """(B,) the norm of the gradient with respect to the sample, differentiable."""
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
