@@ -17,7 +17,10 @@ from gendist.data.transforms import Transforms
 from gendist.models.ops.offered import Offered
 from gendist.protocols import sequences_of
 
-OF_SEQUENCES = (
+# What families offer beside the verbs of all, of rows or of sequences as the data hold them.
+FURTHER_VERBS = (
+    "cluster",
+    "draw_latents",
     "filtered_probs",
     "forecast",
     "forecast_states",
@@ -147,11 +150,11 @@ class Transformed:
         return {name: self._inverse(z_RTE) for name, z_RTE in figures.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
+        """One of `FURTHER_VERBS`, where the model within has it."""
         model = self.__dict__.get("model")  # not there yet while it is unpickled
         if reason := getattr(model, "not_offered", {}).get(name):
             raise AttributeError(f"{name} is not offered: {reason}")
-        if name not in OF_SEQUENCES or not hasattr(model, name):
+        if name not in FURTHER_VERBS or not hasattr(model, name):
             raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
         verb = getattr(model, name)
         if name == "sample_states":

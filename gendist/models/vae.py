@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,15 +44,24 @@ class VariationalAutoencoder:
     """Rows of x are float32, images of 0 to 1 flattened as (H, W[, C]); verbs take such images, too.
 
     With labels, `given` of a verb is one of `labels`, or a list, array or tensor with one for each row.
+
+    prior  p(z), a `GenerativeModel` of latents; None: standard normal, as in training
     """
 
     config: VariationalAutoencoderConfig
     layout: Layout
     autoencoder: Autoencoder
     labels: tuple[Any, ...] = ()
+    prior: Any = None
 
     Config: ClassVar[type[BaseModel]] = VariationalAutoencoderConfig
     validation_objective: ClassVar[str | None] = "loss"
+    prior_spec: ClassVar[Mapping[str, Any]] = {
+        "family": "gmm",
+        "model": {"num_components": 10, "covariance_type": "full"},
+        "fit": {"max_iterations": 200},
+    }
+    """What is fitted to latents where the spec of a prior says no more."""
 
     @property
     def not_offered(self) -> Mapping[str, str]:
@@ -113,6 +122,12 @@ class VariationalAutoencoder:
     def _device(self) -> torch.device:
         return next(self.autoencoder.parameters()).device
 
+    def with_prior(self, prior: Any) -> VariationalAutoencoder:
+        """The same networks over another p(z), a model fitted to `draw_latents`; UserError where it has another width."""
+        if prior.num_features != self.config.latent_dim:
+            raise UserError(f"a prior of {prior.num_features} features, but there are {self.config.latent_dim} latents")
+        return replace(self, prior=prior)
+
     # Density
 
     def elbo(self, x: Any, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
@@ -126,7 +141,9 @@ class VariationalAutoencoder:
 
         def elbo_of(x_TD: Tensor, noise: Noises, classes: Tensor | None) -> Tensor:
             terms = self._terms(x_TD, noise("elbo"), classes)
-            elbo_TC = terms.elbo().double().view(len(x_TD), -1)
+            # The KL divergence from another prior has no closed form; its estimate from the same z does.
+            elbo_P = terms.elbo() if self.prior is None else terms.log_weights[:, 0]
+            elbo_TC = elbo_P.double().view(len(x_TD), -1)
             if classes is None or given is not None:
                 return elbo_TC[:, 0]
             if self.config.classifier is None:
@@ -186,25 +203,28 @@ class VariationalAutoencoder:
         if classes is not None:
             each = len(classes) // len(x_TD)
             x_TD, noise_TKL = x_TD.repeat_interleave(each, 0), noise_TKL.repeat_interleave(each, 0)
-        return self.autoencoder.terms(x_TD, noise_TKL, classes)
+        log_prior = None if self.prior is None else lambda z_PL: self.prior.log_prob(z_PL.cpu()).to(z_PL)
+        return self.autoencoder.terms(x_TD, noise_TKL, classes, log_prior)
 
     # Representation
 
     def encode(self, x: Any, given: Any = None) -> Tensor:
         """(N, L) the mean of q(z | x); with labels of q(z | x, y), for the y that is given, else the one that the classifier
         finds the most probable; UserError where there is none."""
-        x_ND = self.layout.rows(x)
-        self.autoencoder.likelihood.check(x_ND)
-        classes_N = self._classes_of(given, len(x_ND))
-        if classes_N is None and self.labels:
-            classes_N = self._most_probable(x_ND)
+        return self._latents(x, given)
 
-        def tile(first: int, x_TD: Tensor) -> Tensor:
-            classes_T = None if classes_N is None else _tile_of(classes_N, first).to(x_TD.device)
-            return self.autoencoder.posterior(x_TD, classes_T)[0]
+    def draw_latents(self, x: Any, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(N, L) one draw from q(z | x) a row, the one that belongs to the seed and the row's number, offset.. in the order
+        of x; with labels from that of the class that `encode` has."""
+        return self._latents(
+            x, given, lambda first: Noise(seed, "latents").normal(offset + first, TILE, self.config.latent_dim)
+        )
 
-        with evaluating(self.autoencoder):
-            return map_in_tiles(tile, x_ND, self._device)
+    def cluster(self, x: Any, given: Any = None) -> Tensor:
+        """(N, C) float64 p(cluster | latent), of the latents that `encode` gives: clusters are the components of the prior."""
+        if self.prior is None or "encode" in self.prior.not_offered:
+            raise UserError("cluster: there is no mixture of latents; fit one with `prior RUN`, or model.with_prior(mixture)")
+        return self.prior.encode(self.encode(x, given))
 
     def decode(self, z: Any, given: Any = None) -> Tensor:
         """(N, D) the mean of p(x | z) of latents (N, L); with labels of p(x | z, y) where y is given, else over all classes."""
@@ -244,6 +264,22 @@ class VariationalAutoencoder:
         0.01 (IWAE section 5.2). Where the posterior has collapsed into the prior, none does."""
         return self.encode(x, given).double().var(0, correction=0) > IS_ACTIVE
 
+    def _latents(self, x: Any, given: Any, noise_of: Callable[[int], Tensor] | None = None) -> Tensor:
+        """The mean of q(z | x) or, with the (T, L) noise of the tile that begins at a row, draws."""
+        x_ND = self.layout.rows(x)
+        self.autoencoder.likelihood.check(x_ND)
+        classes_N = self._classes_of(given, len(x_ND))
+        if classes_N is None and self.labels:
+            classes_N = self._most_probable(x_ND)
+
+        def tile(first: int, x_TD: Tensor) -> Tensor:
+            classes_T = None if classes_N is None else _tile_of(classes_N, first).to(x_TD.device)
+            mean_TL, log_variance_TL = self.autoencoder.posterior(x_TD, classes_T)
+            return mean_TL if noise_of is None else mean_TL + torch.exp(0.5 * log_variance_TL) * noise_of(first).to(mean_TL)
+
+        with evaluating(self.autoencoder):
+            return map_in_tiles(tile, x_ND, self._device)
+
     def _most_probable(self, x_ND: Tensor) -> Tensor:
         if self.config.classifier is None:
             raise UserError(
@@ -279,7 +315,11 @@ class VariationalAutoencoder:
         given_1 = self._classes_of(given, 1)
 
         def tile(first: int) -> Tensor:
-            z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim).float().to(self._device)
+            if self.prior is None:
+                z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim)
+            else:
+                z_TL = self.prior.sample(TILE, seed=seed, offset=first)
+            z_TL = z_TL.float().to(self._device)
             classes_T = None
             if self.labels:
                 classes_T = self._drawn_classes(seed, first, TILE) if given_1 is None else given_1.expand(TILE)

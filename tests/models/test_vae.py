@@ -13,6 +13,7 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 
 from gendist.data import Schema
 from gendist.models import vae
+from gendist.models.gmm import GaussianMixture
 from gendist.models.ops import autoencoder, latent_paths, likelihoods
 from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
 from gendist.noise import Noise
@@ -87,6 +88,58 @@ def test_bounds_of_a_wrong_encoder_lie_in_order_and_come_to_the_density():
     few, more, most = (float(model.log_prob_bound(x, num_samples=n).mean()) for n in (3, 30, 1000))
     assert elbo + 0.1 < few < more < expected
     assert most == pytest.approx(expected, abs=0.01)
+
+
+def mixture() -> GaussianMixture:
+    """Of latents, far from standard normal."""
+    covariances = torch.tensor([[[0.5, 0.2], [0.2, 0.4]], [[0.1, 0.0], [0.0, 0.3]]], dtype=torch.float64)
+    means = torch.tensor([[1.0, 1.0], [-1.5, 0.5]], dtype=torch.float64)
+    return GaussianMixture.from_parameters(torch.tensor([0.3, 0.7], dtype=torch.float64), means, covariances)
+
+
+def test_over_a_mixture_of_latents_bounds_come_to_the_density_which_is_a_mixture():
+    """z of a component makes x of N(W m + b, W S W^T + scale^2 I) (PRML 2.115)."""
+    model = with_the_exact_posterior(linear()[0]).with_prior(mixture())
+    decoder = model.autoencoder.decoder[-1]
+    w, b = decoder.weight.detach().double(), decoder.bias.detach().double()
+    noise = SCALE**2 * torch.eye(NUM_FEATURES, dtype=torch.float64)
+    parts = [
+        MultivariateNormal(w @ m + b, w @ s @ w.T + noise) for m, s in zip(mixture().means, mixture().covariances, strict=True)
+    ]
+    x = parts[0].loc + drawn(40, NUM_FEATURES, 4).double() @ parts[0].scale_tril.T
+    expected = torch.logsumexp(torch.stack([part.log_prob(x) for part in parts], 1) + mixture().weights.log(), 1)
+    assert float((model.log_prob_bound(x, num_samples=4000) - expected).abs().mean()) < 0.02
+    elbo = torch.stack([model.elbo(x, seed=seed) for seed in range(50)]).mean(0)
+    assert float(elbo.mean()) < float(expected.mean())
+    # The KL divergence from the mixture in the ELBO, by many draws of z.
+    z = torch.cat([model.draw_latents(x, seed=seed) for seed in range(300)]).double().view(300, 40, LATENT_DIM)
+    mean, log_variance = (value.double() for value in model.autoencoder.posterior(x.float()))
+    log_q = Normal(mean, log_variance.div(2).exp()).log_prob(z).sum(2).mean(0)
+    log_p = mixture().log_prob(z.reshape(-1, LATENT_DIM)).view(300, 40).mean(0)
+    log_likelihood = Normal(z @ w.T + b, SCALE).log_prob(x).sum(2).mean(0)
+    assert float((elbo - (log_likelihood + log_p - log_q)).mean().detach()) == pytest.approx(0.0, abs=0.1)
+
+
+def test_over_a_mixture_of_latents_samples_are_its_decoded_samples_and_clusters_its_components():
+    model = linear()[0].with_prior(mixture())
+    torch.testing.assert_close(model.sample(70, seed=3, offset=5), model.decode(mixture().sample(70, seed=3, offset=5)))
+    assert torch.equal(model.sample(70, seed=3)[40:], model.sample(30, seed=3, offset=40))
+    x = model.sample(20, seed=1)
+    assert torch.equal(model.cluster(x), mixture().encode(model.encode(x)))
+    with pytest.raises(UserError, match="no mixture of latents"):
+        linear()[0].cluster(x)
+    with pytest.raises(UserError, match="a prior of 2 features, but there are 3 latents"):
+        small().with_prior(mixture())
+
+
+def test_drawn_latents_are_of_the_posterior_by_address():
+    model, x = small(), drawn(90, 12).sigmoid()
+    mean, log_variance = model.autoencoder.posterior(x)
+    assert torch.equal(model.draw_latents(x, seed=2)[40:], model.draw_latents(x[40:], seed=2, offset=40))
+    draws = torch.stack([model.draw_latents(x, seed=seed) for seed in range(100)])
+    standardized = ((draws - mean) / log_variance.div(2).exp()).detach().double()
+    assert abs(float(standardized.mean())) < 5 / standardized.numel() ** 0.5
+    assert float(standardized.var()) == pytest.approx(1.0, abs=5 * (2 / standardized.numel()) ** 0.5)
 
 
 def test_the_kl_is_that_of_torch_and_of_monte_carlo():

@@ -8,6 +8,7 @@ Legend: B samples, D features, L latent dimensions, K importance samples, C clas
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,8 +81,15 @@ class Autoencoder(nn.Module):
             x_BD, noise_BKL = x_BD[rows_P], noise_BKL[rows_P]
         return *self.terms(x_BD, noise_BKL, classes_P), log_q_BC
 
-    def terms(self, x_BD: Tensor, noise_BKL: Tensor, classes_B: Tensor | None) -> Terms:
-        """The encoder is computed once, the decoder for each of the K latents."""
+    def terms(
+        self,
+        x_BD: Tensor,
+        noise_BKL: Tensor,
+        classes_B: Tensor | None,
+        log_prior: Callable[[Tensor], Tensor] | None = None,
+    ) -> Terms:
+        """The encoder is computed once, the decoder for each of the K latents. log_prior: log p(z) of latents (B K, L), for the
+        importance weights; None: of the standard normal."""
         mean_BL, log_variance_BL = self.posterior(x_BD, classes_B)
         z_BKL = mean_BL[:, None] + torch.exp(0.5 * log_variance_BL)[:, None] * noise_BKL
         num_latents = z_BKL.shape[1]
@@ -89,7 +97,8 @@ class Autoencoder(nn.Module):
         y_BKD = self.decoded(z_BKL.flatten(0, 1), classes_BK).unflatten(0, (-1, num_latents))
         log_prob_BK = self.likelihood(x_BD[:, None], y_BKD)
         log_q_BK = log_normal(noise_BKL) - 0.5 * log_variance_BL.sum(1, keepdim=True)
-        return Terms(log_prob_BK, kl(mean_BL, log_variance_BL), log_prob_BK + log_normal(z_BKL) - log_q_BK)
+        log_prior_BK = log_normal(z_BKL) if log_prior is None else log_prior(z_BKL.flatten(0, 1)).view_as(log_q_BK)
+        return Terms(log_prob_BK, kl(mean_BL, log_variance_BL), log_prob_BK + log_prior_BK - log_q_BK)
 
     def posterior(self, x_BD: Tensor, classes_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x), or q(z | x, y), (B, L) each (AEVB eq. 9)."""
