@@ -74,7 +74,9 @@ def fit(
         Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
     ] = None,
     address: Address = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec, and how large its networks are; stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved spec, and how large its networks are; stop.")
+    ] = False,
 ) -> None:
     """Fit a model. On an unfinished run directory of the same spec it goes on; on a finished one it changes nothing."""
     from gendist.config import load_spec
