@@ -118,7 +118,7 @@ def main() -> None:
                 ]
                 for child in children:
                     child.start()
-                value = results.get(timeout=120.0)
+                value = results.get(timeout=220.0)
                 for child in children:
                     child.join(60.0)
             formula = bytes_per_parameter(config_of(shape, kind, num_processes), "network", num_processes)

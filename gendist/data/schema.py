@@ -285,8 +285,10 @@ def _said_image_shape(
     """What data.image_shape says, where rows can be such images."""
     has = f"images of {list(found)}" if found else f"{num_features} features a row"
     if is_sequence or prod(said) != num_features or (found is not None and found != said):
-        raise UserError(f"data.image_shape: {list(said)}, but {source.name} has {'sequences' if is_sequence else has}; leave "
-                        "it out, or resize the images")  # fmt: skip
+        raise UserError(
+            f"data.image_shape: {list(said)}, but {source.name} has {'sequences' if is_sequence else has}; leave it out, or "
+            "resize the images"
+        )
     return said
 
 
