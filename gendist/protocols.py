@@ -455,6 +455,11 @@ class DeepModel(GenerativeModel, Protocol):
 
     Networks are called as themselves; nobody but an engine calls backward or an optimizer. A loss reads no global random
     state, no rank and no clock.
+
+    A family may have more, which is asked for where it is there:
+        check_labels(evidence_NL, weights_N)  UserError where it cannot be trained on rows with these labels
+        figures(seed)                         by name, what to draw beside samples: (rows, steps, D) each
+        remarks(results)                      lines about what a fit came to, which its user should not overlook
     """
 
     validation_objective: ClassVar[str | None]

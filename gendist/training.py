@@ -167,7 +167,8 @@ class Training:
         last = newest(directory.checkpoints)
         assert last is not None, "training ends with a checkpoint"
         chosen = self._best(last)
-        fitted = transformed(self._averaged_model(chosen), self._dataset.transforms)
+        model = self._averaged_model(chosen)
+        fitted = transformed(model, self._dataset.transforms)
         records = directory.read_metrics()
         at_best = next((record for record in records if record["step"] == chosen.progress.step), records[-1])
         results = {
@@ -177,6 +178,8 @@ class Training:
             **{key: value for key, value in records[-1].items() if isinstance(value, float) and not key.endswith(NO_RESULTS)},
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
+        for remark in model.remarks(results) if hasattr(model, "remarks") else ():
+            logger.warning("%s: %s", directory.path, remark)
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
         draw_figures(fitted, self._dataset.schema, directory.path, self.spec.seed)
         self._manifest |= {"results": results, "wall_time_s": time.monotonic() - self._began}

@@ -35,6 +35,7 @@ from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is
 
 TRAINING = Phase("autoencoder", "autoencoder")
 IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
+COLLAPSED = 0.1  # nats, below which latents say nothing of a sample
 SAMPLES_AT_ONCE = 10  # importance samples of a tile
 NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
 
@@ -451,6 +452,16 @@ class VariationalAutoencoder:
         if self.labels and evidence_BC is None:
             evidence_BC = x_BD.new_zeros(len(x_BD), len(self.labels))
         return losses(self.config, self.autoencoder, x_BD, noise_BKL, evidence_BC, warmth)
+
+    def remarks(self, results: Mapping[str, Any]) -> tuple[str, ...]:
+        """What the last record of a fit says that nobody should overlook."""
+        kl = results.get("validation/kl", results.get("autoencoder/kl"))
+        if kl is None or kl > COLLAPSED:
+            return ()
+        return (
+            f"the posterior has collapsed: latents carry {kl:.2g} nats of a sample, and the decoder makes nothing of them; try "
+            "model.kl_warmup_steps, model.free_bits or a smaller model.beta",
+        )
 
     def needs_whole_batch(self, phase: Phase) -> str | None:
         return None

@@ -317,6 +317,22 @@ def test_fifty_labels_tell_most_digits(tmp_path):
         assert (tmp_path / "run" / f"{name}.png").exists()
 
 
+def test_latents_that_say_nothing_are_told_of(caplog):
+    spec = {
+        "name": "collapsed",
+        "family": "vae",
+        "model": {"latent_dim": 2, "encoder": {"hidden_sizes": []}, "decoder": {"hidden_sizes": []}, "beta": 300.0},
+        "data": {"source": "digits"},
+        "fit": {"num_steps": 60, "optimizer": {"learning_rate": 3.0e-2}},
+    }
+    gendist.fit(spec)
+    assert "the posterior has collapsed" in caplog.text
+    caplog.clear()
+    spec["model"]["beta"] = 0.1
+    gendist.fit(spec)
+    assert "collapsed" not in caplog.text
+
+
 def test_labels_that_cannot_be_learned_from_are_refused_before_the_first_step(tmp_path):
     table = few_labels(50)
     conditional = {**SPEC, "model": {"latent_dim": 2}}
