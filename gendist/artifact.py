@@ -1,4 +1,5 @@
-"""A fitted model on disk: `model.json`, `model.safetensors` and, behind transforms, `transforms.safetensors` in a folder.
+"""A fitted model on disk: `model.json`, `model.safetensors` and, behind transforms, `transforms.safetensors` in a folder;
+in its folder `prior/` another one, where the model's latents come from that.
 
 Nothing in it is executed when it is read. A model with networks of the user's own names their classes, and only what is
 importable here and derived from torch.nn.Module is called.
@@ -26,9 +27,9 @@ from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.transformed import taken_apart, transformed
 
-# 2 has transforms, 3 a schema of texts or sparse rows, 4 one of sequences or of tokens by a pattern. What has none of these is
-# written as 1, which any gendist reads.
-FORMAT_VERSION = 4
+# 2 has transforms, 3 a schema of texts or sparse rows, 4 one of sequences or of tokens by a pattern, 5 a prior. What has
+# none of these is written as 1, which any gendist reads.
+FORMAT_VERSION = 5
 
 
 class _NotThisGendist(UserError):
@@ -37,19 +38,22 @@ class _NotThisGendist(UserError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model, behind transforms or not, its family's name, and what the columns of its data were called."""
+    """A model, behind transforms or not, its family's name, what the columns of its data were called, and where its latents
+    come from another model, that one."""
 
     family: str
     model: GenerativeModel
     schema: Schema
+    prior: Artifact | None = None
 
 
 def save(artifact: Artifact, folder: Path) -> None:
     """Write the folder's files; the same model gives the same bytes. To be atomic, write into `new_folder`."""
     model, transforms = taken_apart(artifact.model)
     schema = artifact.schema.model_dump(mode="json", exclude_defaults=True)
+    has_prior = artifact.prior is not None
     description = {
-        "format_version": _format_version(schema, transforms is not None),
+        "format_version": FORMAT_VERSION if has_prior else _format_version(schema, transforms is not None),
         "gendist_version": gendist.__version__,
         "noise_version": noise.VERSION,
         "family": artifact.family,
@@ -62,6 +66,9 @@ def save(artifact: Artifact, folder: Path) -> None:
     if transforms is not None:
         description["transforms"] = [step.model_dump(mode="json") for step in transforms.declared]
         write(folder / "transforms.safetensors", _in_bytes(transforms.tensors()))
+    if artifact.prior is not None:
+        description["has_prior"] = True
+        save(artifact.prior, folder / "prior")
     write(folder / "model.json", (json.dumps(description, indent=2) + "\n").encode())
 
 
@@ -90,10 +97,11 @@ def load(path: str | Path) -> Any:
 def digest(path: str | Path) -> str:
     """SHA-256 of all bytes of the artifact in a run directory or at `path` itself, with the names of its files."""
     sha256 = hashlib.sha256()
-    for file in sorted(_folder(path).iterdir()):
+    folder = _folder(path)
+    for file in sorted(folder.rglob("*")):
         if file.is_file() and not file.name.startswith("."):
             content = file.read_bytes()
-            sha256.update(f"{file.name} {len(content)} ".encode() + content)
+            sha256.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
     return sha256.hexdigest()
 
 
@@ -127,13 +135,16 @@ def load_artifact(path: str | Path) -> Artifact:
         model = model_class(family, config).from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
+        prior = load_artifact(folder / "prior") if description.get("has_prior") else None
+        if prior is not None:
+            model = model.with_prior(prior.model)
         if "transforms" in description:
             declared = tuple(validated(Step, step, "transforms") for step in description["transforms"])
             fitted = safetensors.torch.load_file(folder / "transforms.safetensors")
             model = transformed(model, Transforms.from_tensors(schema.feature_names, declared, fitted))
         if schema.num_features != model.num_features:
             raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
-        return Artifact(family, model, schema)
+        return Artifact(family, model, schema, prior)
     except _NotThisGendist:
         raise
     except NotImportable as error:

@@ -27,7 +27,7 @@ from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
 from gendist.one_thread import one_thread
-from gendist.pictures import draw_samples
+from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import Block, Compute, Feature, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
@@ -162,6 +162,7 @@ class EMFitting:
         model = transformed(best.model, transforms)
         if directory:
             draw_samples(model, dataset.schema, directory.path / "samples.png", spec.seed)
+            draw_figures(model, dataset.schema, directory.path, spec.seed)
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
             directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
         return Run(model, list(best.history), directory.path if directory else None, results)
@@ -320,7 +321,9 @@ def _model_to_start_from(
         except ValueError as error:
             raise UserError(f"init: {error}") from error
     if not isinstance(model, family):
-        raise UserError(f"init: a {type(model).__name__}, but the spec is of family {spec.family}")
+        raise UserError(
+            f"init: a {type(model).__name__}; a spec of family {spec.family} like this one makes a {family.__name__}: give such"
+        )
     declared = transforms.declared if transforms else ()
     if declared != spec.data.transforms:
         there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))

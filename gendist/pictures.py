@@ -36,6 +36,23 @@ def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
         logger.warning("%s could not be drawn (%s)", path.name, error)
 
 
+def draw_figures(model: Any, schema: Schema, folder: Path, seed: int) -> None:
+    """Whatever else the model's family would have people look at: each of `model.figures(seed)`, (rows, steps, D), as NAME.png,
+    a row of images or a line over the steps; a warning where one cannot be drawn."""
+    name = "figures"
+    try:
+        figures = model.figures(seed) if hasattr(model, "figures") else {}
+        for name, x_RTD in figures.items():
+            x_RTD = np.asarray(x_RTD)
+            if schema.image_shape is not None and x_RTD.shape[2] == prod(schema.image_shape):
+                images = x_RTD[: max(1, MAX_IMAGES // x_RTD.shape[1])].reshape(-1, *schema.image_shape)
+                _save_grid(images, folder / f"{name}.png", num_columns=x_RTD.shape[1])
+            else:
+                _save_lines(x_RTD[:MAX_LINES], schema, folder / f"{name}.png")
+    except Exception as error:  # as above
+        logger.warning("%s could not be drawn (%s)", name, error)
+
+
 def most_shown(schema: Schema) -> int:
     """As many samples can a picture show."""
     return MAX_IMAGES if schema.image_shape is not None or schema.is_sequence else MAX_SHOWN
@@ -52,12 +69,12 @@ def save_picture(x: Any, schema: Schema, path: Path) -> None:
         _save_panels(x[:MAX_SHOWN], schema.feature_names, path)
 
 
-def _save_grid(images: np.ndarray[Any, Any], path: Path) -> None:
-    """images (N, height, width[, channels]) of 0..1."""
+def _save_grid(images: np.ndarray[Any, Any], path: Path, num_columns: int = 0) -> None:
+    """images (N, height, width[, channels]) of 0..1; num_columns: as many as make a square where 0."""
     from PIL import Image
 
     num_images, height, width = images.shape[:3]
-    num_columns = max(1, int(np.ceil(np.sqrt(num_images * height / width))))
+    num_columns = num_columns or max(1, int(np.ceil(np.sqrt(num_images * height / width))))
     num_rows = -(-num_images // num_columns)
     scale = max(1, TARGET_PIXELS // (max(num_rows * height, num_columns * width)))
     gap = max(1, scale // 2)

@@ -22,7 +22,7 @@ from gendist.data.dataset import Part
 from gendist.data.rows import RowsOnDisk
 from gendist.data.transforms import Transforms
 from gendist.execution import check_gpu_here
-from gendist.pictures import draw_samples
+from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
@@ -178,6 +178,7 @@ class Training:
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
+        draw_figures(fitted, self._dataset.schema, directory.path, self.spec.seed)
         self._manifest |= {"results": results, "wall_time_s": time.monotonic() - self._began}
         directory.finish(fitted, records, self._dataset.schema, self._manifest)
         run = read_run(directory)

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset
-from gendist.data.rows import RowsOnDisk
+from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_samples
@@ -113,6 +114,7 @@ class _Process:
 
     def train(self, rows: Mapping[Any, Any]) -> bool:
         model: DeepModel = new_model(self.spec, self.dataset)
+        _check_labels(model, rows["training"])
         with _only_writer(self.directory) if self.is_first else nullcontext():
             resumed = newest(self.directory.checkpoints)
             progress = resumed.progress if resumed else Progress()
@@ -179,6 +181,14 @@ class _Process:
         for line in found.get("warnings", ()):
             logger.warning("step %d: %s", step, line)
         return found
+
+
+def _check_labels(model: Any, rows: RowSet) -> None:
+    """UserError where the family cannot be trained on rows with these labels, such as none of one class."""
+    if rows.evidence is None or not hasattr(model, "check_labels"):
+        return
+    weights = np.ones(rows.num_rows) if rows.weights is None else rows.weights
+    model.check_labels(torch.from_numpy(np.array(rows.evidence)), torch.from_numpy(np.array(weights)))
 
 
 @dataclass(frozen=True)

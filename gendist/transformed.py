@@ -14,9 +14,13 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
+from gendist.models.ops.offered import Offered
 from gendist.protocols import sequences_of
 
-OF_SEQUENCES = (
+# What families offer beside the verbs of all, of rows or of sequences as the data hold them.
+FURTHER_VERBS = (
+    "cluster",
+    "draw_latents",
     "filtered_probs",
     "forecast",
     "forecast_states",
@@ -24,23 +28,6 @@ OF_SEQUENCES = (
     "sample_posterior_states",
     "sample_states",
 )
-
-
-class _Offered:
-    """A verb that is there where the model within offers it; elsewhere asking for it tells the model's reason."""
-
-    def __init__(self, verb: Callable[..., Any]):
-        self.verb, self.__doc__ = verb, verb.__doc__
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Transformed | None, owner: type) -> Any:
-        if instance is None:
-            return self.verb
-        if self.name in instance.not_offered:
-            raise AttributeError(f"{self.name} is not offered: {instance.not_offered[self.name]}")
-        return self.verb.__get__(instance, owner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,53 +103,58 @@ class Transformed:
         z = self.model.sample(num_samples, seed=seed, offset=offset, given=given, **options)
         return self._inverse(z)
 
-    @_Offered
+    @Offered
     def log_prob(self, x_ND: Any) -> Tensor:
         """(N,) log p(x) in nats, in the units of x; of the principal coordinates where a pca drops directions."""
         return self._density(self.model.log_prob, x_ND)
 
-    @_Offered
+    @Offered
     def elbo(self, x_ND: Any, **options: Any) -> Tensor:
         """(N,) a lower bound of log_prob."""
         return self._density(self.model.elbo, x_ND, **options)
 
-    @_Offered
+    @Offered
     def log_prob_bound(self, x_ND: Any, **options: Any) -> Tensor:
         """(N,) a tighter bound of log_prob."""
         return self._density(self.model.log_prob_bound, x_ND, **options)
 
-    @_Offered
-    def encode(self, x_ND: Any) -> Tensor:
+    @Offered
+    def encode(self, x_ND: Any, **options: Any) -> Tensor:
         """The model's representation of the transformed rows."""
-        return self.model.encode(self._forward(x_ND))
+        return self.model.encode(self._forward(x_ND), **options)
 
-    @_Offered
+    @Offered
     def decode(self, latents: Any, **options: Any) -> Tensor:
         """(N, D) the image in x of the model's mean of z: the mean of x where the transforms are linear, without log1p."""
         return self.transforms.inverse(self.model.decode(latents, **options))
 
-    @_Offered
+    @Offered
     def classify(self, x_ND: Any) -> Tensor:
         """(N, C) log p(label | x), which no change of variables changes."""
         return self.model.classify(self._forward(x_ND))
 
-    @_Offered
+    @Offered
     def impute(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
         filled = self.model.impute(self._forward(x_ND), **options)
         return [self.transforms.inverse(z) for z in filled] if isinstance(filled, list) else self.transforms.inverse(filled)
 
-    @_Offered
+    @Offered
     def reconstruct(self, x_ND: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
 
+    def figures(self, seed: int) -> dict[str, Tensor]:
+        """What the family would have people look at, (rows, steps, D) each; nothing where it has nothing."""
+        figures = self.model.figures(seed) if hasattr(self.model, "figures") else {}
+        return {name: self._inverse(z_RTE) for name, z_RTE in figures.items()}
+
     def __getattr__(self, name: str) -> Any:
-        """What a model of sequences offers beside the verbs, of sequences as the data hold them."""
+        """One of `FURTHER_VERBS`, where the model within has it."""
         model = self.__dict__.get("model")  # not there yet while it is unpickled
         if reason := getattr(model, "not_offered", {}).get(name):
             raise AttributeError(f"{name} is not offered: {reason}")
-        if name not in OF_SEQUENCES or not hasattr(model, name):
+        if name not in FURTHER_VERBS or not hasattr(model, name):
             raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
         verb = getattr(model, name)
         if name == "sample_states":

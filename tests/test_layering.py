@@ -30,7 +30,7 @@ ALLOWED = {
     "gendist.em": (*BASE, "gendist.blocks"),
     "gendist.train": (*BASE, "gendist.blocks", "gendist.machine", "gendist.atomic", "gendist.ray_cluster"),
     "gendist.evaluate": (*BASE, "gendist.blocks", "gendist.data.transforms"),
-    "gendist.transformed": (*BASE, "gendist.data.transforms"),
+    "gendist.transformed": (*BASE, "gendist.data.transforms", "gendist.models.ops.offered"),
     "gendist.class_conditional": (*BASE, "gendist.blocks", "gendist.data.survey", "gendist.em", "gendist.models.ops"),
     "gendist.bulk": (
         *BASE,

@@ -1,4 +1,4 @@
-"""`sample` and `score` into files: which rows are made, in which parts, and where they go."""
+"""`sample`, `score` and `encode` into files: which rows are made, in which parts, and where they go."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gendist import noise
-from gendist.artifact import digest, load_artifact
+from gendist.artifact import Artifact, digest, load_artifact
 from gendist.blocks import Blocks, Leaves
 from gendist.bulk.part_folder import PartFolder
 from gendist.bulk.parts import Encode, Layout, Part, Values, cut_between_sequences, cut_into_parts, encoder_of
@@ -25,7 +25,7 @@ from gendist.data.domains import MakeBlocks
 from gendist.data.sequence_source import SequenceSource
 from gendist.data.sequences import as_fitted
 from gendist.data.sources import Source
-from gendist.evaluate.score import density_of, scores_of_rows, scores_of_sequences
+from gendist.evaluate.score import density_of, rows_through, scores_of_rows, scores_of_sequences
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
@@ -145,16 +145,68 @@ def score(
     Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
     `sample`.
     """
-    encode = encoder_of(Path(out))
     loaded = load_artifact(artifact)
     verb = density_of(loaded.model)
+    is_sequence = _takes_sequences(loaded.model)
+    layout = Layout((verb,), array=verb, numbered=SEQUENCE if is_sequence else "row")
+    compute = _score_sequences if is_sequence else _score
+    work = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "score"})
+    written = work.write(Path(out), cluster, address, watch)
+    described = [
+        getattr(loaded.model, "density", None),
+        "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
+    ]
+    return replace(written, density="; ".join(filter(None, described)), what="sequences" if is_sequence else "rows")
+
+
+def encode(
+    artifact: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    draw: int | None = None,
+    cluster: ClusterConfig = HERE,
+    address: str | None = None,
+    watch: Watch = lambda done, num_rows: None,
+) -> Written:
+    """Write the representation of every row of the data, in their order, as columns latent_0, latent_1, ...
+
+    draw  the seed of draws from p(latent | x), one a row, instead of its mean: of families that have `draw_latents` alone
+
+    The other arguments are those of `score`.
+    """
+    loaded = load_artifact(artifact)
+    model: Any = loaded.model
+    if "encode" in model.not_offered:
+        raise UserError(f"encode: {model.not_offered['encode']}")
+    if _takes_sequences(model):
+        raise UserError("encode: models of sequences encode each step, in Python: gendist.load(...).encode(sequences)")
+    if draw is not None and not hasattr(_untransformed(model), "draw_latents"):
+        raise UserError(f"draw: a {loaded.family} has no distribution of latents to draw from; leave it out")
+    # How many latents there are, any row tells; and so does one that the model has made up.
+    num_latents = model.encode(model.sample(1)).shape[1]
+    layout = Layout(tuple(f"latent_{i}" for i in range(num_latents)), array="latents")
+    request = {"verb": "encode", "draw": draw, "noise_version": noise.VERSION}
+    work = _of_data(artifact, loaded, data, out, layout, partial(_encode, draw), request)
+    return work.write(Path(out), cluster, address, watch)
+
+
+def _of_data(
+    artifact: str | Path,
+    loaded: Artifact,
+    data: DataConfig,
+    out: str | Path,
+    layout: Layout,
+    compute: Compute,
+    request: Mapping[str, Any],
+) -> _Work:
+    """What is computed from every row of the data by a model that knows their columns."""
     transforms = taken_apart(loaded.model)[1]
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
     _check_beside_the_data(Path(out), data, opened.paths)
-    # The columns that were fitted; an array has no names and is taken by position.
-    columns = data.columns or (loaded.schema.columns if len(opened.schema.names) > 1 else None)
+    columns = data.columns or _columns_to_read(loaded.schema, opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored})
     source: Source = opened
@@ -169,7 +221,7 @@ def score(
             f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
             f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
         )
-    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * schema.num_features
+    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * max(schema.num_features, len(layout.columns))
     is_sequence = isinstance(source, SequenceSource)
     if isinstance(source, SequenceSource):
         parts = cut_between_sequences(source.bounds, row_bytes)
@@ -180,26 +232,29 @@ def score(
         dataset = Dataset.open(source, config, schema, make_blocks)
         return dataset.sequence_parts(some) if is_sequence else dataset.parts(some)
 
-    work = _Work(
+    return _Work(
         request={
-            "verb": "score",
+            **request,
             "artifact": digest(artifact),
             "columns": list(schema.columns),
             "data": identity(source, config),
         },
-        layout=Layout((verb,), array=verb, numbered=SEQUENCE if is_sequence else "row"),
+        layout=layout,
         parts=parts,
         blocks=blocks,
-        compute=_score_sequences if is_sequence else _score,
+        compute=compute,
         model=loaded.model,
-        encode=encode,
+        encode=encoder_of(Path(out)),
     )
-    written = work.write(Path(out), cluster, address, watch)
-    described = [
-        getattr(loaded.model, "density", None),
-        "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
-    ]
-    return replace(written, density="; ".join(filter(None, described)), what="sequences" if is_sequence else "rows")
+
+
+def _columns_to_read(fitted: Schema, there: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns that were fitted. An array has no names and is taken by position; of a model that was fitted to one, `sample`
+    has written a column for each feature."""
+    if len(there) == 1:
+        return None
+    are_features = not set(fitted.columns) <= set(there) and set(fitted.feature_names) <= set(there)
+    return fitted.feature_names if are_features else fitted.columns
 
 
 def sample_options(model: Any, length: int | None) -> dict[str, Any]:
@@ -318,6 +373,15 @@ def _score_sequences(model: Any, part: tuple[int, Sequence[Block]]) -> tuple[int
     first, blocks = part
     scores_S = scores_of_sequences(model, blocks, first).numpy()
     return first, scores_S, {"log_likelihood": float(scores_S.sum())}
+
+
+def _encode(draw: int | None, model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
+    first = int(blocks[0].rows[0])
+    if draw is None:
+        latents_NL = rows_through(model.encode, blocks)
+    else:
+        latents_NL = rows_through(partial(model.draw_latents, seed=draw), blocks, addressed=True)
+    return first, latents_NL.double().numpy(), {}
 
 
 def _total(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:

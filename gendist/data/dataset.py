@@ -183,7 +183,8 @@ class _BlockLoader:
         return [self._leaf(start, stop, first, columns, own) for (start, stop), own in leaves]
 
     def _matrix(self, table: pa.Table, start: int, stop: int) -> Array:
-        matrix = to_matrix(table, self.schema.columns, start, self.source.name, self.schema.categories)
+        image_shape = None if self.schema.is_sequence else self.schema.image_shape
+        matrix = to_matrix(table, self.schema.columns, start, self.source.name, self.schema.categories, image_shape)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
                 f"{self.source.name}: {matrix.shape[1]} features in rows {start} to {stop - 1}, but "

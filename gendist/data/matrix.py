@@ -24,12 +24,14 @@ def to_matrix(
     first_row: int,
     source_name: str,
     categories: Mapping[str, Sequence[str]] | None = None,
+    image_shape: tuple[int, ...] | None = None,
 ) -> Matrix:
     """(N, D) what these columns hold, side by side, NaN where an entry is missing; images decoded to 0..1.
 
     first_row   the row number of the table's first row, for the messages
     categories  of each column of text the values that it is known to have: an entry becomes the index of its value, and
                 their number where it is none of them
+    image_shape of the image in row 0, which all others are to have
     """
     categories = categories or {}
     parts = []
@@ -39,7 +41,7 @@ def to_matrix(
         if name in categories:
             parts.append(_indices(column, categories[name], where))
         elif is_image(column.type):
-            parts.append(_decode_images(column, where, first_row))
+            parts.append(_decode_images(column, where, first_row, image_shape))
         else:
             parts.append(_numbers(column, where, first_row))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -96,14 +98,13 @@ def _indices(column: pa.ChunkedArray, values: Sequence[str], where: str) -> Matr
     return indices[:, None]
 
 
-def _decode_images(column: pa.ChunkedArray, where: str, first_row: int) -> Matrix:
+def _decode_images(column: pa.ChunkedArray, where: str, first_row: int, shape: tuple[int, ...] | None) -> Matrix:
     """(N, H W [C]) pixels of 0..1."""
     images = [_decode_image(entry, where, first_row + i) for i, entry in enumerate(column)]
+    known, row = (images[0].shape, first_row) if shape is None else (shape, 0)
     for i, image in enumerate(images):
-        if image.shape != images[0].shape:
-            raise UserError(
-                f"{where}: images of mixed sizes: {image.shape} in row {first_row + i}, {images[0].shape} in row {first_row}"
-            )
+        if image.shape != known:
+            raise UserError(f"{where}: images of mixed sizes: {image.shape} in row {first_row + i}, {known} in row {row}")
     return np.stack(images).reshape(len(images), -1)
 
 

@@ -164,6 +164,8 @@ class Schema(BaseModel):
             image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
             if image_shape is not None and prod(image_shape[1:] if is_sequence else image_shape) != len(names):
                 image_shape = None
+        if config.image_shape is not None:
+            image_shape = _said_image_shape(source, config.image_shape, image_shape, len(names), is_sequence)
         types = {name: type_of_entries(source.schema.field(name).type) for name in columns}
         return cls(
             columns=tuple(columns),
@@ -275,6 +277,17 @@ def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[
         if not is_numeric(type_) and not (takes.categories and is_text(type_)):
             raise UserError(_not_numeric(source, name, names))
     return tuple(names)
+
+
+def _said_image_shape(
+    source: Source, said: tuple[int, ...], found: tuple[int, ...] | None, num_features: int, is_sequence: bool
+) -> tuple[int, ...]:
+    """What data.image_shape says, where rows can be such images."""
+    has = f"images of {list(found)}" if found else f"{num_features} features a row"
+    if is_sequence or prod(said) != num_features or (found is not None and found != said):
+        raise UserError(f"data.image_shape: {list(said)}, but {source.name} has {'sequences' if is_sequence else has}; leave "
+                        "it out, or resize the images")  # fmt: skip
+    return said
 
 
 def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:

@@ -45,6 +45,9 @@ def _distinct_labels(given: Any) -> Any:
     return tuple(labels)
 
 
+Side = Annotated[int, Field(ge=1)]
+
+
 class DataConfig(BaseModel):
     """The `data:` block of a spec.
 
@@ -55,6 +58,9 @@ class DataConfig(BaseModel):
     subset               of source huggingface: which of its configurations
     streaming            of source huggingface: read the files where they lie, without a copy on this machine
     columns              the columns that are fitted; all but label and weight where left out, or the image column
+    image_shape          [height, width] or [height, width, channels] of the images that rows are. Images that lie in the data
+                         have theirs, and other data, of so many columns or lists of so many pixels, are taken for such; with it
+                         `--dry-run` knows how large networks are, without the data
     label                a column that says which component (class) a row belongs to, and may have missing entries; or a list
                          of columns with the probabilities of the classes, which are called as they are
     labels               the classes that there are, in order; those that are found where left out
@@ -77,6 +83,7 @@ class DataConfig(BaseModel):
     subset: str | None = None
     streaming: bool = False
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    image_shape: Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)] | None = None
     label: Annotated[str | tuple[str, ...] | None, BeforeValidator(_name_or_names)] = None
     labels: Annotated[tuple[int | str, ...] | None, BeforeValidator(_distinct_labels)] = None
     text: TextConfig | None = None

@@ -46,8 +46,8 @@ def likeness(data: Any, samples: Any, num_neighbours: int = 5) -> Likeness:
         raise UserError(f"rows of {data_ND.shape[1]} numbers, samples of {samples_MD.shape[1]}; as many are needed")
     if num_neighbours < 1 or min(len(data_ND), len(samples_MD)) <= num_neighbours:
         raise UserError(
-            f"{len(data_ND)} rows and {len(samples_MD)} samples, neighbour {num_neighbours}: it must be 1 or more, and both be "
-            "more than it"
+            f"{len(data_ND)} rows and {len(samples_MD)} samples, neighbour {num_neighbours}; there must be more of both, and "
+            "it be 1 or more"
         )
     radius_N, radius_M = neighbour_distances(data_ND, num_neighbours), neighbour_distances(samples_MD, num_neighbours)
     num_within_M = torch.zeros(len(samples_MD), dtype=torch.int64)

@@ -1,4 +1,5 @@
-"""The log density of every row of some blocks, or of every sequence, or the tightest bound of it that the family has."""
+"""What a model says of every row of some blocks, or of every sequence: the log density, or the tightest bound of it that the
+family has."""
 
 from __future__ import annotations
 
@@ -28,19 +29,29 @@ def scores_of_rows(model: Any, blocks: Sequence[Block]) -> Tensor:
     """(N,) log p(x) in nats of the blocks' rows, or its bound, one block after the other. UserError names the row that has
     none. What a bound draws is addressed by row number, so a row's score does not depend on the block that it lies in."""
     verb = density_of(model)
-    scores = []
+    score = getattr(model, verb)
+    if verb == "log_prob":
+        return rows_through(score, blocks)
+    return rows_through(score, blocks, addressed=True)
+
+
+def rows_through(verb: Callable[..., Tensor], blocks: Sequence[Block], addressed: bool = False) -> Tensor:
+    """(N, ...) what a verb says of the blocks' rows, one block after the other. UserError names the row that it refuses.
+
+    addressed  whether it also takes `offset`, the number of its first row
+    """
+    results = []
     for block in blocks:
         x_ND = block.x if block.missing is None else block.x.masked_fill(block.missing, torch.nan)
-        options = {} if verb == "log_prob" else {"offset": int(block.rows[0])}
-        score = partial(getattr(model, verb), **options)
+        of_rows = partial(verb, offset=int(block.rows[0])) if addressed else verb
         try:
-            scores.append(score(x_ND))
+            results.append(of_rows(x_ND))
         except RowError as error:
             raise UserError(f"row {int(block.rows[error.row])}: {error.reason}") from None
         except UserError as error:
-            row, reason = _first_refused(score, x_ND, error)
+            row, reason = _first_refused(of_rows, x_ND, error)
             raise UserError(f"row {int(block.rows[row])}: {reason}") from None
-    return torch.cat(scores)
+    return torch.cat(results)
 
 
 def scores_of_sequences(model: Any, blocks: Sequence[Block], first: int = 0) -> Tensor:

@@ -74,14 +74,20 @@ def fit(
         Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
     ] = None,
     address: Address = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved spec and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved spec, and how large its networks are; stop.")
+    ] = False,
 ) -> None:
     """Fit a model. On an unfinished run directory of the same spec it goes on; on a finished one it changes nothing."""
     from gendist.config import load_spec
 
     resolved = load_spec(spec, overrides or ())
     if dry_run:
+        from gendist.dry_run import sizes
+
         print(resolved.to_yaml(), end="")
+        for line in sizes(resolved):
+            print(f"# {line}")
         return
     run = _fit(resolved, run_dir or Path("runs") / resolved.name, address)
     if _is_one_of_others():
@@ -166,6 +172,64 @@ def score(
     print(f"{written.num_rows:,} {written.what} scored, mean log density {mean:.6f} nats, in {out}")
     if written.density:
         print(f"  ({written.density})")
+
+
+@app.command()
+def encode(
+    artifact: ArtifactArgument,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
+    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
+    overrides: Overrides = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED",
+            min=0,
+            max=2**64 - 1,
+            help="Draw a latent of each row instead of its mean, of a vae.",
+            show_default=False,
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Write the representation of every row of DATA, in their order: latents, or of a mixture its responsibilities."""
+    from gendist import bulk
+    from gendist.config import load_data_spec
+
+    spec = load_data_spec(data, overrides or ())
+    with _writing(out, "latents") as watch:
+        written = bulk.encode(artifact, spec.data, out, draw=draw, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    print(f"{written.num_rows:,} rows encoded, in {out}")
+
+
+@app.command()
+def prior(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a vae.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="Of the mixture's spec: model.num_components=50.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to keep it; RUN/prior if not given.", show_default=False)
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Fit a Gaussian mixture to the latents of a run's training rows, and sample from it instead of the standard normal."""
+    from rich.console import Console
+
+    from gendist.latent_prior import LatentPrior
+    from gendist.launch.progress import fit_progress
+
+    latent_prior = LatentPrior.of(run, overrides or (), out)
+    with _writing(latent_prior.path / "latents", "latents") as watch_rows:
+        latent_prior.encode(address, watch_rows)
+    console = Console(stderr=True)
+    with _interruptible(latent_prior.path / "fit" / "spec.yaml"), fit_progress(console, latent_prior.mixture.fit) as watch:
+        fitted = latent_prior.fit(address, watch)
+    _tell(latent_prior.mixture, fitted)
+    print(f"\nnext:  {_command()} sample {latent_prior.path} -n 64 --out samples.png")
 
 
 @app.command()

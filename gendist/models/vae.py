@@ -1,108 +1,79 @@
 """Variational autoencoder: p(x) = integral of p(x | z) N(z | 0, I) dz, with an encoder q(z | x) that proposes z.
 
 Kingma & Welling 2014, "Auto-Encoding Variational Bayes" (AEVB); Burda, Grosse & Salakhutdinov 2016, "Importance Weighted
-Autoencoders" (IWAE). Legend: N samples, B samples of a micro-batch, D features, L latent dimensions, K importance samples.
+Autoencoders" (IWAE). With labels y it is p(x | y), encoder and decoder being given y; with a classifier q(y | x) as well, rows
+may lack their label (`ops/semi_supervised_elbo.py`).
+Legend: N samples, B samples of a micro-batch, T samples of a tile, D features, L latent dimensions, K importance samples,
+C classes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from gendist.models.ops import networks
+from gendist.models.ops import autoencoder, latent_paths, networks, semi_supervised_elbo
+from gendist.models.ops.autoencoder import Autoencoder, Terms
+from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.layout import Layout
-from gendist.models.ops.likelihoods import Likelihood, LikelihoodName, likelihood_of
+from gendist.models.ops.likelihoods import likelihood_of
 from gendist.models.ops.networks import NetworkConfig
+from gendist.models.ops.offered import Offered
 from gendist.models.ops.sums import total_weight, weighted_sum
 from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles
+from gendist.models.ops.vae_config import VariationalAutoencoderConfig
+from gendist.models.ops.vae_objective import Losses, losses
 from gendist.noise import Noise
-from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor
+from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is_labelled
 
 TRAINING = Phase("autoencoder", "autoencoder")
-
-
-class VariationalAutoencoderConfig(BaseModel):
-    """The `model:` block of a spec of family `vae`.
-
-    latent_dim  of z
-    encoder     of q(z | x): gives the mean and the log variance, 2 latent_dim numbers
-    decoder     of p(x | z): gives as many numbers as x has
-    likelihood  bernoulli: x from 0 to 1; gaussian: any x, with one standard deviation for all features
-    scale       of gaussian: that standard deviation, in units of x; learned where left out
-    beta        weight of the KL divergence in the training loss (Higgins et al. 2017); 1 is the ELBO
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    latent_dim: int = Field(ge=1)
-    encoder: NetworkConfig = NetworkConfig()
-    decoder: NetworkConfig = NetworkConfig()
-    likelihood: LikelihoodName = "bernoulli"
-    scale: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    beta: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-
-    @model_validator(mode="after")
-    def _only_a_gaussian_has_a_scale(self) -> Self:
-        if self.scale is not None and self.likelihood != "gaussian":
-            raise ValueError(f"scale: likelihood {self.likelihood} has none; leave it out, or choose gaussian")
-        return self
-
-
-class Autoencoder(nn.Module):
-    """Encoder, decoder and likelihood: one network to an engine, called as a whole in training."""
-
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, likelihood: Likelihood, layout: Layout):
-        super().__init__()
-        self.encoder, self.decoder, self.likelihood, self.layout = encoder, decoder, likelihood, layout
-
-    def forward(self, x_BD: Tensor, noise_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) log p(x | z) for one z of q(z | x), and (B,) KL(q(z | x) || p(z)), the two terms of the ELBO (AEVB eq. 10)."""
-        mean_BL, log_variance_BL = self.posterior(x_BD)
-        z_BL = mean_BL + torch.exp(0.5 * log_variance_BL) * noise_BL
-        return self.likelihood(x_BD, self.decoded(z_BL)), kl(mean_BL, log_variance_BL)
-
-    def posterior(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of q(z | x), (B, L) each (AEVB eq. 9)."""
-        mean_BL, log_variance_BL = self.encoder(self.layout.to_network(x_BD)).float().chunk(2, dim=1)
-        return mean_BL, log_variance_BL
-
-    def decoded(self, z_BL: Tensor) -> Tensor:
-        """(B, D) what the likelihood makes p(x | z) of."""
-        return self.layout.to_rows(self.decoder(z_BL))
-
-
-def kl(mean_BL: Tensor, log_variance_BL: Tensor) -> Tensor:
-    """(B,) KL(N(mean, variance) || N(0, I)) in nats (AEVB appendix B)."""
-    return -0.5 * (1.0 + log_variance_BL - mean_BL.square() - log_variance_BL.exp()).sum(1)
-
-
-def log_normal(z_BL: Tensor) -> Tensor:
-    """(B,) log N(z | 0, I)."""
-    return -0.5 * (z_BL.square() + math.log(2.0 * math.pi)).sum(1)
+IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
+SAMPLES_AT_ONCE = 10  # importance samples of a tile
+NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
 
 
 @dataclass(frozen=True, eq=False)
 class VariationalAutoencoder:
-    """Rows of x are float32, images of 0 to 1 flattened as (H, W[, C]); verbs take such images, too."""
+    """Rows of x are float32, images of 0 to 1 flattened as (H, W[, C]); verbs take such images, too.
+
+    With labels, `given` of a verb is one of `labels`, or a list, array or tensor with one for each row.
+
+    prior  p(z), a `GenerativeModel` of latents; None: standard normal, as in training
+    """
 
     config: VariationalAutoencoderConfig
     layout: Layout
     autoencoder: Autoencoder
     labels: tuple[Any, ...] = ()
+    prior: Any = None
 
     Config: ClassVar[type[BaseModel]] = VariationalAutoencoderConfig
     validation_objective: ClassVar[str | None] = "loss"
-    not_offered: ClassVar[Mapping[str, str]] = {
-        "log_prob": "the integral over z has no closed form: use elbo, or log_prob_bound, which comes as close as one likes",
-        "classify": "it is fitted without labels",
-        "impute": "it takes complete rows only; reconstruct gives the mean of x that the latents of a whole row lead to",
+    prior_spec: ClassVar[Mapping[str, Any]] = {
+        "family": "gmm",
+        "model": {"num_components": 10, "covariance_type": "full"},
+        "fit": {"max_iterations": 200},
     }
+    """What is fitted to latents where the spec of a prior says no more."""
+
+    @property
+    def not_offered(self) -> Mapping[str, str]:
+        reasons = {
+            "log_prob": "the integral over z has no closed form: log_prob_bound comes as close to it as one likes; or use elbo",
+            "impute": "it takes complete rows only; reconstruct gives the mean of x that the latents of a whole row lead to",
+        }
+        if not self.labels:
+            reasons["classify"] = "it is fitted without labels"
+        elif self.config.classifier is None:
+            reasons["classify"] = "it has no classifier: fit it with model.classifier: {hidden_sizes: [256, 256]}, say"
+        return reasons
 
     # Made and kept
 
@@ -110,27 +81,38 @@ class VariationalAutoencoder:
     def create(
         cls, config: VariationalAutoencoderConfig, x_shape: tuple[int, ...], labels: tuple[Any, ...], seed: int
     ) -> VariationalAutoencoder:
-        """Networks with fresh weights, a function of the seed; UserError where they do not suit x."""
-        if labels:
-            raise UserError("data.label: a variational autoencoder is fitted without labels; leave data.label out")
-        layout = Layout(x_shape)
-        latents, shape = config.latent_dim, layout.network_shape
-        encoder = networks.create(config.encoder, shape, (2 * latents,), "model.encoder", seed)
-        decoder = networks.create(config.decoder, (latents,), shape, "model.decoder", seed)
-        return cls(config, layout, Autoencoder(encoder, decoder, likelihood_of(config.likelihood, config.scale), layout))
+        """Networks with fresh weights, a function of the seed; UserError where they do not suit x or the labels."""
+
+        def fresh(network: NetworkConfig, input_shape: tuple[int, ...], output_shape: tuple[int, ...], where: str) -> nn.Module:
+            return networks.create(network, input_shape, output_shape, where, seed)
+
+        return cls._made(config, Layout(x_shape), labels, fresh)
+
+    @classmethod
+    def _made(
+        cls, config: VariationalAutoencoderConfig, layout: Layout, labels: tuple[Any, ...], make: Callable[..., nn.Module]
+    ) -> VariationalAutoencoder:
+        if config.classifier is not None and not labels:
+            raise UserError("model.classifier: there are no labels to learn; name their column in data.label, or leave it out")
+        likelihood = likelihood_of(config.likelihood, config.scale, config.num_mixtures, config.num_levels)
+        has_planes = autoencoder.takes_planes(config.encoder, layout)
+        shapes = autoencoder.shapes(layout, config.latent_dim, len(labels), has_planes, likelihood.numbers_per_feature)
+        encoder = make(config.encoder, shapes.encoder_input, shapes.encoder_output, "model.encoder")
+        decoder = make(config.decoder, shapes.decoder_input, shapes.decoder_output, "model.decoder")
+        classifier = None
+        if config.classifier is not None:
+            classifier = make(config.classifier, layout.network_shape, (len(labels),), "model.classifier")
+        whole = Autoencoder(encoder, decoder, classifier, likelihood, layout, len(labels), has_planes)
+        return cls(config, layout, whole, labels)
 
     def tensors(self) -> dict[str, Tensor]:
         return self.layout.tensors() | {name: value.cpu() for name, value in self.autoencoder.state_dict().items()}
 
     @classmethod
     def from_tensors(cls, config: Any, tensors: Mapping[str, Tensor], labels: tuple[Any, ...]) -> VariationalAutoencoder:
-        layout = Layout.from_tensors(tensors)
-        latents, shape = config.latent_dim, layout.network_shape
-        encoder = networks.build(config.encoder, shape, (2 * latents,), "model.encoder")
-        decoder = networks.build(config.decoder, (latents,), shape, "model.decoder")
-        autoencoder = Autoencoder(encoder, decoder, likelihood_of(config.likelihood, config.scale), layout)
-        networks.load(autoencoder, {name: value for name, value in tensors.items() if name != "x_shape"})
-        return cls(config, layout, autoencoder, labels)
+        model = cls._made(config, Layout.from_tensors(tensors), labels, networks.build)
+        networks.load(model.autoencoder, {name: value for name, value in tensors.items() if name != "x_shape"})
+        return model
 
     @property
     def num_features(self) -> int:
@@ -140,90 +122,275 @@ class VariationalAutoencoder:
     def _device(self) -> torch.device:
         return next(self.autoencoder.parameters()).device
 
+    def with_prior(self, prior: Any) -> VariationalAutoencoder:
+        """The same networks over another p(z), a model fitted to `draw_latents`; UserError where it has another width."""
+        if prior.num_features != self.config.latent_dim:
+            raise UserError(f"a prior of {prior.num_features} features, but there are {self.config.latent_dim} latents")
+        return replace(self, prior=prior)
+
     # Density
 
-    def elbo(self, x: Any, seed: int = 0, offset: int = 0) -> Tensor:
+    def elbo(self, x: Any, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(N,) float64, in nats: log p(x | z) - KL(q(z | x) || p(z)), whose mean over z of q(z | x) is below log p(x).
 
-        One z a row, the one that belongs to the seed and the row's number, offset.. in the order of x.
+        One z a row, the one that belongs to the seed and the row's number, offset.. in the order of x, and so is the binary x
+        that `binarize` draws. With labels it is of log p(x | y) where y is given. Where it is not, of log p(x) over all
+        classes, which are equally frequent: the bound of an unlabelled row (Kingma et al. 2014, eq. 7), or, without a
+        classifier, that of `log_prob_bound` with one sample a class.
         """
 
-        def elbo_of(first: int, x_TD: Tensor) -> Tensor:
-            noise_TL = self._noise(seed, "elbo", offset + first, x_TD)
-            log_prob_T, kl_T = self.autoencoder(x_TD, noise_TL)
-            return log_prob_T.double() - kl_T.double()
+        def elbo_of(x_TD: Tensor, noise: Noises, classes: Tensor | None) -> Tensor:
+            terms = self._terms(x_TD, noise("elbo"), classes)
+            # The KL divergence from another prior has no closed form; its estimate from the same z does.
+            elbo_P = terms.elbo() if self.prior is None else terms.log_weights[:, 0]
+            elbo_TC = elbo_P.double().view(len(x_TD), -1)
+            if classes is None or given is not None:
+                return elbo_TC[:, 0]
+            if self.config.classifier is None:
+                return _over_uniform_classes(terms.log_weights[:, 0].double().view(len(x_TD), -1))
+            log_q_TC = self.autoencoder.log_q(x_TD).double()
+            return (log_q_TC.exp() * (elbo_TC - log_q_TC)).sum(1) - math.log(len(self.labels))
 
-        return self._map(elbo_of, x)
+        return self._bounded(elbo_of, x, seed, offset, given)
 
-    def log_prob_bound(self, x: Any, num_samples: int = 100, seed: int = 0, offset: int = 0) -> Tensor:
+    def log_prob_bound(self, x: Any, num_samples: int = 100, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(N,) float64, in nats: log of the mean of p(x, z_k) / q(z_k | x) over K z_k of q(z | x) (IWAE eq. 8).
 
-        Its mean is below log p(x), rises with num_samples and comes to log p(x) in the end.
+        Its mean is below log p(x), rises with num_samples and comes to log p(x) in the end. With labels it is of log p(x | y)
+        where y is given, else of the log of the mean of p(x | y) over the classes, each with num_samples of its own.
         """
         if num_samples < 1:
             raise UserError(f"num_samples {num_samples}; 1 or more is needed")
 
-        def bound_of(first: int, x_TD: Tensor) -> Tensor:
-            mean_TL, log_variance_TL = self.autoencoder.posterior(x_TD)
+        def bound_of(x_TD: Tensor, noise: Noises, classes: Tensor | None) -> Tensor:
             log_weights = []
-            for k in range(num_samples):
-                noise_TL = self._noise(seed, f"log_prob_bound.{k}", offset + first, x_TD)
-                z_TL = mean_TL + torch.exp(0.5 * log_variance_TL) * noise_TL
-                log_prob_T = self.autoencoder.likelihood(x_TD, self.autoencoder.decoded(z_TL))
-                log_q_T = log_normal(noise_TL) - 0.5 * log_variance_TL.sum(1)
-                log_weights.append(log_prob_T.double() + log_normal(z_TL).double() - log_q_T.double())
-            return torch.logsumexp(torch.stack(log_weights), 0) - math.log(num_samples)
+            for first in range(0, num_samples, SAMPLES_AT_ONCE):
+                samples = range(first, min(first + SAMPLES_AT_ONCE, num_samples))
+                noise_TKL = torch.cat([noise(f"log_prob_bound.{k}") for k in samples], 1)
+                log_weights.append(self._terms(x_TD, noise_TKL, classes).log_weights.double())
+            bound_P = torch.logsumexp(torch.cat(log_weights, 1), 1) - math.log(num_samples)
+            return _over_uniform_classes(bound_P.view(len(x_TD), -1))
 
-        return self._map(bound_of, x)
+        return self._bounded(bound_of, x, seed, offset, given)
+
+    def _bounded(
+        self, function: Callable[[Tensor, Noises, Tensor | None], Tensor], x: Any, seed: int, offset: int, given: Any
+    ) -> Tensor:
+        """function(x, noise, classes) tile by tile. noise(purpose): (T, 1, L) of the rows; classes: of each row in turn those
+        that its bound is of, one where it is given, else all; None without labels."""
+        x_ND = self.layout.rows(x)
+        self.autoencoder.likelihood.check(x_ND)
+        given_N = self._classes_of(given, len(x_ND))
+
+        def tile(first: int, x_TD: Tensor) -> Tensor:
+            def noise(purpose: str) -> Tensor:
+                return Noise(seed, purpose).normal(offset + first, TILE, self.config.latent_dim)[:, None].to(x_TD)
+
+            if self.config.binarize:
+                x_TD = binarized(x_TD, Noise(seed, "binarization").uniform(offset + first, TILE, self.num_features).to(x_TD))
+            classes = None
+            if given_N is not None:
+                classes = _tile_of(given_N, first).to(x_TD.device)
+            elif self.labels:
+                classes = torch.arange(len(self.labels), device=x_TD.device).repeat(TILE)
+            return function(x_TD, noise, classes)
+
+        with evaluating(self.autoencoder):
+            return map_in_tiles(tile, x_ND, self._device)
+
+    def _terms(self, x_TD: Tensor, noise_TKL: Tensor, classes: Tensor | None) -> Terms:
+        """Of each row, or of each row with each of its classes."""
+        if classes is not None:
+            each = len(classes) // len(x_TD)
+            x_TD, noise_TKL = x_TD.repeat_interleave(each, 0), noise_TKL.repeat_interleave(each, 0)
+        log_prior = None if self.prior is None else lambda z_PL: self.prior.log_prob(z_PL.cpu()).to(z_PL)
+        return self.autoencoder.terms(x_TD, noise_TKL, classes, log_prior)
 
     # Representation
 
-    def encode(self, x: Any) -> Tensor:
-        """(N, L) the mean of q(z | x)."""
-        return self._map(lambda _, x_TD: self.autoencoder.posterior(x_TD)[0], x)
+    def encode(self, x: Any, given: Any = None) -> Tensor:
+        """(N, L) the mean of q(z | x); with labels of q(z | x, y), for the y that is given, else the one that the classifier
+        finds the most probable; UserError where there is none."""
+        return self._latents(x, given)
 
-    def decode(self, z: Any) -> Tensor:
-        """(N, D) the mean of p(x | z) of latents (N, L)."""
+    def draw_latents(self, x: Any, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(N, L) one draw from q(z | x) a row, the one that belongs to the seed and the row's number, offset.. in the order
+        of x; with labels from that of the class that `encode` has."""
+        return self._latents(
+            x, given, lambda first: Noise(seed, "latents").normal(offset + first, TILE, self.config.latent_dim)
+        )
+
+    def cluster(self, x: Any, given: Any = None) -> Tensor:
+        """(N, C) float64 p(cluster | latent), of the latents that `encode` gives: clusters are the components of the prior."""
+        if self.prior is None or "encode" in self.prior.not_offered:
+            raise UserError("cluster: there is no mixture of latents; fit one with `prior RUN`, or model.with_prior(mixture)")
+        return self.prior.encode(self.encode(x, given))
+
+    def decode(self, z: Any, given: Any = None) -> Tensor:
+        """(N, D) the mean of p(x | z) of latents (N, L); with labels of p(x | z, y) where y is given, else over all classes."""
         z_NL = as_tensor(z, torch.float32)
         if z_NL.ndim != 2 or z_NL.shape[1] != self.config.latent_dim:
             raise UserError(f"decode takes latents of shape (N, {self.config.latent_dim}), not {tuple(z_NL.shape)}")
-        with evaluating(self.autoencoder):
-            return map_in_tiles(lambda _, z_TL: self._mean(z_TL), z_NL, self._device)
+        given_N = self._classes_of(given, len(z_NL))
 
-    def reconstruct(self, x: Any) -> Tensor:
-        """(N, D) the mean of p(x | z) at the mean of q(z | x)."""
-        return self.decode(self.encode(x))
+        def tile(first: int, z_TL: Tensor) -> Tensor:
+            if given_N is not None:
+                return self._mean(z_TL, _tile_of(given_N, first).to(z_TL.device))
+            if not self.labels:
+                return self._mean(z_TL, None)
+            each = [self._mean(z_TL, torch.full((TILE,), c, device=z_TL.device)) for c in range(len(self.labels))]
+            return torch.stack(each).mean(0)
+
+        with evaluating(self.autoencoder):
+            return map_in_tiles(tile, z_NL, self._device)
+
+    def reconstruct(self, x: Any, given: Any = None) -> Tensor:
+        """(N, D) the mean of p(x | z) at the mean of q(z | x); with labels, both of the class that `encode` has."""
+        x_ND = self.layout.rows(x)
+        if given is None and self.labels:
+            given = [self.labels[c] for c in self._most_probable(x_ND).tolist()]
+        return self.decode(self.encode(x_ND, given), given)
+
+    @Offered
+    def classify(self, x: Any) -> Tensor:
+        """(N, C) float64 log q(y | x), columns in the order of `labels`."""
+        x_ND = self.layout.rows(x)
+        self.autoencoder.likelihood.check(x_ND)
+        with evaluating(self.autoencoder):
+            return map_in_tiles(lambda _, x_TD: self.autoencoder.log_q(x_TD).double(), x_ND, self._device)
+
+    def active_units(self, x: Any, given: Any = None) -> Tensor:
+        """(L,) bool: which latent dimensions say something of x: those whose mean varies over the rows, with a variance above
+        0.01 (IWAE section 5.2). Where the posterior has collapsed into the prior, none does."""
+        return self.encode(x, given).double().var(0, correction=0) > IS_ACTIVE
+
+    def _latents(self, x: Any, given: Any, noise_of: Callable[[int], Tensor] | None = None) -> Tensor:
+        """The mean of q(z | x) or, with the (T, L) noise of the tile that begins at a row, draws."""
+        x_ND = self.layout.rows(x)
+        self.autoencoder.likelihood.check(x_ND)
+        classes_N = self._classes_of(given, len(x_ND))
+        if classes_N is None and self.labels:
+            classes_N = self._most_probable(x_ND)
+
+        def tile(first: int, x_TD: Tensor) -> Tensor:
+            classes_T = None if classes_N is None else _tile_of(classes_N, first).to(x_TD.device)
+            mean_TL, log_variance_TL = self.autoencoder.posterior(x_TD, classes_T)
+            return mean_TL if noise_of is None else mean_TL + torch.exp(0.5 * log_variance_TL) * noise_of(first).to(mean_TL)
+
+        with evaluating(self.autoencoder):
+            return map_in_tiles(tile, x_ND, self._device)
+
+    def _most_probable(self, x_ND: Tensor) -> Tensor:
+        if self.config.classifier is None:
+            raise UserError(
+                "q(z | x, y) is of one class, and no classifier guesses it: pass given=, a label or one for each row"
+            )
+        most_probable_N: Tensor = self.classify(x_ND).argmax(1)
+        return most_probable_N
+
+    def _classes_of(self, given: Any, num_rows: int) -> Tensor | None:
+        """(num_rows,) the classes that are given; None where none are."""
+        if given is None:
+            return None
+        if not self.labels:
+            raise UserError(f"given {given!r}: a variational autoencoder that is fitted without labels has no conditions")
+        if isinstance(given, np.ndarray | Tensor) and given.ndim:
+            given = given.tolist()
+        if not isinstance(given, list | tuple):
+            return torch.full((num_rows,), latent_of(given, self.labels, len(self.labels), "classes"))
+        if len(given) != num_rows:
+            raise UserError(f"given: {len(given)} labels for {num_rows} rows; one, or one for each row, is needed")
+        of_label = {label: latent_of(label, self.labels, len(self.labels), "classes") for label in set(given)}
+        return torch.tensor([of_label[label] for label in given], dtype=torch.int64)
+
+    # Samples
 
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, mean: bool = True) -> Tensor:
-        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed.
+        """(num_samples, D) rows offset.. of the endless sample that belongs to the seed; with labels of p(x | y) where y is
+        given, else of all classes, which are equally frequent.
 
         mean  whether a row is the mean of p(x | z), as is usual for images, or a draw from it, which has the noise of the
               likelihood: then rows are samples of p(x)
         """
-        if given is not None:
-            raise UserError(f"given {given!r}: a variational autoencoder is fitted without labels, and has no conditions")
+        given_1 = self._classes_of(given, 1)
 
         def tile(first: int) -> Tensor:
-            z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim).float().to(self._device)
+            if self.prior is None:
+                z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim)
+            else:
+                z_TL = self.prior.sample(TILE, seed=seed, offset=first)
+            z_TL = z_TL.float().to(self._device)
+            classes_T = None
+            if self.labels:
+                classes_T = self._drawn_classes(seed, first, TILE) if given_1 is None else given_1.expand(TILE)
+                classes_T = classes_T.to(self._device)
             if mean:
-                return self._mean(z_TL)
+                return self._mean(z_TL, classes_T)
             uniform_TD = Noise(seed, "sample.x").uniform(first, TILE, self.num_features).to(self._device)
-            return self.autoencoder.likelihood.draw(self.autoencoder.decoded(z_TL), uniform_TD)
+            return self.autoencoder.likelihood.draw(self.autoencoder.decoded(z_TL, classes_T), uniform_TD)
 
         with evaluating(self.autoencoder):
             return rows_in_tiles(tile, offset, num_samples)
 
-    def _mean(self, z_TL: Tensor) -> Tensor:
-        return self.autoencoder.likelihood.mean(self.autoencoder.decoded(z_TL))
+    def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
+        if not self.labels:
+            raise UserError("sample_classes: it is fitted without labels")
+        given_N = self._classes_of(given, num_samples)
+        return self._drawn_classes(seed, offset, num_samples) if given_N is None else given_N
 
-    def _noise(self, seed: int, purpose: str, first: int, like: Tensor) -> Tensor:
-        return Noise(seed, purpose).normal(first, len(like), self.config.latent_dim).to(like)
+    def _drawn_classes(self, seed: int, first: int, num_rows: int) -> Tensor:
+        return draw_latents(torch.ones(len(self.labels), dtype=torch.float64), seed, "sample.class", first, num_rows)
 
-    def _map(self, function: Any, x: Any) -> Tensor:
-        x_ND = self.layout.rows(x)
-        self.autoencoder.likelihood.check(x_ND)
-        with evaluating(self.autoencoder):
-            return map_in_tiles(function, x_ND, self._device)
+    def _mean(self, z_TL: Tensor, classes_T: Tensor | None) -> Tensor:
+        return self.autoencoder.likelihood.mean(self.autoencoder.decoded(z_TL, classes_T))
+
+    # Ways through the latents
+
+    def interpolate(self, x_a: Any, x_b: Any, num_steps: int = NUM_STEPS, given: Any = None) -> Tensor:
+        """(N, num_steps, D) the means of x on the great circles (White 2016) from the latents of each row of x_a, which
+        `encode` gives, to those of x_b; with labels, all of the class that is given, or of that of the row of x_a."""
+        a_ND, b_ND = self.layout.rows(x_a), self.layout.rows(x_b)
+        if len(a_ND) != len(b_ND) or num_steps < 2:
+            raise UserError(
+                f"{len(a_ND)} and {len(b_ND)} rows, num_steps {num_steps}; as many rows and 2 steps or more are needed"
+            )
+        classes_N = self._classes_of(given, len(a_ND))
+        if classes_N is None and self.labels:
+            classes_N = self._most_probable(a_ND)
+        given = None if classes_N is None else [self.labels[c] for c in classes_N.tolist()]
+        return self._along(latent_paths.great_circles(self.encode(a_ND, given), self.encode(b_ND, given), num_steps), classes_N)
+
+    def traverse(
+        self, x: Any = None, *, low: float = -3.0, high: float = 3.0, num_steps: int = NUM_STEPS, given: Any = None
+    ) -> Tensor:
+        """(L, num_steps, D) the means of x where one latent dimension after the other is moved from low to high; the others
+        stay at the latents of the one row x, else at 0."""
+        z_1L = torch.zeros(1, self.config.latent_dim) if x is None else self.encode(x, given)
+        if len(z_1L) != 1 or num_steps < 2:
+            raise UserError(f"{len(z_1L)} rows, num_steps {num_steps}; one row, or none, and 2 steps or more are needed")
+        if given is None and x is not None and self.labels:
+            given = self.labels[int(self._most_probable(self.layout.rows(x))[0])]
+        return self._along(
+            latent_paths.along_axes(z_1L[0], low, high, num_steps), self._classes_of(given, self.config.latent_dim)
+        )
+
+    def figures(self, seed: int) -> dict[str, Tensor]:
+        """What to draw beside samples, each (rows, steps, D): great circles between latents of the prior, and the latent
+        dimensions that change x most, moved from -3 to 3 with the others at 0. With labels a row is of one class."""
+        z = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
+        classes_N = torch.arange(NUM_PATHS) % len(self.labels) if self.labels else None
+        paths = self._along(latent_paths.great_circles(z[:NUM_PATHS], z[NUM_PATHS:], NUM_STEPS), classes_N)
+        traversals = self.traverse()
+        most = traversals.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
+        return {"interpolations": paths, "traversals": traversals[most]}
+
+    def _along(self, z_NTL: Tensor, classes_N: Tensor | None) -> Tensor:
+        num_steps = z_NTL.shape[1]
+        given = None
+        if classes_N is not None:
+            given = [self.labels[c] for c in classes_N.repeat_interleave(num_steps).tolist()]
+        return self.decode(z_NTL.flatten(0, 1), given).unflatten(0, (-1, num_steps))
 
     # Fitted by gradient
 
@@ -236,32 +403,76 @@ class VariationalAutoencoder:
     def draws(self, phase: Phase) -> Mapping[str, Draw]:
         return self.validation_draws()
 
+    def check_labels(self, evidence_NC: Tensor, weights_N: Tensor) -> None:
+        """UserError where rows like these could not be trained on: a class is never seen, or a label is missing that nothing
+        guesses."""
+        labelled_N = is_labelled(evidence_NC) & (weights_N > 0)
+        if self.config.classifier is None:
+            semi_supervised_elbo.check_all_are_labelled(int((weights_N > 0).sum() - labelled_N.sum()), len(weights_N))
+        weight_C = (torch.softmax(evidence_NC, 1) * torch.where(labelled_N, weights_N, 0.0)[:, None]).sum(0)
+        semi_supervised_elbo.check_classes_are_seen(weight_C, self.labels)
+
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
-        return dict.fromkeys(("reconstruction", "weighted_kl"), total_weight(batch))
+        """The bound is a mean over all rows, the classifier's cross-entropy one over those that are labelled."""
+        names = ("reconstruction", "weighted_kl") if self.config.objective == "elbo" else ("negative_bound",)
+        counts = dict.fromkeys(names, total_weight(batch))
+        if self.config.classifier is not None:
+            labelled_B = batch.is_labelled.to(torch.float64)
+            weight = labelled_B.sum() if batch.weights is None else (labelled_B * batch.weights).sum()
+            counts |= {"class_kl": total_weight(batch), "classification": float(weight)}
+        return counts
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
-        """The negative ELBO (AEVB eq. 10) with one z a sample and, where beta is not 1, its KL divergence weighed."""
+        """The negative bound, beside it the classifier's cross-entropy (see `ops/vae_objective.py`)."""
         self.autoencoder.likelihood.check(batch.x)
-        log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        terms = {"reconstruction": -log_prob_B, "weighted_kl": self.config.beta * kl_B}
-        watched = {"kl": kl_B, "negative_elbo": kl_B - log_prob_B}
+        warmup = self.config.kl_warmup_steps
+        terms, watched = self._losses(batch, noise, min(1.0, step / warmup) if warmup else 1.0)
         return Loss(
             {name: weighted_sum(value_B, batch) for name, value_B in terms.items()},
             {name: value_B.detach().sum() for name, value_B in watched.items()},
         )
 
     def validation_draws(self) -> Mapping[str, Draw]:
-        return {"latent": Draw("normal", self.config.latent_dim)}
+        draws = {"latent": Draw("normal", (self.config.num_importance_samples or 1) * self.config.latent_dim)}
+        return draws | ({"binarization": Draw("uniform", self.num_features)} if self.config.binarize else {})
 
     def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """loss: what is minimised, which is the negative ELBO where beta is 1."""
-        log_prob_B, kl_B = self.autoencoder(batch.x, noise["latent"])
-        loss_B = self.config.beta * kl_B - log_prob_B
-        values = {"loss": loss_B, "negative_elbo": kl_B - log_prob_B, "reconstruction": -log_prob_B, "kl": kl_B}
+        """loss: what is minimised, with the KL divergence at its full weight: the negative ELBO unless the configuration says
+        otherwise. With a classifier labelled, the share of rows that have a label, and right, of those whose label it finds."""
+        terms, watched = self._losses(batch, noise, 1.0)
+        values = {"loss": torch.stack(list(terms.values())).sum(0), **watched}
+        values |= {name: terms[name] for name in ("reconstruction", "negative_bound") if name in terms}
         return {name: weighted_sum(value_B, batch) for name, value_B in values.items()}
+
+    def _losses(self, batch: Block, noise: Mapping[str, Tensor], warmth: float) -> tuple[Losses, Losses]:
+        x_BD = binarized(batch.x, noise["binarization"]) if self.config.binarize else batch.x
+        noise_BKL = noise["latent"].unflatten(1, (-1, self.config.latent_dim))
+        evidence_BC = batch.evidence if self.labels else None
+        if self.labels and evidence_BC is None:
+            evidence_BC = x_BD.new_zeros(len(x_BD), len(self.labels))
+        return losses(self.config, self.autoencoder, x_BD, noise_BKL, evidence_BC, warmth)
 
     def needs_whole_batch(self, phase: Phase) -> str | None:
         return None
+
+
+Noises = Callable[[str], Tensor]  # the noise of a purpose
+
+
+def binarized(x_BD: Tensor, uniform_BD: Tensor) -> Tensor:
+    """Binary x whose mean is x, from numbers uniform in (0, 1), which float32 may have rounded to 1."""
+    return (uniform_BD <= x_BD).to(x_BD)
+
+
+def _over_uniform_classes(log_prob_TC: Tensor) -> Tensor:
+    """(T,) log of the mean of p over the classes."""
+    return torch.logsumexp(log_prob_TC, 1) - math.log(log_prob_TC.shape[1])
+
+
+def _tile_of(classes_N: Tensor, first: int) -> Tensor:
+    """(TILE,) those of the rows from `first` on, filled up with 0."""
+    classes = classes_N[first : first + TILE]
+    return torch.cat([classes, classes.new_zeros(TILE - len(classes))])
 
 
 Model = VariationalAutoencoder

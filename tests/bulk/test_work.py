@@ -52,6 +52,35 @@ def test_samples_are_those_of_the_model(folder, tmp_path, name, given):
 
 
 @pytest.mark.parametrize("name", OUT)
+def test_encodings_are_those_of_the_model(folder, tmp_path, name):
+    done = bulk.encode(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / name)
+    expected = gendist.load(folder / "run").encode(pd.read_parquet(folder / "data.parquet").to_numpy()).numpy()
+    np.testing.assert_allclose(
+        read(tmp_path / name, ["latent_0", "latent_1", "latent_2"], "latents"), expected, rtol=1e-12, atol=1e-300
+    )
+    assert done.num_rows == len(expected)
+
+
+@pytest.mark.parametrize("name", ["all.csv", "all.parquet"])
+def test_samples_of_a_model_of_an_array_can_be_scored(folder, tmp_path, name):
+    x = pd.read_parquet(folder / "data.parquet").to_numpy()
+    np.save(tmp_path / "x.npy", x)
+    data = {"source": "npy", "path": str(tmp_path / "x.npy")}
+    spec = {"name": "array", "family": "gmm", "model": {"num_components": 1}, "data": data, "fit": {"max_iterations": 2}}
+    model = gendist.fit(spec, run_dir=tmp_path / "run").model
+    bulk.sample(tmp_path / "run", 50, tmp_path / name)
+    bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / name)), tmp_path / "scores.npy")
+    expected = model.log_prob(model.sample(50)).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), expected, rtol=1e-12)
+
+
+def test_what_draws_no_latents_says_so(folder, tmp_path):
+    with pytest.raises(UserError, match=r"^draw: a gmm has no distribution of latents to draw from"):
+        bulk.encode(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / "parts", draw=0)
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("name", OUT)
 def test_scores_are_those_of_the_model(folder, tmp_path, name):
     done = bulk.score(folder / "run", DataConfig(path=str(folder / "data.parquet")), tmp_path / name)
     expected = gendist.load(folder / "run").log_prob(pd.read_parquet(folder / "data.parquet").to_numpy()).numpy()

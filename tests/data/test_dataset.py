@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from gendist.blocks import LocalBlocks
 from gendist.data import DataConfig, Dataset, Schema, source_of
@@ -120,3 +124,38 @@ def test_the_fingerprint_is_that_of_the_content():
     other[999, 2] = np.nextafter(other[999, 2], 1)
     assert survey(dataset_of(other).blocks()).fingerprint != first
     assert survey(dataset_of({"x": X, "w": np.ones(1000)}, weight="w").blocks()).fingerprint != first
+
+
+def picture(*shape: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros(shape, np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("make_blocks", [LocalBlocks, one_run_a_leaf])
+@pytest.mark.parametrize("other", [(32, 128), (64, 64, 3), (64, 63)], ids=str)
+def test_an_image_unlike_the_first_is_told_wherever_it_is_read(make_blocks, other):
+    """Of as many pixels, of more channels, smaller: in the same leaf, and in the first row of a later one."""
+    first = dataset_of(pa.table({"image": [picture(64, 64)]})).schema.leaves(1000).bounds[1]
+    stop = first + 2
+    for row in (5, first):
+        images = pa.table({"image": [picture(64, 64)] * row + [picture(*other)] * (stop - row)})
+        dataset = dataset_of(images, make_blocks)
+        expected = rf"column 'image': images of mixed sizes: {other} in row {row}, (64, 64) in row 0"
+        with pytest.raises(UserError) as raised:
+            joined(dataset.blocks())
+        assert expected in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_rows_are_the_images_that_the_spec_says():
+    values = RNG.normal(size=(7, 12))
+    assert dataset_of(values).schema.image_shape is None
+    assert dataset_of(values, image_shape=[3, 4]).schema.image_shape == (3, 4)
+    assert dataset_of({"x": values}, image_shape=[2, 2, 3]).schema.image_shape == (2, 2, 3)
+    columns = {f"c{i}": values[:, i] for i in range(12)}
+    assert dataset_of(columns, image_shape=[6, 2]).schema.image_shape == (6, 2)
+    with pytest.raises(UserError, match=r"data.image_shape: \[3, 5\], but .* has 12 features a row"):
+        dataset_of(values, image_shape=[3, 5])
+    with pytest.raises(UserError, match=r"data.image_shape: \[2, 8\], but .* has images of \[4, 4\]"):
+        dataset_of(pa.table({"image": [picture(4, 4)]}), image_shape=[2, 8])

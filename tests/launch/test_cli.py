@@ -190,6 +190,22 @@ def test_a_dry_run_prints_the_resolved_spec_and_does_nothing(monkeypatch, capsys
     assert not (folder / "other").exists()
 
 
+def test_a_dry_run_tells_the_size_of_networks_whose_data_are_elsewhere(monkeypatch, capsys, folder):
+    spec = {"name": "a", "family": "vae", "model": {"latent_dim": 2, "encoder": {"channels": [4, 4]}}}
+    spec["model"]["decoder"] = {"hidden_sizes": []}
+    spec["data"] = {"path": "nowhere.parquet", "image_shape": [9, 8]}
+    (folder / "deep.yaml").write_text(yaml.safe_dump(spec))
+    code, out, err = call(monkeypatch, capsys, folder, "fit", "deep.yaml", "--dry-run")
+    assert code == 0, err
+    encoder = (16 * 4 + 4) + (16 * 4 * 4 + 4) + (4 * 2 * 2 * 4 + 4)
+    decoder = 2 * 72 + 72
+    assert f"# autoencoder: {encoder + decoder:,} parameters" in out
+    assert yaml.safe_load(out)["data"]["path"] == "nowhere.parquet"
+    code, _, err = call(monkeypatch, capsys, folder, "fit", "deep.yaml", "--dry-run", "data.image_shape=[9,3]")
+    assert code == 2
+    assert "model.encoder.channels: 2 convolutions, but images of 9 x 3 can be halved 1 times" in err
+
+
 def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder):
     before = (folder / "run" / "manifest.json").read_bytes()
     code, out, err = call(monkeypatch, capsys, folder, "fit", "spec.yaml", "--run-dir", "run")

@@ -55,9 +55,19 @@ def config(**fields) -> NetworkConfig:
     return NetworkConfig(**fields)
 
 
-@pytest.mark.parametrize("normalization", ["none", "layer"])
+@pytest.mark.parametrize("normalization", ["none", "layer", "group"])
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (7, 9), (5, 4, 3)])
-@pytest.mark.parametrize("choice", [{"hidden_sizes": [6]}, {"hidden_sizes": []}, {"channels": [3]}, {"channels": [4, 3]}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"hidden_sizes": [6]},
+        {"hidden_sizes": []},
+        {"channels": [3]},
+        {"channels": [4, 3]},
+        {"channels": [4, 3], "num_blocks": 2},
+        {"channels": [4, 8], "spectral_norm": True},
+    ],
+)
 def test_every_image_has_a_way_in_and_a_way_out(choice, shape, normalization):
     layout = Layout(shape)
     x = torch.rand(3, layout.num_features)
@@ -100,6 +110,8 @@ def test_the_first_weights_are_a_function_of_the_seed_and_the_place():
         ({"hidden_sizes": [400, 300, 400]}, (300,), (400,)),
         ({"channels": [32, 64, 128]}, (3, 32, 32), (300,)),
         ({"channels": [128, 64, 32]}, (50,), (3, 32, 32)),
+        ({"channels": [128, 64, 32], "num_blocks": 2}, (50,), (3, 32, 32)),
+        ({"channels": [32, 64, 128], "num_blocks": 2, "normalization": "group"}, (3, 32, 32), (300,)),
     ],
 )
 def test_signals_keep_their_size_on_the_way_through_a_fresh_network(choice, input_shape, output_shape, activation):
@@ -108,9 +120,20 @@ def test_signals_keep_their_size_on_the_way_through_a_fresh_network(choice, inpu
     assert 0.2 < float(network(x).detach().std()) < 3.0
 
 
+def test_shapes_alone_take_no_memory_and_are_those_of_the_network():
+    chosen = config(channels=[4, 8], num_blocks=2, normalization="group")
+    with torch.device("meta"):
+        shapes = networks.create(chosen, (1, 8, 8), (3,), "x", 0)
+    assert {p.device.type for p in shapes.parameters()} == {"meta"}
+    whole = networks.create(chosen, (1, 8, 8), (3,), "x", 0)
+    assert [(n, p.shape) for n, p in shapes.named_parameters()] == [(n, p.shape) for n, p in whole.named_parameters()]
+
+
 def test_what_no_image_can_be_is_refused():
     with pytest.raises(UserError, match=r"model.encoder.channels: 4 convolutions.*8 x 9 can be halved 3 times"):
         networks.build(config(channels=[4] * 4), (1, 8, 9), (3,), "model.encoder")
+    with pytest.raises(UserError, match=r"model.decoder.channels: 4 convolutions.*9 x 8 can be halved 3 times"):
+        networks.build(config(channels=[4] * 4, num_blocks=1), (3,), (1, 9, 8), "model.decoder")
     with pytest.raises(UserError, match=r"12 features; give hidden_sizes"):
         networks.build(config(channels=[4]), (12,), (3,), "model.encoder")
     with pytest.raises(UserError, match=r"needed"):
@@ -124,6 +147,9 @@ def test_what_no_image_can_be_is_refused():
         ({"channels": []}, "at least 1"),
         ({"hidden_sizes": [0]}, "greater than or equal to 1"),
         ({"options": {"width": 3}}, "options are those of a module"),
+        ({"num_blocks": 2}, "give channels"),
+        ({"channels": [4], "checkpointing": True}, "give channels and num_blocks"),
+        ({"module": "a:B", "spectral_norm": True}, "let the module normalize its own"),
     ],
 )
 def test_a_configuration_is_of_one_network(fields, match):
@@ -179,7 +205,14 @@ def test_a_module_that_cannot_be_used_is_explained_in_one_line(own, name, match)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("choice", [{"hidden_sizes": [100, 50]}, {"channels": [8, 16], "normalization": "layer"}])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"hidden_sizes": [100, 50]},
+        {"channels": [8, 16], "normalization": "layer"},
+        {"channels": [8, 16], "num_blocks": 1, "normalization": "group", "spectral_norm": True},
+    ],
+)
 def test_in_tiles_a_row_is_the_same_bytes_whatever_its_neighbours(choice):
     there = networks.create(config(**choice), (1, 8, 8), (10,), "there", 0)
     x = torch.rand(3 * TILE + 5, 64)

@@ -7,13 +7,18 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
+from gendist.data import Schema
 from gendist.models import vae
-from gendist.models.ops import likelihoods
+from gendist.models.gmm import GaussianMixture
+from gendist.models.ops import autoencoder, latent_paths, likelihoods
 from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
-from gendist.protocols import Block, UserError
+from gendist.noise import Noise
+from gendist.pictures import draw_figures
+from gendist.protocols import Block, Draw, UserError
 
 NUM_FEATURES, LATENT_DIM, SCALE = 5, 2, 0.6
 
@@ -85,15 +90,67 @@ def test_bounds_of_a_wrong_encoder_lie_in_order_and_come_to_the_density():
     assert most == pytest.approx(expected, abs=0.01)
 
 
+def mixture() -> GaussianMixture:
+    """Of latents, far from standard normal."""
+    covariances = torch.tensor([[[0.5, 0.2], [0.2, 0.4]], [[0.1, 0.0], [0.0, 0.3]]], dtype=torch.float64)
+    means = torch.tensor([[1.0, 1.0], [-1.5, 0.5]], dtype=torch.float64)
+    return GaussianMixture.from_parameters(torch.tensor([0.3, 0.7], dtype=torch.float64), means, covariances)
+
+
+def test_over_a_mixture_of_latents_bounds_come_to_the_density_which_is_a_mixture():
+    """z of a component makes x of N(W m + b, W S W^T + scale^2 I) (PRML 2.115)."""
+    model = with_the_exact_posterior(linear()[0]).with_prior(mixture())
+    decoder = model.autoencoder.decoder[-1]
+    w, b = decoder.weight.detach().double(), decoder.bias.detach().double()
+    noise = SCALE**2 * torch.eye(NUM_FEATURES, dtype=torch.float64)
+    parts = [
+        MultivariateNormal(w @ m + b, w @ s @ w.T + noise) for m, s in zip(mixture().means, mixture().covariances, strict=True)
+    ]
+    x = parts[0].loc + drawn(40, NUM_FEATURES, 4).double() @ parts[0].scale_tril.T
+    expected = torch.logsumexp(torch.stack([part.log_prob(x) for part in parts], 1) + mixture().weights.log(), 1)
+    assert float((model.log_prob_bound(x, num_samples=4000) - expected).abs().mean()) < 0.02
+    elbo = torch.stack([model.elbo(x, seed=seed) for seed in range(50)]).mean(0)
+    assert float(elbo.mean()) < float(expected.mean())
+    # The KL divergence from the mixture in the ELBO, by many draws of z.
+    z = torch.cat([model.draw_latents(x, seed=seed) for seed in range(300)]).double().view(300, 40, LATENT_DIM)
+    mean, log_variance = (value.double() for value in model.autoencoder.posterior(x.float()))
+    log_q = Normal(mean, log_variance.div(2).exp()).log_prob(z).sum(2).mean(0)
+    log_p = mixture().log_prob(z.reshape(-1, LATENT_DIM)).view(300, 40).mean(0)
+    log_likelihood = Normal(z @ w.T + b, SCALE).log_prob(x).sum(2).mean(0)
+    assert float((elbo - (log_likelihood + log_p - log_q)).mean().detach()) == pytest.approx(0.0, abs=0.1)
+
+
+def test_over_a_mixture_of_latents_samples_are_its_decoded_samples_and_clusters_its_components():
+    model = linear()[0].with_prior(mixture())
+    torch.testing.assert_close(model.sample(70, seed=3, offset=5), model.decode(mixture().sample(70, seed=3, offset=5)))
+    assert torch.equal(model.sample(70, seed=3)[40:], model.sample(30, seed=3, offset=40))
+    x = model.sample(20, seed=1)
+    assert torch.equal(model.cluster(x), mixture().encode(model.encode(x)))
+    with pytest.raises(UserError, match="no mixture of latents"):
+        linear()[0].cluster(x)
+    with pytest.raises(UserError, match="a prior of 2 features, but there are 3 latents"):
+        small().with_prior(mixture())
+
+
+def test_drawn_latents_are_of_the_posterior_by_address():
+    model, x = small(), drawn(90, 12).sigmoid()
+    mean, log_variance = model.autoencoder.posterior(x)
+    assert torch.equal(model.draw_latents(x, seed=2)[40:], model.draw_latents(x[40:], seed=2, offset=40))
+    draws = torch.stack([model.draw_latents(x, seed=seed) for seed in range(100)])
+    standardized = ((draws - mean) / log_variance.div(2).exp()).detach().double()
+    assert abs(float(standardized.mean())) < 5 / standardized.numel() ** 0.5
+    assert float(standardized.var()) == pytest.approx(1.0, abs=5 * (2 / standardized.numel()) ** 0.5)
+
+
 def test_the_kl_is_that_of_torch_and_of_monte_carlo():
     mean, log_variance = drawn(6, 4), drawn(6, 4, 1)
     posterior = Normal(mean, (0.5 * log_variance).exp())
-    ours = vae.kl(mean, log_variance)
+    ours = autoencoder.kl(mean, log_variance).sum(1)
     torch.testing.assert_close(ours, kl_divergence(posterior, Normal(0.0, 1.0)).sum(1))
     z = mean + (0.5 * log_variance).exp() * torch.randn(40_000, 6, 4, generator=torch.Generator().manual_seed(0))
     sampled = posterior.log_prob(z).sum(2) - Normal(0.0, 1.0).log_prob(z).sum(2)
     torch.testing.assert_close(ours, sampled.mean(0), rtol=0, atol=0.1)
-    torch.testing.assert_close(vae.log_normal(z[0]), Normal(0.0, 1.0).log_prob(z[0]).sum(1))
+    torch.testing.assert_close(autoencoder.log_normal(z[0]), Normal(0.0, 1.0).log_prob(z[0]).sum(1))
 
 
 def test_likelihoods_are_those_of_torch():
@@ -205,7 +262,6 @@ def test_images_may_come_as_images():
         (lambda m: m.sample(3, given="a"), "without labels"),
         (lambda m: m.sample(3, offset=-1), "must be 0 or more"),
         (lambda m: m.loss(m.phases(0)[0], batch_of(torch.full((2, 12), 255.0)), {"latent": drawn(2, 3)}, 0), "from 255 to 255"),
-        (lambda m: VariationalAutoencoder.create(m.config, (4, 3), ("a",), 0), "data.label"),
     ],
 )
 def test_mistakes_are_one_line(call, match):
@@ -219,3 +275,174 @@ def test_a_scale_is_a_gaussians():
         VariationalAutoencoderConfig(latent_dim=2, scale=0.1)
     assert small(likelihood="gaussian", scale=0.1).tensors().keys() == small().tensors().keys()
     assert "likelihood.log_scale_over_speed" in small(likelihood="gaussian").tensors()
+
+
+# Objectives
+
+
+def iwae(num_samples: int, **fields) -> dict:
+    return {"objective": "iwae", "num_importance_samples": num_samples, **fields}
+
+
+def naive_log_weights(model: VariationalAutoencoder, x: torch.Tensor, noise_NKL: torch.Tensor) -> torch.Tensor:
+    """(N, K) log p(x | z) p(z) / q(z | x) of a Bernoulli decoder, one latent after the other."""
+    mean, log_variance = model.autoencoder.encoder(model.layout.to_network(x)).chunk(2, 1)
+    posterior, columns = Normal(mean, (0.5 * log_variance).exp()), []
+    for k in range(noise_NKL.shape[1]):
+        z = posterior.loc + posterior.scale * noise_NKL[:, k]
+        log_joint = Bernoulli(logits=model.autoencoder.decoder(z).flatten(1), validate_args=False).log_prob(x).sum(1)
+        columns.append(log_joint + Normal(0.0, 1.0).log_prob(z).sum(1) - posterior.log_prob(z).sum(1))
+    return torch.stack(columns, 1)
+
+
+def test_the_importance_weighted_loss_and_its_gradient_are_those_of_a_loop():
+    model, x, noise = small(**iwae(7)), torch.rand(11, 12), drawn(11, 7 * 3)
+    assert model.draws(model.phases(0)[0])["latent"].width == 7 * 3
+    (term,) = model.loss(model.phases(0)[0], batch_of(x), {"latent": noise}, 0).terms.values()
+    naive = -(torch.logsumexp(naive_log_weights(model, x, noise.view(11, 7, 3)), 1) - math.log(7)).sum()
+    torch.testing.assert_close(term, naive)
+    parameters = list(model.autoencoder.parameters())
+    for ours, theirs in zip(torch.autograd.grad(term, parameters), torch.autograd.grad(naive, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.validate(batch_of(x), {"latent": noise})[model.validation_objective], naive)
+
+
+def test_with_one_sample_the_importance_weighted_bound_is_the_elbo_in_the_mean():
+    one, elbo, x = small(**iwae(1)), small(), torch.rand(1, 12)
+    batch, noise = batch_of(x.expand(20_000, -1)), {"latent": drawn(20_000, 3)}
+    with torch.no_grad():
+        values = one.validate(batch, noise), elbo.validate(batch, noise)
+    assert float(values[0]["negative_bound"]) / 20_000 == pytest.approx(float(values[1]["loss"]) / 20_000, abs=0.03)
+
+
+def test_the_importance_weighted_loss_rises_to_the_density():
+    model, exact = linear()
+    x = rows_of(exact, 60).float()
+    trained = VariationalAutoencoder(
+        model.config.model_copy(update=iwae(2000)), model.layout, with_the_exact_posterior(model).autoencoder
+    )
+    with torch.no_grad():
+        trained.autoencoder.encoder[-1].bias += torch.tensor([0.3, -0.4, 0.8, 0.6])
+    bounds = []
+    for num_samples in (1, 10, 2000):
+        repeated = x.repeat(2000 // num_samples, 1)
+        noise = drawn(len(repeated), num_samples * LATENT_DIM)
+        with torch.no_grad():
+            bounds.append(-float(trained.validate(batch_of(repeated), {"latent": noise})["negative_bound"]) / len(repeated))
+    assert bounds[0] < bounds[1] < bounds[2]
+    assert bounds[2] == pytest.approx(float(exact.log_prob(x.double()).mean()), abs=0.02)
+
+
+@torch.no_grad()
+def test_free_bits_cost_nothing_below_the_floor_and_warm_up_begins_at_no_cost():
+    x, noise = torch.rand(9, 12), {"latent": drawn(9, 3)}
+    plain = small()
+    (phase,) = plain.phases(0)
+    kl_BL = plain.autoencoder(x, noise["latent"][:, None])[1]
+    floor = float(kl_BL.median())
+    floored = small(free_bits=floor, beta=2.0).loss(phase, batch_of(x), noise, 0).terms["weighted_kl"]
+    expected = 2.0 * sum(max(value, floor) for value in kl_BL.flatten().tolist())
+    assert float(floored) == pytest.approx(expected, rel=1e-5)
+    warmed = small(kl_warmup_steps=100)
+    weighted = [float(warmed.loss(phase, batch_of(x), noise, step).terms["weighted_kl"]) for step in (0, 25, 100, 5000)]
+    np.testing.assert_allclose(weighted, float(kl_BL.sum()) * np.array([0.0, 0.25, 1.0, 1.0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        (iwae(5, beta=0.5), "beta: objective iwae"),
+        (iwae(5, free_bits=0.1), "free_bits: objective iwae"),
+        (iwae(5, kl_warmup_steps=10), "kl_warmup_steps: objective iwae"),
+        ({"objective": "iwae"}, "num_importance_samples"),
+        ({"num_importance_samples": 5}, "choose iwae"),
+        ({"binarize": True, "likelihood": "gaussian"}, "binarize: likelihood gaussian"),
+        ({"num_mixtures": 5}, "num_mixtures: likelihood bernoulli"),
+        ({"classification_weight": 1.0}, "model.classifier is not given"),
+    ],
+)
+def test_what_makes_no_sense_together_is_refused(fields, match):
+    with pytest.raises(ValidationError, match=match):
+        VariationalAutoencoderConfig(latent_dim=2, **fields)
+
+
+# Binary x that is drawn
+
+
+def test_binary_x_has_the_mean_of_x_and_is_drawn_by_address():
+    x = torch.tensor([[0.0, 0.2, 0.7, 1.0]])
+    uniform = torch.rand(20_000, 4, generator=torch.Generator().manual_seed(0))
+    uniform[0] = 1.0  # as float32 rounds the largest
+    binary = vae.binarized(x, uniform)
+    assert set(binary.unique().tolist()) == {0.0, 1.0}
+    np.testing.assert_allclose(binary.mean(0), x[0], atol=0.015)
+    assert binary[:, 0].max() == 0.0
+    assert binary[:, 3].min() == 1.0
+
+
+def test_losses_and_bounds_of_binarized_x_are_those_of_binary_x():
+    model, plain, x = small(binarize=True), small(), torch.rand(70, 12)
+    (phase,) = model.phases(0)
+    assert model.draws(phase)["binarization"] == Draw("uniform", 12)
+    assert "binarization" not in plain.draws(phase)
+    noise, uniform = drawn(70, 3), torch.rand(70, 12)
+    ours = model.loss(phase, batch_of(x), {"latent": noise, "binarization": uniform}, 0)
+    theirs = plain.loss(phase, batch_of((uniform < x).float()), {"latent": noise}, 0)
+    for name, term in ours.terms.items():
+        torch.testing.assert_close(term, theirs.terms[name])
+    for bound in ("elbo", "log_prob_bound"):
+        binary = (Noise(3, "binarization").uniform(5, 70, 12) < x).float()
+        torch.testing.assert_close(getattr(model, bound)(x, seed=3, offset=5), getattr(plain, bound)(binary, seed=3, offset=5))
+    torch.testing.assert_close(model.encode(x), plain.encode(x))
+
+
+# Ways through the latents
+
+
+def test_great_circles_keep_their_ends_and_the_length_of_unit_vectors():
+    ends = torch.nn.functional.normalize(drawn(8, 5), dim=1)
+    a, b = ends[:4], ends[4:]
+    paths = latent_paths.great_circles(a, b, 7)
+    torch.testing.assert_close(paths[:, 0], a)
+    torch.testing.assert_close(paths[:, -1], b)
+    torch.testing.assert_close(paths.norm(dim=2), torch.ones(4, 7))
+    steps = paths.diff(dim=1).norm(dim=2)
+    torch.testing.assert_close(steps, steps[:, :1].expand(-1, 6))
+    straight = latent_paths.great_circles(torch.stack([a[0], a[0], 0 * a[0]]), torch.stack([3 * a[0], -a[0], a[1]]), 3)
+    torch.testing.assert_close(straight[:, 1], torch.stack([2 * a[0], 0 * a[0], a[1] / 2]))
+
+
+def test_interpolations_and_traversals_are_decoded_paths():
+    model, x = small(), torch.rand(2, 12)
+    z = model.encode(x)
+    path = model.interpolate(x[:1], x[1:], 5)
+    torch.testing.assert_close(path[0, [0, -1]], model.decode(z))
+    torch.testing.assert_close(path[0], model.decode(latent_paths.great_circles(z[:1], z[1:], 5)[0]))
+    traversed = model.traverse(x[:1], low=-2.0, high=2.0, num_steps=5)
+    assert traversed.shape == (3, 5, 12)
+    moved = z[0].repeat(5, 1)
+    moved[:, 1] = torch.linspace(-2.0, 2.0, 5)
+    torch.testing.assert_close(traversed[1], model.decode(moved))
+    torch.testing.assert_close(model.traverse()[:, 4], model.decode(torch.zeros(3, 3)))
+    with pytest.raises(UserError, match="2 steps or more"):
+        model.interpolate(x[:1], x[1:], 1)
+
+
+def test_figures_are_pictures_of_rows_of_steps(tmp_path):
+    model = small()
+    schema = Schema(columns=("x",), feature_names=tuple(f"p{i}" for i in range(12)), image_shape=(4, 3))
+    draw_figures(model, schema, tmp_path, seed=0)
+    for name, rows in {"interpolations": vae.NUM_PATHS, "traversals": 3}.items():
+        with Image.open(tmp_path / f"{name}.png") as image:
+            assert image.height / image.width == pytest.approx(rows * 4 / (vae.NUM_STEPS * 3), rel=0.1)
+    assert torch.equal(model.figures(0)["interpolations"], model.figures(0)["interpolations"])
+
+
+def test_active_units_are_those_that_say_something():
+    model, exact = linear()
+    model = with_the_exact_posterior(model)
+    x = rows_of(exact, 200)
+    assert model.active_units(x).tolist() == [True, True]
+    with torch.no_grad():
+        model.autoencoder.encoder[-1].weight[1] *= 0.01
+    assert model.active_units(x).tolist() == [True, False]

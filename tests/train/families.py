@@ -9,6 +9,7 @@ Legend: B samples, 64 features, which are images of 8 x 8.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import plain
 import torch
 from plain import Plain
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy, logsigmoid, relu
+from torch.nn.functional import binary_cross_entropy, logsigmoid, nll_loss, one_hot, relu
 from toys import TensorRows
 
 from gendist.models import gan, vae
@@ -24,7 +25,9 @@ from gendist.protocols import Block
 from gendist.train.config import DeepConfig
 
 SHAPE = (8, 8)
+CLASSES = ("a", "b", "c")
 CONVOLUTIONS = {"channels": [4], "activation": "silu"}
+RESIDUAL = {**CONVOLUTIONS, "num_blocks": 1, "checkpointing": True}
 FULLY_CONNECTED = {"hidden_sizes": [10], "activation": "tanh"}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -39,6 +42,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "discriminator": FULLY_CONNECTED,
     },
     "gan, hinge": {"loss": "hinge", "penalty": "none", "generator": FULLY_CONNECTED, "discriminator": FULLY_CONNECTED},
+    "gan, residual": {
+        "loss": "hinge",
+        "penalty": "none",
+        "generator": {**RESIDUAL, "normalization": "layer"},
+        "discriminator": {**RESIDUAL, "spectral_norm": True},
+    },
+    "vae, semi-supervised": {"encoder": FULLY_CONNECTED, "decoder": FULLY_CONNECTED, "classifier": FULLY_CONNECTED},
     "gan, conditional": {
         "loss": "non_saturating",
         "penalty": "r1",
@@ -47,7 +57,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "discriminator": CONVOLUTIONS,
     },
 }
-CLASSES = ("a", "b", "c")
 
 
 def images(num_rows: int = 50) -> TensorRows:
@@ -59,9 +68,19 @@ def images(num_rows: int = 50) -> TensorRows:
     return TensorRows(x, weights, torch.eye(3, dtype=torch.float64)[classes].log())
 
 
+def rows(name: str, num_rows: int = 50) -> TensorRows:
+    """What a family is trained on: where it guesses classes, one row of four is labelled, so that micro-batches have no label,
+    or nothing else."""
+    known = images(num_rows)
+    if "classifier" not in CONFIGS[name]:
+        return known
+    is_labelled = torch.arange(num_rows) % 4 == 0
+    return TensorRows(known.x, known.weights, torch.where(is_labelled[:, None], known.evidence, 0.0))
+
+
 def create(name: str, seed: int = 0) -> Any:
-    family = vae.Model if name == "vae" else gan.Model
-    labels = CLASSES if "labels" in CONFIGS[name] else ()
+    family = vae.Model if name.startswith("vae") else gan.Model
+    labels = CLASSES if {"labels", "classifier"} & CONFIGS[name].keys() else ()
     return family.create(family.Config.model_validate({"latent_dim": 2, **CONFIGS[name]}), SHAPE, labels, seed)
 
 
@@ -77,6 +96,30 @@ def autoencoder_step(model: Any, batch: Block, training: Plain) -> None:
     reconstruction = binary_cross_entropy(pixels, batch.x, reduction="none").sum(1)
     kl = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
     training.update("autoencoder", weighted_mean(reconstruction + kl, batch))
+
+
+def semi_supervised_step(model: Any, batch: Block, training: Plain) -> None:
+    """Kingma et al. 2014, eq. 6, 7 and 9, with 0.1 N for alpha: row by row, and of a row without a label class by class."""
+    noise = training.normal("autoencoder", "latent", 2)
+    log_q = model.autoencoder.classifier(batch.x.view(-1, 1, 8, 8)).log_softmax(1)
+    bounds = []
+    for c in range(len(CLASSES)):
+        label = one_hot(torch.full((len(batch.x),), c), len(CLASSES)).float()
+        mean, log_variance = model.autoencoder.encoder(torch.cat([batch.x, label], 1)).chunk(2, dim=1)
+        z = mean + log_variance.div(2).exp() * noise
+        pixels = torch.sigmoid(model.autoencoder.decoder(torch.cat([z, label], 1))).flatten(1)
+        reconstruction = binary_cross_entropy(pixels, batch.x, reduction="none").sum(1)
+        kl = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
+        bounds.append(-reconstruction - kl - math.log(len(CLASSES)))
+    bounds_BC, label_B = torch.stack(bounds, 1), batch.evidence.argmax(1)
+    labelled = (batch.evidence != 0.0).any(1)
+    unlabelled_B = (log_q.exp() * (bounds_BC - log_q)).sum(1)
+    bound_B = torch.where(labelled, bounds_BC.gather(1, label_B[:, None])[:, 0], unlabelled_B)
+    loss = -weighted_mean(bound_B, batch)
+    if bool(labelled.any()):
+        weights = batch.weights.float()[labelled]
+        loss = loss + 0.1 * (weights * nll_loss(log_q[labelled], label_B[labelled], reduction="none")).sum() / weights.sum()
+    training.update("autoencoder", loss)
 
 
 def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
@@ -126,4 +169,5 @@ def slope(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 def plainly_trained(name: str, config: DeepConfig, seed: int) -> Iterator[dict[str, Tensor]]:
     """The parameters after each step of a family in plain PyTorch."""
-    return plain.trained(create(name), autoencoder_step if name == "vae" else adversarial_step, images(), config, seed)
+    steps = {"vae": autoencoder_step, "vae, semi-supervised": semi_supervised_step}
+    return plain.trained(create(name), steps.get(name, adversarial_step), rows(name), config, seed)

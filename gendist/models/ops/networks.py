@@ -9,26 +9,21 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from gendist.models.ops.convolutions import KERNEL, STRIDE, convolutions, transposed_convolutions
+from gendist.models.ops.layers import ACTIVATIONS, Activation, LayerKinds, Layers, Normalization
+from gendist.models.ops.residual import ResidualBlock, residual_convolutions, residual_upsampling
 from gendist.noise import derived_seed
 from gendist.protocols import NotImportable, UserError
 
-Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh"]
-ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "leaky_relu": lambda: nn.LeakyReLU(0.2),  # the slope of Radford et al. 2016
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "tanh": nn.Tanh,
-}
-KERNEL, STRIDE = 4, 2  # of convolutions, padded by 1: n pixels become n / 2, rounded down
+__all__ = ["ACTIVATIONS", "Activation", "NetworkConfig", "build", "create", "load"]
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -37,9 +32,13 @@ class NetworkConfig(BaseModel):
     """One network: of fully connected layers, of convolutions, or a module of the user's own.
 
     hidden_sizes   of fully connected layers; [] is a linear map. [256, 256] where nothing else is said
-    channels       of convolutions of stride 2 (Radford et al. 2016), in the order in which they are computed; images only
+    channels       of convolutions, in the order in which they are computed; images only. Each halves the image, or doubles it
+    num_blocks     residual blocks for each of `channels` (`ops/residual.py`); where left out, plain convolutions of stride 2
+    checkpointing  of residual blocks: not to keep what is within them for the backward pass, but to compute it once more
     activation     behind every layer but the last
-    normalization  layer: of each sample on its own (Ba et al. 2016), over all channels and pixels of a convolution
+    normalization  of each sample on its own: layer, over all channels and pixels (Ba et al. 2016), or group, over up to 32
+                   groups of channels (Wu & He 2018)
+    spectral_norm  divide every weight by its spectral norm (Miyato et al. 2018; `ops/spectral_norm.py`)
     module         package.module:Class of an nn.Module, called as Class(input_shape, output_shape, **options): shapes are
                    those of one sample, (C, H, W) of an image. It must be importable wherever the model is, to be loaded too
     options        keyword arguments of the module's
@@ -49,8 +48,11 @@ class NetworkConfig(BaseModel):
 
     hidden_sizes: tuple[Size, ...] | None = None
     channels: Annotated[tuple[Size, ...], Field(min_length=1)] | None = None
+    num_blocks: Size | None = None
+    checkpointing: bool = False
     activation: Activation = "relu"
-    normalization: Literal["none", "layer"] = "none"
+    normalization: Normalization = "none"
+    spectral_norm: bool = False
     module: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
 
@@ -61,23 +63,25 @@ class NetworkConfig(BaseModel):
             raise ValueError(f"{' and '.join(given)} are given; a network has one of them")
         if self.options and self.module is None:
             raise ValueError("options are those of a module, and none is given")
+        if self.num_blocks is not None and self.channels is None:
+            raise ValueError("num_blocks are of residual convolutions; give channels")
+        if self.checkpointing and self.num_blocks is None:
+            raise ValueError("checkpointing is of residual blocks; give channels and num_blocks")
+        if self.spectral_norm and self.module is not None:
+            raise ValueError("spectral_norm is of layers that are made here; let the module normalize its own, or leave it out")
         return self
 
-
-class Layers(nn.Sequential):
-    """One layer after the other; the last that has weights is linear in the features before it."""
-
-    def features(self, x: Tensor) -> Tensor:
-        """(B, F) what the last layer is given."""
-        for layer in list(self)[:-1]:
-            x = layer(x)
-        return x
+    @property
+    def layer_kinds(self) -> LayerKinds:
+        return LayerKinds(self.activation, self.normalization, self.spectral_norm)
 
 
 def build(
     config: NetworkConfig, input_shape: tuple[int, ...], output_shape: tuple[int, ...], where: str, seed: int = 0
 ) -> nn.Module:
     """A network on the CPU whose weights are anything; UserError where the shapes do not suit it.
+
+    Within `torch.device("meta")` it takes no memory, and has shapes alone.
 
     where  the configuration's name in a spec, for messages: "model.encoder"
     seed   of what the constructor of a module of the user's own draws
@@ -92,14 +96,8 @@ def build(
             "hidden_sizes"
         )
     with torch.device("meta"):  # drawing no weights, which would read the global random state
-        if config.channels is None:
-            layers = _fully_connected(config, input_shape, output_shape)
-        elif len(input_shape) == 3:
-            layers = _convolutions(config, config.channels, input_shape, output_shape, where)
-        else:
-            layers = _transposed_convolutions(config, config.channels, input_shape, output_shape, where)
-        network = Layers(*layers).float()
-    return network.to_empty(device="cpu")
+        network = Layers(*_layers(config, input_shape, output_shape, where)).float()
+    return network if _only_shapes() else network.to_empty(device="cpu")
 
 
 def create(
@@ -107,19 +105,21 @@ def create(
 ) -> nn.Module:
     """A network with fresh weights, the same for the same seed and `where`.
 
-    Normal with variance gain^2 / fan-in (He et al. 2015), the last layer with gain 1, and biases of 0; a module of the user's
-    own comes with what its constructor draws.
+    Normal with variance gain^2 / fan-in (He et al. 2015), the last layer with gain 1, and biases of 0; residual blocks add to
+    the variance as much as there was, all together. A module of the user's own comes with what its constructor draws.
     """
     seed = derived_seed(seed, f"create.{where}")
     network = build(config, input_shape, output_shape, where, seed)
-    if config.module is not None:
+    if config.module is not None or _only_shapes():
         return network
     generator = torch.Generator().manual_seed(seed)
     linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    blocks = [module for module in network.modules() if isinstance(module, ResidualBlock)]
+    gains = {layer: gain for block in blocks for layer, gain in block.gains(len(blocks)).items()} | {linear[-1]: 1.0}
     nonlinearity = config.activation if config.activation in ("leaky_relu", "tanh") else "relu"
     with torch.no_grad():
         for layer in linear:
-            gain = 1.0 if layer is linear[-1] else nn.init.calculate_gain(nonlinearity, 0.2)
+            gain = gains.get(layer, nn.init.calculate_gain(nonlinearity, 0.2))
             layer.weight.normal_(0.0, gain / math.sqrt(_fan_in(layer)), generator=generator)
             if layer.bias is not None:
                 layer.bias.zero_()
@@ -141,56 +141,33 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     network.load_state_dict(dict(tensors))
 
 
-def _fully_connected(config: NetworkConfig, input_shape: tuple[int, ...], output_shape: tuple[int, ...]) -> list[nn.Module]:
-    hidden_sizes = (256, 256) if config.hidden_sizes is None else config.hidden_sizes
+def _only_shapes() -> bool:
+    return torch.get_default_device().type == "meta"
+
+
+def _layers(config: NetworkConfig, input_shape: tuple[int, ...], output_shape: tuple[int, ...], where: str) -> list[nn.Module]:
+    kinds, channels, num_blocks = config.layer_kinds, config.channels, config.num_blocks
+    if channels is None:
+        hidden_sizes = (256, 256) if config.hidden_sizes is None else config.hidden_sizes
+        return _fully_connected(kinds, hidden_sizes, input_shape, output_shape)
+    takes_images = len(input_shape) == 3
+    if num_blocks is None:
+        of_images = convolutions if takes_images else transposed_convolutions
+        return of_images(kinds, channels, input_shape, output_shape, where)
+    of_blocks = residual_convolutions if takes_images else residual_upsampling
+    return of_blocks(kinds, channels, num_blocks, config.checkpointing, input_shape, output_shape, where)
+
+
+def _fully_connected(
+    kinds: LayerKinds, hidden_sizes: tuple[int, ...], input_shape: tuple[int, ...], output_shape: tuple[int, ...]
+) -> list[nn.Module]:
     layers: list[nn.Module] = [nn.Flatten()]
     size = prod(input_shape)
     for hidden_size in hidden_sizes:
-        norm = [nn.LayerNorm(hidden_size)] if config.normalization == "layer" else []
-        layers += [nn.Linear(size, hidden_size), *norm, ACTIVATIONS[config.activation]()]
+        layers += [kinds.linear(size, hidden_size), *kinds.nonlinear(hidden_size)]
         size = hidden_size
-    layers.append(nn.Linear(size, prod(output_shape)))
+    layers.append(kinds.linear(size, prod(output_shape)))
     return layers if len(output_shape) == 1 else [*layers, nn.Unflatten(1, output_shape)]
-
-
-def _convolutions(
-    config: NetworkConfig, channels: tuple[int, ...], input_shape: tuple[int, ...], output_shape: tuple[int, ...], where: str
-) -> list[nn.Module]:
-    """Halve the image once for each of `channels`, then map all that is left to the output."""
-    height, width = _halved(input_shape, len(channels), where)[-1]
-    layers: list[nn.Module] = []
-    for before, after in zip((input_shape[0], *channels[:-1]), channels, strict=True):
-        layers += [nn.Conv2d(before, after, KERNEL, STRIDE, 1), *_after_convolution(config, after)]
-    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, prod(output_shape))]
-
-
-def _transposed_convolutions(
-    config: NetworkConfig, channels: tuple[int, ...], input_shape: tuple[int, ...], output_shape: tuple[int, ...], where: str
-) -> list[nn.Module]:
-    """The way back: a small image of channels[0], doubled once for each of `channels`, the last time into the output."""
-    sizes = _halved(output_shape, len(channels), where)[::-1]
-    small = (channels[0], *sizes[0])
-    layers: list[nn.Module] = [nn.Linear(prod(input_shape), prod(small)), nn.Unflatten(1, small)]
-    for i, after in enumerate((*channels[1:], output_shape[0])):
-        # Twice n pixels, and the one more that halving has rounded away.
-        odd = (sizes[i + 1][0] % 2, sizes[i + 1][1] % 2)
-        layers += _after_convolution(config, channels[i])
-        layers.append(nn.ConvTranspose2d(channels[i], after, KERNEL, STRIDE, 1, output_padding=odd))
-    return layers
-
-
-def _after_convolution(config: NetworkConfig, num_channels: int) -> list[nn.Module]:
-    norm = [nn.GroupNorm(1, num_channels)] if config.normalization == "layer" else []
-    return [*norm, ACTIVATIONS[config.activation]()]
-
-
-def _halved(shape: tuple[int, ...], times: int, where: str) -> list[tuple[int, int]]:
-    """Height and width of an image (C, H, W), and after every halving."""
-    _, height, width = shape
-    if min(height, width) >> times == 0:
-        most = min(height, width).bit_length() - 1
-        raise UserError(f"{where}.channels: {times} convolutions, but images of {height} x {width} can be halved {most} times")
-    return [(height >> i, width >> i) for i in range(times + 1)]
 
 
 def _fan_in(layer: nn.Module) -> float:

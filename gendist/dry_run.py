@@ -1,0 +1,34 @@
+"""What a spec will take, told before anything is read, started or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import torch
+
+from gendist.config import Spec, family_class
+from gendist.train.config import DeepConfig
+from gendist.train.memory import bytes_per_parameter
+
+
+def sizes(spec: Spec) -> Iterator[str]:
+    """A line for each network of a family that is trained by gradient, where the spec says what a sample is.
+
+    Networks are made as shapes alone, which take no memory. UserError where they do not suit such samples.
+    """
+    shape = spec.data.image_shape
+    if not isinstance(spec.fit, DeepConfig) or shape is None:
+        return
+    x_shape = (prod(shape),) if spec.data.transforms else shape
+    with torch.device("meta"):
+        model = family_class(spec.family).create(spec.model, x_shape, spec.data.labels or (), spec.seed)
+    workers = spec.cluster.num_workers
+    num_processes = max(1, workers if isinstance(workers, int) else workers[0])
+    for name, network in model.networks().items():
+        num_parameters = sum(parameter.numel() for parameter in network.parameters())
+        size_bytes = num_parameters * bytes_per_parameter(spec.fit, name, num_processes)
+        yield (
+            f"{name}: {num_parameters:,} parameters, with gradients and moments {size_bytes / 1e9:.3g} GB on each of "
+            f"{num_processes} processes, beside activations"
+        )

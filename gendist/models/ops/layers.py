@@ -1,0 +1,64 @@
+"""The layers that networks are made of, as a configuration chooses them, and one layer after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from gendist.models.ops.spectral_norm import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear
+
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "tanh"]
+ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),  # the slope of Radford et al. 2016
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+}
+Normalization = Literal["none", "layer", "group"]
+MAX_GROUPS, LEAST_CHANNELS = 32, 4  # of a group normalization, and of each of its groups
+
+
+class Layers(nn.Sequential):
+    """One layer after the other; the last that has weights is linear in the features before it."""
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, F) what the last layer is given."""
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return x
+
+
+@dataclass(frozen=True)
+class LayerKinds:
+    """What a configuration says of every layer of a network."""
+
+    activation: Activation
+    normalization: Normalization
+    spectral_norm: bool
+
+    def linear(self, before: int, after: int) -> nn.Linear:
+        return (SpectralLinear if self.spectral_norm else nn.Linear)(before, after)
+
+    def convolution(self, before: int, after: int, kernel: int, **options: Any) -> nn.Conv2d:
+        return (SpectralConv2d if self.spectral_norm else nn.Conv2d)(before, after, kernel, **options)
+
+    def transposed_convolution(self, before: int, after: int, kernel: int, **options: Any) -> nn.ConvTranspose2d:
+        return (SpectralConvTranspose2d if self.spectral_norm else nn.ConvTranspose2d)(before, after, kernel, **options)
+
+    def nonlinear(self, num_channels: int) -> list[nn.Module]:
+        """What stands between two linear layers: each sample is normalized on its own, over all pixels."""
+        groups = {"none": 0, "layer": 1, "group": num_groups(num_channels)}[self.normalization]
+        norm = [nn.GroupNorm(groups, num_channels)] if groups else []
+        return [*norm, ACTIVATIONS[self.activation]()]
+
+
+def num_groups(num_channels: int) -> int:
+    """As many as 32 (Wu & He 2018), all of one size; fewer where they would have less than 4 channels each."""
+    groups = MAX_GROUPS
+    while groups > 1 and num_channels % (groups * LEAST_CHANNELS):
+        groups //= 2
+    return groups

@@ -1,0 +1,95 @@
+"""A mixture of a run's latents: fitted to the rows that the run was trained on, resumed, kept and read again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import gendist
+from gendist import bulk
+from gendist.data import DataConfig
+from gendist.latent_prior import LatentPrior
+from gendist.protocols import UserError
+
+OPTIONS = ("model.num_components=3", "fit.max_iterations=30")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, blobs):
+    """run/, a short training of a VAE behind transforms on data.parquet, some rows of which are held out."""
+    folder = tmp_path_factory.mktemp("prior")
+    pd.DataFrame(blobs, columns=["a", "b", "c"]).to_parquet(folder / "data.parquet", index=False)
+    network = {"hidden_sizes": [32], "activation": "tanh"}
+    spec = {
+        "name": "blobs",
+        "family": "vae",
+        "model": {"latent_dim": 2, "encoder": network, "decoder": network, "likelihood": "gaussian", "scale": 0.3},
+        "data": {
+            "source": "parquet",
+            "path": str(folder / "data.parquet"),
+            "transforms": ["standardize"],
+            "validation_fraction": 0.2,
+        },
+        "fit": {"num_steps": 400, "global_batch_size": 64, "optimizer": {"learning_rate": 0.01}},
+    }
+    gendist.fit(spec, run_dir=folder / "run")
+    return folder
+
+
+def fitted(folder, out, overrides=OPTIONS) -> LatentPrior:
+    prior = LatentPrior.of(folder / "run", overrides, out)
+    prior.encode()
+    prior.fit()
+    return prior
+
+
+def test_the_mixture_is_of_the_latents_of_the_training_rows(folder, tmp_path):
+    prior = fitted(folder, tmp_path / "prior")
+    plain, model = gendist.load(folder / "run"), gendist.load(prior.path)
+    x = pd.read_parquet(folder / "data.parquet").to_numpy()
+    latents = plain.draw_latents(x, seed=0)
+    np.testing.assert_array_equal(pd.read_parquet(prior.path / "latents").to_numpy(), latents.double().numpy())
+    # The same rows are held out of the mixture as of the run.
+    manifests = [json.loads((path / "manifest.json").read_text()) for path in (folder / "run", prior.path / "fit")]
+    assert manifests[0]["data"]["num_rows"] == manifests[1]["data"]["num_rows"] < len(x)
+    assert model.model.prior.num_components == 3
+    # Three clusters of the data are no standard normal distribution of latents.
+    assert float(model.log_prob_bound(x).mean()) > float(plain.log_prob_bound(x).mean())
+    expected = model.transforms.inverse(model.model.decode(model.model.prior.sample(30, seed=4)))
+    torch.testing.assert_close(model.sample(30, seed=4), expected)
+
+
+def test_again_it_ends_in_the_same_bytes_and_changes_nothing(folder, tmp_path):
+    once, again = fitted(folder, tmp_path / "once"), fitted(folder, tmp_path / "again")
+    artifact = {path.relative_to(once.path): path.read_bytes() for path in (once.path / "artifact").rglob("*.safetensors")}
+    assert len(artifact) == 3  # model, transforms, prior
+    for path, content in artifact.items():
+        assert (again.path / path).read_bytes() == content
+    fitted(folder, tmp_path / "once")
+    assert (once.path / "artifact" / "model.json").exists()
+
+
+def test_bulk_verbs_know_an_artifact_with_a_prior_from_one_without(folder, tmp_path):
+    prior = fitted(folder, tmp_path / "prior")
+    data = DataConfig(path=str(folder / "data.parquet"))
+    for path, name in ((folder / "run", "plain"), (prior.path, "with")):
+        bulk.sample(path, 50, tmp_path / f"{name}.npy")
+        bulk.score(path, data, tmp_path / f"{name}-scores")
+    assert not np.array_equal(np.load(tmp_path / "plain.npy"), np.load(tmp_path / "with.npy"))
+    with pytest.raises(UserError):
+        bulk.score(prior.path, data, tmp_path / "plain-scores")
+
+
+def test_a_family_without_latents_and_a_folder_without_a_run_are_told(folder, tmp_path, blobs):
+    spec = {"name": "blobs", "family": "gmm", "model": {"num_components": 1}, "fit": {"max_iterations": 1}}
+    gendist.fit(spec, data=blobs, run_dir=tmp_path / "mixture")
+    with pytest.raises(UserError, match="of a gmm, which draws no latents"):
+        LatentPrior.of(tmp_path / "mixture")
+    with pytest.raises(UserError, match="no run directory"):
+        LatentPrior.of(folder / "run" / "artifact")
+    with pytest.raises(UserError, match="num_componentz"):
+        LatentPrior.of(folder / "run", ["model.num_componentz=3"])
