@@ -17,7 +17,10 @@ from gendist.protocols import Block
 MAX_ROWS = 1000  # that are looked at
 NUM_NEIGHBOURS = 5
 SAMPLES_AT_ONCE = 256
-MIN_COVERAGE = 0.05  # below, the samples are taken to be of next to no variety
+# Below, samples are taken to be of next to no variety: of recall, too, since blurred ones in the middle of the data are near to
+# much of it.
+MIN_COVERAGE = 0.05
+MIN_RECALL = 0.05
 
 ADVICE = (
     "the generator makes next to one thing, or nothing that is like the data yet; if it does not rise by the next evaluation, "
@@ -55,6 +58,7 @@ def watch_samples(
         if bool(samples_ND.isfinite().all()):
             seen = likeness(data_ND, samples_ND, NUM_NEIGHBOURS)
             found = {f"samples/{name}": value for name, value in vars(seen).items()}
-            if seen.coverage < MIN_COVERAGE:
-                warnings.append(f"samples cover {seen.coverage:.1%} of the data (samples/coverage): {ADVICE}")
+            if seen.coverage < MIN_COVERAGE or seen.recall < MIN_RECALL:
+                measured = f"samples/coverage {seen.coverage:.1%}, samples/recall {seen.recall:.1%}"
+                warnings.append(f"samples cover little of the data ({measured}): {ADVICE}")
     return found | ({"warnings": warnings} if warnings else {})

@@ -88,3 +88,10 @@ def test_a_watched_model_says_that_it_has_collapsed():
     assert found["warnings"][0] == "mine"
     assert "samples/coverage" in found["warnings"][1]
     assert watch_samples(good, Rows(x[:4]), 3, {}) == {}
+
+
+def test_samples_in_the_middle_of_the_data_are_told_by_their_recall():
+    blurred = SimpleNamespace(sample=lambda size, seed, offset: 0.05 * normal(size, offset, width=30))
+    found = watch_samples(blurred, Rows(normal(500, 0, width=30)), 3, {})
+    assert found["samples/coverage"] > 0.5
+    assert "samples/recall 0.0%" in found["warnings"][0]

@@ -115,7 +115,7 @@ def test_saved_with_its_labels_it_is_the_same():
         assert torch.equal(again.sample(5), model.sample(5))
 
 
-@pytest.mark.parametrize("loss", ["non_saturating", "hinge", "wasserstein"])
+@pytest.mark.parametrize("loss", ["non_saturating", "wasserstein"])
 def test_a_planted_condition_is_learned(loss):
     """Two narrow normal distributions far from each other, told apart by nothing but the label."""
     rng = np.random.default_rng(0)
@@ -129,7 +129,7 @@ def test_a_planted_condition_is_learned(loss):
         "model": {"latent_dim": 4, "generator": network, "discriminator": network, "loss": loss, **penalty},
         "data": {"label": "y"},
         "fit": {
-            "num_steps": 300,
+            "num_steps": 200,
             "global_batch_size": 64,
             "optimizer": {"learning_rate": 0.005, "betas": [0.0, 0.99]},
             "ema": 0.1,
@@ -226,7 +226,7 @@ def test_few_labels_and_many_rows_lead_to_the_classes(feature_matching):
         },
         "data": {"label": "y"},
         "fit": {
-            "num_steps": 150,
+            "num_steps": 100,
             "global_batch_size": 100,
             "labelled_batch_size": 50,
             "optimizer": {"learning_rate": 0.002, "betas": [0.5, 0.99]},
