@@ -85,6 +85,7 @@ class Case:
 
 
 FAMILIES, TOYS = list(families.CONFIGS), list(MODELS)
+ONCE = ("gan, residual", "gan, conditional", "vae, semi-supervised")
 EVERYWHERE = list(itertools.product(ENGINES, WORLD_SIZES, (1, 2)))
 
 
@@ -92,16 +93,15 @@ def is_chosen(case: Case) -> bool:
     """DDP meets every family everywhere. Each stage of DeepSpeed, which is slow where each of more processes than cores has
     next to nothing to compute, meets every family on one process and on two or three, and at every number of processes and of
     accumulation steps some of them. All meet both toys, which have what the families lack: terms of different counts,
-    parameters that no loss reaches, buffers that move, lazy penalties. The residual networks, which are slow, meet DDP and the
-    stage that shards parameters, once."""
+    parameters that no loss reaches, buffers that move, lazy penalties. What is another of these families with more to it meets
+    DDP and the stage that shards parameters, once."""
     if case.is_sgd:
         return True
-    if case.model == "gan, residual":
-        return case.engine in ("ddp", "zero 3") and (case.world_size, case.num_accumulation_steps) == (2, 2)
+    where = (case.world_size, case.num_accumulation_steps)
     if case.model in TOYS:
-        return (case.model, case.world_size, case.num_accumulation_steps) in (("regression", 3, 2), ("adversarial", 2, 2))
-    if case.model == "vae, semi-supervised":  # as the toys: what it has beside the other is how many labels a micro-batch holds
-        return (case.world_size, case.num_accumulation_steps) == (3, 2)
+        return (case.model, *where) in (("regression", 3, 2), ("adversarial", 2, 2))
+    if case.model in ONCE:
+        return case.engine in ("ddp", "zero 3") and where == (2, 2)
     if case.engine == "ddp":
         return True
     kind = FAMILIES.index(case.model) + list(ENGINES).index(case.engine)
