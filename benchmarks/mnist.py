@@ -122,7 +122,8 @@ def main() -> None:
             folder = options.runs / f"{name}-{seed}"
             few = case.measure == "error"
             data = with_few_labels(train, seed, options.runs / f"100-labels-{seed}") if few else options.mnist
-            changes = [*case.changes, f"data.path={data}", f"seed={seed}", *options.set]
+            all_that_are_there = ["data.label_fraction=1.0"] if few else []
+            changes = [*case.changes, f"data.path={data}", *all_that_are_there, f"seed={seed}", *options.set]
             spec = load_spec(CONFIGS / f"{case.config}.yaml", changes)
             began = time.monotonic()
             run = gendist.fit(spec, run_dir=folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +135,13 @@ def load_artifact(path: str | Path) -> Artifact:
         model = model_class(family, config).from_tensors(config, tensors, tuple(description["labels"]))
         if model.config != config:
             raise ValueError(f"config {config} does not fit the tensors, which are of {model.config}")
-        prior = load_artifact(folder / "prior") if description.get("has_prior") else None
-        if prior is not None:
-            model = model.with_prior(prior.model)
         if "transforms" in description:
             declared = tuple(validated(Step, step, "transforms") for step in description["transforms"])
             fitted = safetensors.torch.load_file(folder / "transforms.safetensors")
             model = transformed(model, Transforms.from_tensors(schema.feature_names, declared, fitted))
         if schema.num_features != model.num_features:
             raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
-        return Artifact(family, model, schema, prior)
+        artifact = Artifact(family, model, schema)
     except _NotThisGendist:
         raise
     except NotImportable as error:
@@ -154,3 +151,8 @@ def load_artifact(path: str | Path) -> Artifact:
         raise UserError(
             f"{path}: the artifact is damaged ({type(error).__name__}: {reason}); fit the model again or restore the files"
         ) from error
+    if not description.get("has_prior"):
+        return artifact
+    prior = load_artifact(folder / "prior")
+    within, transforms = taken_apart(artifact.model)
+    return replace(artifact, model=transformed(within.with_prior(prior.model), transforms), prior=prior)

@@ -20,9 +20,16 @@ def sizes(spec: Spec) -> Iterator[str]:
     shape = spec.data.image_shape
     if not isinstance(spec.fit, DeepConfig) or shape is None:
         return
+    if spec.data.label is not None and spec.data.labels is None and isinstance(spec.data.label, str):
+        yield "how large networks are depends on the number of classes: say data.labels to be told"
+        return
+    if any(step.pca is not None for step in spec.data.transforms):
+        yield "how large networks are depends on how many columns data.transforms leave"
+        return
     x_shape = (prod(shape),) if spec.data.transforms else shape
+    labels = spec.data.labels or (spec.data.label if isinstance(spec.data.label, tuple) else ())
     with torch.device("meta"):
-        model = family_class(spec.family).create(spec.model, x_shape, spec.data.labels or (), spec.seed)
+        model = family_class(spec.family).create(spec.model, x_shape, labels, spec.seed)
     workers = spec.cluster.num_workers
     num_processes = max(1, workers if isinstance(workers, int) else workers[0])
     for name, network in model.networks().items():

@@ -56,6 +56,8 @@ class LatentPrior:
                 f"{run_dir}: of a {loaded.family}, which draws no latents of rows, so a prior has nothing to be fitted to"
             )
         path = Path(run_dir) / PRIOR if out is None else Path(out)
+        if (path / "spec.yaml").exists() or (path / "model.json").exists():
+            raise UserError(f"--out {path}: holds a run or an artifact; choose another folder")
         spec = _spec_of(Path(run_dir))
         return cls(Path(run_dir), path, spec, load_spec(_mixture(model.prior_spec, spec, path), overrides))
 
@@ -100,6 +102,7 @@ def _mixture(prior_spec: Mapping[str, Any], spec: Spec, folder: Path) -> dict[st
         "data": {
             "source": "parquet",
             "path": str(folder / "latents"),
+            "weight": spec.data.weight,
             "validation_fraction": spec.data.validation_fraction,
         },
         "cluster": {"num_workers": workers if isinstance(workers, int) else workers[1], "use_gpu": spec.cluster.use_gpu},

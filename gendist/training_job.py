@@ -175,7 +175,10 @@ class _Process:
                 pictured = transformed(model, self.dataset.transforms)
                 draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
                 if model.validation_objective is None:
-                    found = watch_samples(model, held_out, self.spec.seed, report.record, self.line.alive)
+                    try:
+                        found = watch_samples(model, held_out, self.spec.seed, report.record, self.line.alive)
+                    except Exception as error:  # training is not lost to a look at it
+                        logger.warning("step %d: samples could not be held beside data (%s)", step, error)
             for network in networks:
                 network.train()
         for line in found.get("warnings", ()):

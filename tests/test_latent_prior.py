@@ -84,6 +84,64 @@ def test_bulk_verbs_know_an_artifact_with_a_prior_from_one_without(folder, tmp_p
         bulk.score(prior.path, data, tmp_path / "plain-scores")
 
 
+NETWORK = {"hidden_sizes": [8]}
+
+
+def test_rows_weigh_in_the_mixture_what_they_weigh_in_the_run(blobs, tmp_path):
+    weights = np.where(blobs[:, 0] > 3.0, 0.0, 2.0)
+    pd.DataFrame(blobs, columns=["a", "b", "c"]).assign(w=weights).to_parquet(tmp_path / "data.parquet")
+    spec = {
+        "name": "weighted",
+        "family": "vae",
+        "model": {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK, "likelihood": "gaussian"},
+        "data": {"path": str(tmp_path / "data.parquet"), "weight": "w"},
+        "fit": {"num_steps": 5, "global_batch_size": 64},
+    }
+    gendist.fit(spec, run_dir=tmp_path / "run")
+    prior = fitted(tmp_path, tmp_path / "prior", ["model.num_components=1"])
+    latents = pd.read_parquet(prior.path / "latents")
+    np.testing.assert_array_equal(latents["w"].to_numpy(), weights)
+    mean = latents[["latent_0", "latent_1"]].to_numpy()[weights > 0].mean(0)
+    np.testing.assert_allclose(gendist.load(prior.path).prior.means[0].numpy(), mean, rtol=1e-9)
+
+
+def test_a_model_of_known_classes_encodes_rows_with_their_labels(blobs, tmp_path):
+    labels = np.where(blobs[:, 0] > 3.0, "right", "left")
+    frame = pd.DataFrame(blobs, columns=["a", "b", "c"]).assign(y=labels)
+    frame.to_parquet(tmp_path / "data.parquet")
+    data = {"path": str(tmp_path / "data.parquet"), "label": "y"}
+    model = {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK, "likelihood": "gaussian"}
+    spec = {"name": "known", "family": "vae", "model": model, "data": data, "fit": {"num_steps": 5, "global_batch_size": 64}}
+    gendist.fit(spec, run_dir=tmp_path / "run")
+    bulk.encode(tmp_path / "run", DataConfig(**data), tmp_path / "latents.npy")
+    expected = gendist.load(tmp_path / "run").encode(blobs, given=labels.tolist())
+    np.testing.assert_allclose(np.load(tmp_path / "latents.npy"), expected.numpy(), rtol=1e-6)
+    with pytest.raises(UserError, match=r"a class that is known; name the column of their labels with data\.label"):
+        bulk.encode(tmp_path / "run", DataConfig(path=data["path"]), tmp_path / "again.npy")
+    frame.assign(y=frame["y"].where(frame.index != 17)).to_parquet(tmp_path / "data.parquet")
+    with pytest.raises(UserError, match="row 17: no label"):
+        bulk.encode(tmp_path / "run", DataConfig(**data), tmp_path / "again.npy")
+
+
+def test_latents_are_as_wide_as_the_data_tell(tmp_path):
+    """Means of levels are none, so that a model of levels does not take its own samples."""
+    levels = np.random.default_rng(0).integers(0, 5, (80, 3)) / 4.0
+    np.save(tmp_path / "x.npy", levels)
+    likelihood = {"likelihood": "discretized_logistic_mixture", "num_levels": 5, "num_mixtures": 2}
+    model = {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK, **likelihood}
+    data = {"source": "npy", "path": str(tmp_path / "x.npy")}
+    gendist.fit(
+        {"name": "levels", "family": "vae", "model": model, "data": data, "fit": {"num_steps": 3}}, run_dir=tmp_path / "run"
+    )
+    bulk.encode(tmp_path / "run", DataConfig(**data), tmp_path / "latents.npy")
+    assert np.load(tmp_path / "latents.npy").shape == (80, 2)
+
+
+def test_a_run_is_not_written_over(folder):
+    with pytest.raises(UserError, match="holds a run or an artifact"):
+        LatentPrior.of(folder / "run", OPTIONS, folder / "run")
+
+
 def test_a_family_without_latents_and_a_folder_without_a_run_are_told(folder, tmp_path, blobs):
     spec = {"name": "blobs", "family": "gmm", "model": {"num_components": 1}, "fit": {"max_iterations": 1}}
     gendist.fit(spec, data=blobs, run_dir=tmp_path / "mixture")

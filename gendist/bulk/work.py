@@ -9,13 +9,15 @@ from functools import partial
 from itertools import pairwise
 from math import fsum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
 from gendist import noise
 from gendist.artifact import Artifact, digest, load_artifact
-from gendist.blocks import Blocks, Leaves
+from gendist.blocks import Blocks, Leaves, LocalBlocks
 from gendist.bulk.part_folder import PartFolder
 from gendist.bulk.parts import Encode, Layout, Part, Values, cut_between_sequences, cut_into_parts, encoder_of
 from gendist.bulk.single_file import write_file
@@ -169,7 +171,8 @@ def encode(
     address: str | None = None,
     watch: Watch = lambda done, num_rows: None,
 ) -> Written:
-    """Write the representation of every row of the data, in their order, as columns latent_0, latent_1, ...
+    """Write the representation of every row of the data, in their order, as columns latent_0, latent_1, ..., and beside it the
+    row's weight where `data.weight` names one. A model that encodes rows of a known class alone is told it by `data.label`.
 
     draw  the seed of draws from p(latent | x), one a row, instead of its mean: of families that have `draw_latents` alone
 
@@ -183,11 +186,22 @@ def encode(
         raise UserError("encode: models of sequences encode each step, in Python: gendist.load(...).encode(sequences)")
     if draw is not None and not hasattr(_untransformed(model), "draw_latents"):
         raise UserError(f"draw: a {loaded.family} has no distribution of latents to draw from; leave it out")
-    # How many latents there are, any row tells; and so does one that the model has made up.
-    num_latents = model.encode(model.sample(1)).shape[1]
-    layout = Layout(tuple(f"latent_{i}" for i in range(num_latents)), array="latents")
+    encodes_given = getattr(_untransformed(model), "encodes_given", False)
+    if encodes_given and data.label is None:
+        raise UserError("encode: it encodes rows of a class that is known; name the column of their labels with data.label")
+    kept: dict[str, Any] = {"weight": data.weight}
+    if encodes_given:
+        kept["label"] = data.label
+        kept["labels"] = model.labels if isinstance(data.label, str) else None
+    encode_part = partial(_encode, draw, encodes_given)
+
+    def layout(first_row: Sequence[Block]) -> Layout:
+        num_latents = encode_part(model, first_row)[1].shape[1] - (data.weight is not None)
+        latents = (f"latent_{i}" for i in range(num_latents))
+        return Layout((*latents, *([data.weight] if data.weight is not None else [])), array="latents")
+
     request = {"verb": "encode", "draw": draw, "noise_version": noise.VERSION}
-    work = _of_data(artifact, loaded, data, out, layout, partial(_encode, draw), request)
+    work = _of_data(artifact, loaded, data, out, layout, encode_part, request, kept)
     return work.write(Path(out), cluster, address, watch)
 
 
@@ -196,19 +210,24 @@ def _of_data(
     loaded: Artifact,
     data: DataConfig,
     out: str | Path,
-    layout: Layout,
+    layout: Layout | Callable[[Sequence[Block]], Layout],
     compute: Compute,
     request: Mapping[str, Any],
+    kept: Mapping[str, Any] = MappingProxyType({}),
 ) -> _Work:
-    """What is computed from every row of the data by a model that knows their columns."""
+    """What is computed from every row of the data by a model that knows their columns.
+
+    layout  or what tells it from the first row
+    kept    what is said of labels and weights, which otherwise are not read
+    """
     transforms = taken_apart(loaded.model)[1]
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
     _check_beside_the_data(Path(out), data, opened.paths)
     columns = data.columns or _columns_to_read(loaded.schema, opened.schema.names)
-    ignored = {"label": None, "labels": None, "weight": None, "validation_fraction": 0.0}
-    config = data.model_copy(update={"columns": columns, **ignored})
+    ignored = {"label": None, "labels": None, "weight": None, "label_fraction": 1.0, "validation_fraction": 0.0}
+    config = data.model_copy(update={"columns": columns, **ignored, **kept})
     source: Source = opened
     if _takes_sequences(loaded.model):
         config = as_fitted(config, opened, loaded.schema.sequence, loaded.schema.order, loaded.schema.text)
@@ -221,7 +240,7 @@ def _of_data(
             f"{source.name}: {schema.num_features} features, but the model has {loaded.model.num_features} "
             f"({', '.join(loaded.schema.columns[:8])}); choose columns with data.columns=[...]"
         )
-    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * max(schema.num_features, len(layout.columns))
+    row_bytes = SPARSE_ROW_BYTES if schema.is_sparse else 8 * schema.num_features
     is_sequence = isinstance(source, SequenceSource)
     if isinstance(source, SequenceSource):
         parts = cut_between_sequences(source.bounds, row_bytes)
@@ -232,6 +251,8 @@ def _of_data(
         dataset = Dataset.open(source, config, schema, make_blocks)
         return dataset.sequence_parts(some) if is_sequence else dataset.parts(some)
 
+    if not isinstance(layout, Layout):
+        layout = layout(next(iter(blocks(LocalBlocks, Leaves((0, 1))).map_runs(_only_leaf, None))))
     return _Work(
         request={
             **request,
@@ -375,13 +396,30 @@ def _score_sequences(model: Any, part: tuple[int, Sequence[Block]]) -> tuple[int
     return first, scores_S, {"log_likelihood": float(scores_S.sum())}
 
 
-def _encode(draw: int | None, model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
-    first = int(blocks[0].rows[0])
-    if draw is None:
-        latents_NL = rows_through(model.encode, blocks)
-    else:
-        latents_NL = rows_through(partial(model.draw_latents, seed=draw), blocks, addressed=True)
-    return first, latents_NL.double().numpy(), {}
+def _encode(
+    draw: int | None, encodes_given: bool, model: Any, blocks: Sequence[Block]
+) -> tuple[int, Values, Mapping[str, float]]:
+    parts = []
+    for block in blocks:
+        options = {"given": _labels_of(model, block)} if encodes_given else {}
+        verb = model.encode if draw is None else partial(model.draw_latents, seed=draw)
+        latents_NL = rows_through(partial(verb, **options), [block], addressed=draw is not None).double()
+        parts.append(latents_NL if block.weights is None else torch.cat([latents_NL, block.weights[:, None]], 1))
+    return int(blocks[0].rows[0]), torch.cat(parts).numpy(), {}
+
+
+def _labels_of(model: Any, block: Block) -> list[Any]:
+    """UserError, with its number, where a row has none."""
+    known_N = block.has_one_latent
+    if not bool(known_N.all()):
+        raise UserError(f"row {int(block.rows[int((~known_N).nonzero()[0])])}: no label, which the encoder is to be given")
+    assert block.evidence is not None
+    return [model.labels[c] for c in block.evidence.argmax(1).tolist()]
+
+
+def _only_leaf(_: None, leaves: Sequence[Any]) -> Any:
+    (leaf,) = leaves
+    return leaf
 
 
 def _total(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:

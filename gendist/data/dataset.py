@@ -111,8 +111,9 @@ class Dataset:
         return self.make_blocks(load, self.leaves, max(1, most // leaf_bytes), keep)
 
     def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
-        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf."""
-        return self.make_blocks(_PartLoader(self._loader(0, "all", 0), self.leaves.max_leaf_rows), parts, 1, False)
+        """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf, with the
+        evidence of a class where there are labels."""
+        return self.make_blocks(_PartLoader(self._loader(len(self.labels), "all", 0), self.leaves.max_leaf_rows), parts, 1, False)
 
     def sequence_parts(self, parts: Leaves) -> Blocks[tuple[int, Sequence[Block]]]:
         """All sequences for one pass, in parts: each is the number of its first sequence, and the list of its blocks, of whole
@@ -204,7 +205,7 @@ class _BlockLoader:
         if self.part != "all" and self.config.validation_fraction > 0.0:
             # A sequence is held out whole, by its number.
             drawn = rows if sequences is None else torch.from_numpy(sequences.numbers)
-            held_out = Noise(self.seed, "validation").uniform_of_rows(drawn) < self.config.validation_fraction
+            held_out = self._is_held_out(drawn)
             keep = held_out if self.part == "validation" else ~held_out
             rows = rows[keep if sequences is None else torch.from_numpy(sequences.row_flags(keep.numpy()))]
             sequences = sequences and sequences.kept(keep.numpy())
@@ -278,9 +279,27 @@ class _BlockLoader:
             return None
         label, name = self.config.label, self.source.name
         if isinstance(label, tuple):
-            return soft_evidence(table, label, self.num_latents, first_row, name)
-        assert label is not None
-        return known_evidence(table.column(label), self.labels, self.num_latents, first_row, f"{name}: column '{label}'")
+            evidence = soft_evidence(table, label, self.num_latents, first_row, name)
+        else:
+            assert label is not None
+            evidence = known_evidence(
+                table.column(label), self.labels, self.num_latents, first_row, f"{name}: column '{label}'"
+            )
+        if self.config.label_fraction < 1.0:
+            evidence[~self._keep_their_labels(np.arange(first_row, first_row + len(evidence)))] = 0.0
+        return evidence
+
+    def _keep_their_labels(self, rows: Any) -> Any:
+        """(N,) bool: the share that does, and all that are held out. A sequence does as a whole."""
+        numbers = np.searchsorted(self.source.bounds, rows, "right") - 1 if isinstance(self.source, SequenceSource) else rows
+        distinct, which = np.unique(numbers, return_inverse=True)
+        drawn = torch.from_numpy(distinct)
+        keeps = Noise(self.seed, "labels").uniform_of_rows(drawn) < self.config.label_fraction
+        return (keeps if self.part == "all" else keeps | self._is_held_out(drawn)).numpy()[which]
+
+    def _is_held_out(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(N,) bool, of rows, or of sequences, which are held out whole."""
+        return Noise(self.seed, "validation").uniform_of_rows(numbers) < self.config.validation_fraction
 
 
 @dataclass(frozen=True)

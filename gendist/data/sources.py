@@ -70,6 +70,8 @@ class DataConfig(BaseModel):
     order                a column that ascends within each sequence: that the rows are in order is then checked
     weight               a column of weights; weight 2 counts a row twice
     transforms           what is done to the features, in this order, before a model sees them; fitted to the training rows
+    label_fraction       the share of rows that keep their label, chosen by row number; held-out rows all do. Below 1 it shows
+                         what few labels would do, where there are many
     validation_fraction  the share of rows held out, chosen by row number
     cache                "memory" holds on to what was read (a cluster spills what does not fit to its disks), "none" reads
                          again in every pass
@@ -91,6 +93,7 @@ class DataConfig(BaseModel):
     order: str | None = None
     weight: str | None = None
     transforms: Steps = ()
+    label_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
     validation_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     cache: Literal["memory", "none"] = "memory"
 
@@ -107,6 +110,12 @@ class DataConfig(BaseModel):
                 "labels: of one column of labels, which data.label names"
                 + ("; of columns of probabilities they are the columns' names" if self.label else "")
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_fraction_is_of_labels(self) -> Self:
+        if self.label_fraction < 1.0 and self.label is None:
+            raise ValueError("label_fraction: there are no labels to keep; name their column with data.label, or leave it out")
         return self
 
     @model_validator(mode="after")

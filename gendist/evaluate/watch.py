@@ -15,6 +15,7 @@ from gendist.evaluate.coverage import likeness
 from gendist.protocols import Block
 
 MAX_ROWS = 1000  # that are looked at
+MAX_ENTRIES = 1 << 24  # of these: 128 MiB in float64
 NUM_NEIGHBOURS = 5
 SAMPLES_AT_ONCE = 256
 # Below, samples are taken to be of next to no variety: of recall, too, since blurred ones in the middle of the data are near to
@@ -47,7 +48,7 @@ def watch_samples(
     """
     found: dict[str, Any] = {}
     warnings = list(model.advice(record)) if hasattr(model, "advice") else []
-    size = min(MAX_ROWS, rows.num_rows)
+    size = min(MAX_ROWS, MAX_ENTRIES // model.num_features, rows.num_rows)
     if size > NUM_NEIGHBOURS:
         data_ND = rows.take(torch.arange(size) * rows.num_rows // size).x
         parts = []

@@ -76,6 +76,11 @@ class VariationalAutoencoder:
             reasons["classify"] = "it has no classifier: fit it with model.classifier: {hidden_sizes: [256, 256]}, say"
         return reasons
 
+    @property
+    def encodes_given(self) -> bool:
+        """Whether `encode` must be given the class of a row, which nothing here would guess."""
+        return bool(self.labels) and self.config.classifier is None
+
     # Made and kept
 
     @classmethod

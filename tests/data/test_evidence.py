@@ -181,3 +181,19 @@ def test_numbers_and_texts_are_told_apart():
         evidence_of(dataset_of({"x": X[:2], "y": ["2", "1"]}, label="y", labels=[1, 2]), 2)
     with pytest.raises(UserError, match=r"holds 2 in row 0: .* data\.labels are '1', '2'$"):
         evidence_of(dataset_of({"x": X[:2], "y": [2, 1]}, label="y", labels=["1", "2"]), 2)
+
+
+def test_a_share_of_rows_keeps_its_labels_and_all_that_are_held_out_do():
+    labels = np.where(X[:, 0] > 0, "right", "left")
+    columns = {"x": X, "y": labels}
+    whole = evidence_of(dataset_of(columns, label="y"), 2)
+    part = evidence_of(dataset_of(columns, label="y", label_fraction=0.3), 2)
+    is_kept = (part != 0).any(1)
+    np.testing.assert_array_equal(part[is_kept], whole[is_kept])
+    assert abs(is_kept.sum() - 60) < 5 * (200 * 0.3 * 0.7) ** 0.5
+    dataset = dataset_of(columns, label="y", label_fraction=0.3, validation_fraction=0.4)
+    assert all(bool(block.is_labelled.all()) for block in joined(dataset.blocks(2, "validation", 0)))
+    training = torch.cat([block.is_labelled for block in joined(dataset.blocks(2, "training", 0))])
+    assert 0 < int(training.sum()) < len(training)
+    with pytest.raises(UserError, match="no labels to keep"):
+        load_spec({"name": "n", "family": "gmm", "model": {"num_components": 1}, "data": {"label_fraction": 0.5}})
