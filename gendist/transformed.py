@@ -19,14 +19,19 @@ from gendist.protocols import sequences_of
 
 # What families offer beside the verbs of all, of rows or of sequences as the data hold them.
 FURTHER_VERBS = (
+    "active_units",
     "cluster",
     "draw_latents",
     "filtered_probs",
     "forecast",
     "forecast_states",
+    "interpolate",
     "most_likely_states",
+    "sample_classes",
     "sample_posterior_states",
     "sample_states",
+    "traverse",
+    "with_prior",
 )
 
 
@@ -157,10 +162,18 @@ class Transformed:
         if name not in FURTHER_VERBS or not hasattr(model, name):
             raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
         verb = getattr(model, name)
-        if name == "sample_states":
+        if name in ("sample_classes", "sample_states"):
             return verb
+        if name == "with_prior":
+            return lambda prior: Transformed(verb(prior), self.transforms)
         if name == "forecast":
             return lambda x, *rest, **options: self._inverse(verb(self._forward(x), *rest, **options))
+        if name == "interpolate":
+            return lambda x_a, x_b, *rest, **options: self._inverse(
+                verb(self._forward(x_a), self._forward(x_b), *rest, **options)
+            )
+        if name == "traverse":
+            return lambda x=None, **options: self._inverse(verb(None if x is None else self._forward(x), **options))
         return lambda x, *rest, **options: verb(self._forward(x), *rest, **options)
 
     def _inverse(self, z: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
@@ -27,17 +26,19 @@ from gendist.models.ops.likelihoods import likelihood_of
 from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.offered import Offered
 from gendist.models.ops.sums import total_weight, weighted_sum
-from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles
+from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles, tile_of
 from gendist.models.ops.vae_config import VariationalAutoencoderConfig
 from gendist.models.ops.vae_objective import Losses, losses
-from gendist.noise import Noise
+from gendist.noise import Noise, derived_seed
 from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is_labelled
 
 TRAINING = Phase("autoencoder", "autoencoder")
 IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
 COLLAPSED = 0.1  # nats, below which latents say nothing of a sample
 SAMPLES_AT_ONCE = 10  # importance samples of a tile
+NUMBERS_AT_ONCE = 2**24  # of the decoder's output, over all rows, classes and samples of a tile: 64 MB
 NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
+LOW, HIGH = -3.0, 3.0  # of a latent dimension that is moved, in standard deviations of the prior
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +130,14 @@ class VariationalAutoencoder:
         return next(self.autoencoder.parameters()).device
 
     def with_prior(self, prior: Any) -> VariationalAutoencoder:
-        """The same networks over another p(z), a model fitted to `draw_latents`; UserError where it has another width."""
+        """The same networks over another p(z), a model fitted to `draw_latents`, which must offer sample and log_prob of rows
+        of L features; UserError where it does not."""
+        for name in ("sample", "log_prob", "num_features"):
+            if not hasattr(prior, name):
+                reason = getattr(prior, "not_offered", {}).get(name, f"{type(prior).__name__} has none")
+                raise UserError(f"a prior must offer {name}, and this one does not ({reason}); a mixture does, family gmm, say")
+        if getattr(prior, "takes_sequences", False):
+            raise UserError("a prior is of the latents of a row, and this one is of sequences; take a mixture, family gmm, say")
         if prior.num_features != self.config.latent_dim:
             raise UserError(f"a prior of {prior.num_features} features, but there are {self.config.latent_dim} latents")
         return replace(self, prior=prior)
@@ -170,14 +178,23 @@ class VariationalAutoencoder:
 
         def bound_of(x_TD: Tensor, noise: Noises, classes: Tensor | None) -> Tensor:
             log_weights = []
-            for first in range(0, num_samples, SAMPLES_AT_ONCE):
-                samples = range(first, min(first + SAMPLES_AT_ONCE, num_samples))
+            at_once = self._at_once[1]
+            for first in range(0, num_samples, at_once):
+                samples = range(first, min(first + at_once, num_samples))
                 noise_TKL = torch.cat([noise(f"log_prob_bound.{k}") for k in samples], 1)
                 log_weights.append(self._terms(x_TD, noise_TKL, classes).log_weights.double())
             bound_P = torch.logsumexp(torch.cat(log_weights, 1), 1) - math.log(num_samples)
             return _over_uniform_classes(bound_P.view(len(x_TD), -1))
 
         return self._bounded(bound_of, x, seed, offset, given)
+
+    @property
+    def _at_once(self) -> tuple[int, int]:
+        """How many classes, and importance samples of each, of every row of a tile the decoder is given at once, so that memory
+        is bounded. The configuration alone tells, for a row's result must not depend on what else is asked for."""
+        each = TILE * self.num_features * self.autoencoder.likelihood.numbers_per_feature
+        num_classes = min(max(1, NUMBERS_AT_ONCE // each), max(1, len(self.labels)))
+        return num_classes, min(max(1, NUMBERS_AT_ONCE // (each * num_classes)), SAMPLES_AT_ONCE)
 
     def _bounded(
         self, function: Callable[[Tensor, Noises, Tensor | None], Tensor], x: Any, seed: int, offset: int, given: Any
@@ -190,27 +207,32 @@ class VariationalAutoencoder:
 
         def tile(first: int, x_TD: Tensor) -> Tensor:
             def noise(purpose: str) -> Tensor:
-                return Noise(seed, purpose).normal(offset + first, TILE, self.config.latent_dim)[:, None].to(x_TD)
+                return Noise(seed, purpose).normal(first, TILE, self.config.latent_dim)[:, None].to(x_TD)
 
             if self.config.binarize:
-                x_TD = binarized(x_TD, Noise(seed, "binarization").uniform(offset + first, TILE, self.num_features).to(x_TD))
+                x_TD = binarized(x_TD, Noise(seed, "binarization").uniform(first, TILE, self.num_features).to(x_TD))
             classes = None
             if given_N is not None:
-                classes = _tile_of(given_N, first).to(x_TD.device)
+                classes = tile_of(given_N, first - offset).to(x_TD.device)
             elif self.labels:
                 classes = torch.arange(len(self.labels), device=x_TD.device).repeat(TILE)
             return function(x_TD, noise, classes)
 
         with evaluating(self.autoencoder):
-            return map_in_tiles(tile, x_ND, self._device)
+            return map_in_tiles(tile, x_ND, self._device, offset)
 
     def _terms(self, x_TD: Tensor, noise_TKL: Tensor, classes: Tensor | None) -> Terms:
         """Of each row, or of each row with each of its classes."""
-        if classes is not None:
-            each = len(classes) // len(x_TD)
-            x_TD, noise_TKL = x_TD.repeat_interleave(each, 0), noise_TKL.repeat_interleave(each, 0)
         log_prior = None if self.prior is None else lambda z_PL: self.prior.log_prob(z_PL.cpu()).to(z_PL)
-        return self.autoencoder.terms(x_TD, noise_TKL, classes, log_prior)
+        if classes is None:
+            return self.autoencoder.terms(x_TD, noise_TKL, None, log_prior)
+        parts = []
+        for some in classes.view(len(x_TD), -1).split(self._at_once[0], 1):
+            each = some.shape[1]
+            x_PD, noise_PKL = x_TD.repeat_interleave(each, 0), noise_TKL.repeat_interleave(each, 0)
+            terms = self.autoencoder.terms(x_PD, noise_PKL, some.flatten(), log_prior)
+            parts.append([values.unflatten(0, (-1, each)) for values in terms])
+        return Terms(*(torch.cat(values, 1).flatten(0, 1) for values in zip(*parts, strict=True)))
 
     # Representation
 
@@ -222,15 +244,19 @@ class VariationalAutoencoder:
     def draw_latents(self, x: Any, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(N, L) one draw from q(z | x) a row, the one that belongs to the seed and the row's number, offset.. in the order
         of x; with labels from that of the class that `encode` has."""
-        return self._latents(
-            x, given, lambda first: Noise(seed, "latents").normal(offset + first, TILE, self.config.latent_dim)
-        )
+        noise = Noise(seed, "latents")
+        return self._latents(x, given, lambda first: noise.normal(first, TILE, self.config.latent_dim), offset)
 
     def cluster(self, x: Any, given: Any = None) -> Tensor:
-        """(N, C) float64 p(cluster | latent), of the latents that `encode` gives: clusters are the components of the prior."""
-        if self.prior is None or "encode" in self.prior.not_offered:
-            raise UserError("cluster: there is no mixture of latents; fit one with `prior RUN`, or model.with_prior(mixture)")
-        return self.prior.encode(self.encode(x, given))
+        """(N, C) float64 p(cluster | latent), of the latents that `encode` gives: clusters are the components of the prior.
+
+        UserError where the prior is no mixture: one is known by its `encode`, which gives probabilities that sum to 1.
+        """
+        if hasattr(self.prior, "encode"):
+            probs_NC: Tensor = self.prior.encode(self.encode(x, given))
+            if bool((probs_NC >= 0).all()) and torch.allclose(probs_NC.sum(1), probs_NC.new_ones(()), atol=1e-5):
+                return probs_NC
+        raise UserError("cluster: there is no mixture of latents; fit one with `prior RUN`, or model.with_prior(mixture)")
 
     def decode(self, z: Any, given: Any = None) -> Tensor:
         """(N, D) the mean of p(x | z) of latents (N, L); with labels of p(x | z, y) where y is given, else over all classes."""
@@ -241,7 +267,7 @@ class VariationalAutoencoder:
 
         def tile(first: int, z_TL: Tensor) -> Tensor:
             if given_N is not None:
-                return self._mean(z_TL, _tile_of(given_N, first).to(z_TL.device))
+                return self._mean(z_TL, tile_of(given_N, first).to(z_TL.device))
             if not self.labels:
                 return self._mean(z_TL, None)
             each = [self._mean(z_TL, torch.full((TILE,), c, device=z_TL.device)) for c in range(len(self.labels))]
@@ -270,7 +296,7 @@ class VariationalAutoencoder:
         0.01 (IWAE section 5.2). Where the posterior has collapsed into the prior, none does."""
         return self.encode(x, given).double().var(0, correction=0) > IS_ACTIVE
 
-    def _latents(self, x: Any, given: Any, noise_of: Callable[[int], Tensor] | None = None) -> Tensor:
+    def _latents(self, x: Any, given: Any, noise_of: Callable[[int], Tensor] | None = None, offset: int = 0) -> Tensor:
         """The mean of q(z | x) or, with the (T, L) noise of the tile that begins at a row, draws."""
         x_ND = self.layout.rows(x)
         self.autoencoder.likelihood.check(x_ND)
@@ -279,12 +305,12 @@ class VariationalAutoencoder:
             classes_N = self._most_probable(x_ND)
 
         def tile(first: int, x_TD: Tensor) -> Tensor:
-            classes_T = None if classes_N is None else _tile_of(classes_N, first).to(x_TD.device)
+            classes_T = None if classes_N is None else tile_of(classes_N, first - offset).to(x_TD.device)
             mean_TL, log_variance_TL = self.autoencoder.posterior(x_TD, classes_T)
             return mean_TL if noise_of is None else mean_TL + torch.exp(0.5 * log_variance_TL) * noise_of(first).to(mean_TL)
 
         with evaluating(self.autoencoder):
-            return map_in_tiles(tile, x_ND, self._device)
+            return map_in_tiles(tile, x_ND, self._device, offset)
 
     def _most_probable(self, x_ND: Tensor) -> Tensor:
         if self.config.classifier is None:
@@ -299,36 +325,40 @@ class VariationalAutoencoder:
         if given is None:
             return None
         if not self.labels:
-            raise UserError(f"given {given!r}: a variational autoencoder that is fitted without labels has no conditions")
-        if isinstance(given, np.ndarray | Tensor) and given.ndim:
+            raise UserError("given: a variational autoencoder that is fitted without labels has no conditions")
+        if getattr(given, "ndim", 0) > 1:
+            raise UserError(f"given: labels of shape {tuple(given.shape)}; one, or one for each row, (N,), is needed")
+        if hasattr(given, "tolist"):
             given = given.tolist()
         if not isinstance(given, list | tuple):
             return torch.full((num_rows,), latent_of(given, self.labels, len(self.labels), "classes"))
         if len(given) != num_rows:
             raise UserError(f"given: {len(given)} labels for {num_rows} rows; one, or one for each row, is needed")
-        of_label = {label: latent_of(label, self.labels, len(self.labels), "classes") for label in set(given)}
-        return torch.tensor([of_label[label] for label in given], dtype=torch.int64)
+        by_name = {str(label): label for label in given}
+        class_of = {name: latent_of(label, self.labels, len(self.labels), "classes") for name, label in by_name.items()}
+        return torch.tensor([class_of[str(label)] for label in given], dtype=torch.int64)
 
     # Samples
 
     def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, mean: bool = True) -> Tensor:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed; with labels of p(x | y) where y is
-        given, else of all classes, which are equally frequent.
+        given, one or one for each row, else of all classes, which are equally frequent.
 
         mean  whether a row is the mean of p(x | z), as is usual for images, or a draw from it, which has the noise of the
               likelihood: then rows are samples of p(x)
         """
-        given_1 = self._classes_of(given, 1)
+        given_N = self._classes_of(given, max(num_samples, 0))
+        prior_seed = derived_seed(seed, "sample.prior")  # its streams might have the names of those below
 
         def tile(first: int) -> Tensor:
             if self.prior is None:
                 z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim)
             else:
-                z_TL = self.prior.sample(TILE, seed=seed, offset=first)
+                z_TL = self.prior.sample(TILE, seed=prior_seed, offset=first)
             z_TL = z_TL.float().to(self._device)
             classes_T = None
             if self.labels:
-                classes_T = self._drawn_classes(seed, first, TILE) if given_1 is None else given_1.expand(TILE)
+                classes_T = self._drawn_classes(seed, first, TILE) if given_N is None else tile_of(given_N, first - offset)
                 classes_T = classes_T.to(self._device)
             if mean:
                 return self._mean(z_TL, classes_T)
@@ -342,7 +372,7 @@ class VariationalAutoencoder:
         """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
         if not self.labels:
             raise UserError("sample_classes: it is fitted without labels")
-        given_N = self._classes_of(given, num_samples)
+        given_N = self._classes_of(given, max(num_samples, 0))
         return self._drawn_classes(seed, offset, num_samples) if given_N is None else given_N
 
     def _drawn_classes(self, seed: int, first: int, num_rows: int) -> Tensor:
@@ -368,7 +398,7 @@ class VariationalAutoencoder:
         return self._along(latent_paths.great_circles(self.encode(a_ND, given), self.encode(b_ND, given), num_steps), classes_N)
 
     def traverse(
-        self, x: Any = None, *, low: float = -3.0, high: float = 3.0, num_steps: int = NUM_STEPS, given: Any = None
+        self, x: Any = None, *, low: float = LOW, high: float = HIGH, num_steps: int = NUM_STEPS, given: Any = None
     ) -> Tensor:
         """(L, num_steps, D) the means of x where one latent dimension after the other is moved from low to high; the others
         stay at the latents of the one row x, else at 0."""
@@ -383,13 +413,17 @@ class VariationalAutoencoder:
 
     def figures(self, seed: int) -> dict[str, Tensor]:
         """What to draw beside samples, each (rows, steps, D): great circles between latents of the prior, and the latent
-        dimensions that change x most, moved from -3 to 3 with the others at 0. With labels a row is of one class."""
+        dimensions that change x most, in the mean over the classes where there are any, moved from -3 to 3 with the others at
+        0. With labels a row is of one class, the first of the first, and so on in turn."""
         z = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
         classes_N = torch.arange(NUM_PATHS) % len(self.labels) if self.labels else None
         paths = self._along(latent_paths.great_circles(z[:NUM_PATHS], z[NUM_PATHS:], NUM_STEPS), classes_N)
         traversals = self.traverse()
         most = traversals.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
-        return {"interpolations": paths, "traversals": traversals[most]}
+        if classes_N is None:
+            return {"interpolations": paths, "traversals": traversals[most]}
+        moved_LTL = latent_paths.along_axes(torch.zeros(self.config.latent_dim), LOW, HIGH, NUM_STEPS)
+        return {"interpolations": paths, "traversals": self._along(moved_LTL[most], classes_N[: len(most)])}
 
     def _along(self, z_NTL: Tensor, classes_N: Tensor | None) -> Tensor:
         num_steps = z_NTL.shape[1]
@@ -444,7 +478,9 @@ class VariationalAutoencoder:
 
     def validate(self, batch: Block, noise: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """loss: what is minimised, with the KL divergence at its full weight: the negative ELBO unless the configuration says
-        otherwise. With a classifier labelled, the share of rows that have a label, and right, of those whose label it finds."""
+        otherwise. With a classifier labelled, the share of rows that have a label, and right, of those whose label it finds;
+        in loss, as in all of these means over all rows, its cross-entropy then weighs by that share, which it does not in
+        training, where it is a mean over labelled rows."""
         terms, watched = self._losses(batch, noise, 1.0)
         values = {"loss": torch.stack(list(terms.values())).sum(0), **watched}
         values |= {name: terms[name] for name in ("reconstruction", "negative_bound") if name in terms}
@@ -456,7 +492,7 @@ class VariationalAutoencoder:
         evidence_BC = batch.evidence if self.labels else None
         if self.labels and evidence_BC is None:
             evidence_BC = x_BD.new_zeros(len(x_BD), len(self.labels))
-        return losses(self.config, self.autoencoder, x_BD, noise_BKL, evidence_BC, warmth)
+        return losses(self.config, self.autoencoder, x_BD, noise_BKL, evidence_BC, warmth, batch.weights)
 
     def remarks(self, results: Mapping[str, Any]) -> tuple[str, ...]:
         """What the last record of a fit says that nobody should overlook."""
@@ -483,12 +519,6 @@ def binarized(x_BD: Tensor, uniform_BD: Tensor) -> Tensor:
 def _over_uniform_classes(log_prob_TC: Tensor) -> Tensor:
     """(T,) log of the mean of p over the classes."""
     return torch.logsumexp(log_prob_TC, 1) - math.log(log_prob_TC.shape[1])
-
-
-def _tile_of(classes_N: Tensor, first: int) -> Tensor:
-    """(TILE,) those of the rows from `first` on, filled up with 0."""
-    classes = classes_N[first : first + TILE]
-    return torch.cat([classes, classes.new_zeros(TILE - len(classes))])
 
 
 Model = VariationalAutoencoder

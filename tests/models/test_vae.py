@@ -14,9 +14,9 @@ from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_diverg
 from gendist.data import Schema
 from gendist.models import vae
 from gendist.models.gmm import GaussianMixture
-from gendist.models.ops import autoencoder, latent_paths, likelihoods
+from gendist.models.ops import autoencoder, latent_paths, likelihoods, tiles
 from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
-from gendist.noise import Noise
+from gendist.noise import Noise, derived_seed
 from gendist.pictures import draw_figures
 from gendist.protocols import Block, Draw, UserError
 
@@ -122,14 +122,55 @@ def test_over_a_mixture_of_latents_bounds_come_to_the_density_which_is_a_mixture
 
 def test_over_a_mixture_of_latents_samples_are_its_decoded_samples_and_clusters_its_components():
     model = linear()[0].with_prior(mixture())
-    torch.testing.assert_close(model.sample(70, seed=3, offset=5), model.decode(mixture().sample(70, seed=3, offset=5)))
+    latents = mixture().sample(70, seed=derived_seed(3, "sample.prior"), offset=5)
+    torch.testing.assert_close(model.sample(70, seed=3, offset=5), model.decode(latents))
     assert torch.equal(model.sample(70, seed=3)[40:], model.sample(30, seed=3, offset=40))
     x = model.sample(20, seed=1)
     assert torch.equal(model.cluster(x), mixture().encode(model.encode(x)))
     with pytest.raises(UserError, match="no mixture of latents"):
         linear()[0].cluster(x)
-    with pytest.raises(UserError, match="a prior of 2 features, but there are 3 latents"):
-        small().with_prior(mixture())
+
+
+class OfSequences(GaussianMixture):
+    takes_sequences = True
+
+
+class NoMixture(GaussianMixture):
+    def encode(self, x_ND):
+        return super().encode(x_ND) + 0.5
+
+
+@pytest.mark.parametrize(
+    ("prior", "match"),
+    [
+        (lambda: mixture(), "a prior of 2 features, but there are 3 latents"),
+        (lambda: small(), r"must offer log_prob, and this one does not \(the integral over z has no closed form"),
+        (lambda: object(), r"must offer sample, and this one does not \(object has none\)"),
+        (lambda: Normal(0.0, 1.0), r"must offer num_features, and this one does not \(Normal has none\)"),
+        (lambda: OfSequences(mixture().config, mixture().weights, mixture().gaussian), "this one is of sequences"),
+    ],
+)
+def test_a_prior_has_samples_and_a_density_of_latents(prior, match):
+    with pytest.raises(UserError, match=match) as error:
+        small().with_prior(prior())
+    assert "\n" not in str(error.value)
+
+
+def test_clusters_are_probabilities():
+    model = linear()[0].with_prior(NoMixture(mixture().config, mixture().weights, mixture().gaussian))
+    with pytest.raises(UserError, match="no mixture of latents"):
+        model.cluster(model.sample(2))
+
+
+def test_over_a_prior_the_draw_of_x_is_independent_of_that_of_z():
+    """A mixture draws from the stream that has the name of x's: with the same seed, both would be made of the same numbers, of
+    which the length of z tells the first."""
+    one = GaussianMixture.from_parameters(torch.ones(1).double(), torch.zeros(1, 2), torch.eye(2)[None])
+    model = small((4,), latent_dim=2, likelihood="gaussian", scale=SCALE).with_prior(one)
+    means, x = (model.sample(4000, seed=1, mean=mean).double() for mean in (True, False))
+    lengths = one.sample(4000, seed=derived_seed(1, "sample.prior")).norm(dim=1)
+    together = torch.corrcoef(torch.cat([lengths[:, None], x - means], 1).T)[0, 1:]
+    assert float(together.abs().max()) < 5 / 4000**0.5
 
 
 def test_drawn_latents_are_of_the_posterior_by_address():
@@ -243,6 +284,21 @@ def test_bounds_of_parts_are_parts_of_the_bounds():
         torch.testing.assert_close(torch.cat([bound(x[:30], seed=4), bound(x[30:], seed=4, offset=30)]), whole)
         assert not torch.allclose(bound(x, seed=5), whole)
     assert model.elbo(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize(("offset", "num_rows"), [(0, 8), (40, 8), (60, 8), (64, 64), (3, 130), (130, 0)])
+def test_a_rows_bytes_depend_on_its_number_alone(offset, num_rows):
+    model, x = small(), drawn(150, 12).sigmoid()
+    some = slice(offset, offset + num_rows)
+    for verb in (model.elbo, model.draw_latents, lambda x, **o: model.log_prob_bound(x, num_samples=3, **o)):
+        assert torch.equal(verb(x[some], seed=4, offset=offset), verb(x, seed=4)[some])
+
+
+@pytest.mark.parametrize("first", [-200, -64, -63, -5, 0, 5, 99, 100, 300])
+def test_a_tile_is_a_window_that_is_filled_up_with_zeros(first):
+    values = torch.arange(1, 101)
+    expected = [values[i] if 0 <= i < 100 else 0 for i in range(first, first + tiles.TILE)]
+    assert tiles.tile_of(values, first).tolist() == expected
 
 
 def test_images_may_come_as_images():

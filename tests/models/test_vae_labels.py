@@ -109,6 +109,19 @@ def test_the_loss_of_m2_is_that_of_brute_force_over_the_classes():
     assert loss.terms.keys() == model.counts(phase, batch).keys()
 
 
+def test_a_row_of_weight_zero_needs_no_label():
+    model, weights = small(), torch.where((MIXED == 0.0).all(1), 0.0, 1.0).double()
+    whole, noise, kept = batch_of(MIXED, weights), noise_of(model, len(MIXED)), weights > 0
+    without = Block(whole.x[kept], whole.rows[kept], weights[kept], MIXED[kept])
+    of_kept = {name: values[kept] for name, values in noise.items()}
+    (phase,) = model.phases(0)
+    ours, theirs = model.loss(phase, whole, noise, 0), model.loss(phase, without, of_kept, 0)
+    for name, term in ours.terms.items():
+        torch.testing.assert_close(term, theirs.terms[name])
+    assert model.counts(phase, whole) == model.counts(phase, without)
+    torch.testing.assert_close(model.validate(whole, noise)["loss"], model.validate(without, of_kept)["loss"])
+
+
 def test_the_entropy_of_a_class_is_that_of_torch():
     log_q = torch.log_softmax(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), 1)
     entropy = torch.distributions.Categorical(logits=log_q).entropy()
@@ -167,6 +180,16 @@ def test_bounds_of_a_label_and_of_all_of_them():
     assert float(plain.elbo(x).mean()) < float(plain.log_prob_bound(x, num_samples=50).mean())
 
 
+@pytest.mark.parametrize("rows_at_once", [1, 2, 3, 7])
+def test_the_decoder_is_given_as_many_rows_as_memory_has_place_for(monkeypatch, rows_at_once):
+    model, x, seen = small(**CLASSIFIER), x_of(5), []
+    expected = model.log_prob_bound(x, num_samples=11), model.elbo(x)
+    monkeypatch.setattr(vae, "NUMBERS_AT_ONCE", rows_at_once * vae.TILE * 12)
+    model.autoencoder.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close((model.log_prob_bound(x, num_samples=11), model.elbo(x)), expected)
+    assert max(seen) <= rows_at_once * vae.TILE
+
+
 @pytest.mark.parametrize(
     ("encoder", "shape", "seen"),
     [
@@ -215,6 +238,9 @@ def test_samples_of_a_label_are_those_of_a_planted_conditional():
         rows = which == c
         assert torch.equal(together[rows], model.sample(3000, seed=1, given=label, mean=False)[rows])
     assert torch.equal(model.sample(40, given="b", offset=70), model.sample(110, given="b")[70:])
+    each = [LABELS[c] for c in model.sample_classes(100, seed=1, offset=30).tolist()]
+    assert torch.equal(model.sample(100, seed=1, offset=30, given=each), model.sample(100, seed=1, offset=30))
+    assert torch.equal(model.sample_classes(100, given=np.array(each)), model.sample_classes(100, seed=1, offset=30))
     # Bayes' rule, with the bounds in the place of the densities, finds the class that a row was made of.
     bound = model.log_prob_bound(means[:2].round(), num_samples=50, given=["a", "b"])
     assert bool((bound > model.log_prob_bound(means[:2].round(), num_samples=50, given=["b", "a"])).all())
@@ -231,10 +257,14 @@ def test_decoding_without_a_label_is_the_mean_over_all():
     torch.testing.assert_close(model.classify(x).exp().sum(1), torch.ones(5).double())
     assert model.interpolate(x[:2], x[2:4], 4).shape == (2, 4, 12)
     assert model.traverse(x[:1]).shape == (2, vae.NUM_STEPS, 12)
-    assert {name: rows.shape for name, rows in model.figures(0).items()} == {
+    figures = model.figures(0)
+    assert {name: rows.shape for name, rows in figures.items()} == {
         "interpolations": (vae.NUM_PATHS, vae.NUM_STEPS, 12),
         "traversals": (2, vae.NUM_STEPS, 12),
     }
+    # A row is of one class, whichever of the latent dimensions it is of.
+    for row, label in zip(figures["traversals"], LABELS, strict=False):
+        assert any(torch.allclose(row, moved) for moved in model.traverse(given=label))
 
 
 @pytest.mark.parametrize("labels", [("a",), (0, 1), tuple(range(12))])
@@ -256,6 +286,11 @@ def test_saved_and_loaded_with_any_labels(labels):
         (lambda: small().elbo(x_of(2), given=["a"]), "1 labels for 2 rows"),
         (lambda: small(labels=()).elbo(x_of(2), given="a"), "without labels"),
         (lambda: small().sample(2, given="d"), "'d'; the labels are"),
+        (lambda: small().sample(2, given=["a"]), "1 labels for 2 rows"),
+        (lambda: small().sample_classes(2, given=["a"]), "1 labels for 2 rows"),
+        (lambda: small().elbo(x_of(2), given=np.array([["a"], ["b"]])), r"labels of shape \(2, 1\)"),
+        (lambda: small().elbo(x_of(2), given=[["a"], ["b"]]), r"\['a'\]; the labels are a, b, c"),
+        (lambda: small(labels=()).sample(200, given=np.zeros((200, 1))), "without labels"),
         (lambda: small().check_labels(MIXED, torch.ones(8)), "3 of 8 rows have no label.* model.classifier"),
         (lambda: small().loss(vae.TRAINING, batch_of(MIXED), noise_of(small(), 8), 0), "3 of 8 rows .* model.classifier"),
         (lambda: small(**CLASSIFIER).check_labels(evidence_of("a", "c", None), torch.ones(3)), "the label b, and nothing"),
@@ -358,4 +393,12 @@ def test_behind_transforms_labels_stay_what_they_are():
     assert model.decode(np.zeros((2, 8)), given=[1, 2]).shape == (2, 64)
     assert model.elbo(x, given=3).shape == (5,)
     assert model.figures(0)["traversals"].shape == (8, vae.NUM_STEPS, 64)
-    torch.testing.assert_close(model.classify(x), model.model.classify(model.transforms.forward(x)))
+    z = model.transforms.forward(x)
+    torch.testing.assert_close(model.classify(x), model.model.classify(z))
+    # Ways through the latents begin at rows as the data hold them, and lead through such rows.
+    ways = model.interpolate(x[:2], x_b=x[2:4], num_steps=3), model.traverse(x[:1], given=3), model.traverse(num_steps=4)
+    within = model.model.interpolate(z[:2], z[2:4], 3), model.model.traverse(z[:1], given=3), model.model.traverse(num_steps=4)
+    for way, z_RTE in zip(ways, within, strict=True):
+        torch.testing.assert_close(way, torch.stack([model.transforms.inverse(z_TE) for z_TE in z_RTE]))
+    assert torch.equal(model.active_units(x), model.model.active_units(z))
+    assert torch.equal(model.sample_classes(9, seed=2), model.model.sample_classes(9, seed=2))

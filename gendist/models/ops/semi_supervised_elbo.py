@@ -37,13 +37,14 @@ def pairs_of(evidence_BC: Tensor) -> Pairs:
     return Pairs(rows_P, classes_P)
 
 
-def class_weights(evidence_BC: Tensor, log_q_BC: Tensor | None) -> Tensor:
-    """(B, C) p(y) of a labelled row's label, and q(y | x) of any other; UserError where there is no q for it."""
+def class_weights(evidence_BC: Tensor, log_q_BC: Tensor | None, weights_B: Tensor | None = None) -> Tensor:
+    """(B, C) p(y) of a labelled row's label, and q(y | x) of any other; UserError where there is no q for a row that has any
+    weight."""
     labelled_B = is_labelled(evidence_BC)
     label_BC = torch.softmax(evidence_BC.float(), 1)
     if log_q_BC is None:
-        if not bool(labelled_B.all()):
-            check_all_are_labelled(int((~labelled_B).sum()), len(labelled_B))
+        lacking_B = ~labelled_B if weights_B is None else ~labelled_B & (weights_B > 0)
+        check_all_are_labelled(int(lacking_B.sum()), len(lacking_B))
         return label_BC
     return torch.where(labelled_B[:, None], label_BC, log_q_BC.exp())
 

@@ -39,11 +39,14 @@ def rows_in_tiles(function: Callable[[int], Tensor], start: int, num_rows: int) 
     return torch.cat([function(tile)[max(start - tile, 0) : stop - tile].cpu() for tile in tiles])
 
 
-def map_in_tiles(function: Callable[[int, Tensor], Tensor], x_ND: Tensor, device: torch.device) -> Tensor:
-    """function(first, tile) of the rows `first`, first + 1, ... of x, the last tile filled up with zeros."""
+def map_in_tiles(function: Callable[[int, Tensor], Tensor], x_ND: Tensor, device: torch.device, offset: int = 0) -> Tensor:
+    """function(first, tile) of the rows `first`, first + 1, ..., of which x has those from `offset` on."""
+    return rows_in_tiles(lambda first: function(first, tile_of(x_ND, first - offset).to(device)), offset, len(x_ND))
 
-    def tile(first: int) -> Tensor:
-        rows = x_ND[first : first + TILE]
-        return function(first, torch.cat([rows, rows.new_zeros(TILE - len(rows), x_ND.shape[1])]).to(device))
 
-    return rows_in_tiles(tile, 0, len(x_ND))
+def tile_of(values: Tensor, first: int) -> Tensor:
+    """(TILE, ...) those of `first`, first + 1, ...; zeros before the beginning, where `first` is negative, and past the end."""
+    inside = values[max(first, 0) : max(first + TILE, 0)]
+    before = min(max(-first, 0), TILE)
+    after = TILE - before - len(inside)
+    return torch.cat([values.new_zeros(before, *values.shape[1:]), inside, values.new_zeros(after, *values.shape[1:])])

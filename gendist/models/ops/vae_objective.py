@@ -24,10 +24,12 @@ def losses(
     noise_BKL: Tensor,
     evidence_BC: Tensor | None,
     warmth: float,
+    weights_B: Tensor | None = None,
 ) -> tuple[Losses, Losses]:
     """The terms of the loss, and what is only watched.
 
     evidence_BC  what is known of the class; None without labels
+    weights_B    of the samples, where they have any: of weight 0 one needs no label
     warmth       what multiplies the weight of the KL divergence, from 0 to 1
     """
     if evidence_BC is None:
@@ -35,7 +37,7 @@ def losses(
         return _of_terms(config, Terms(*terms), warmth)
     pairs = pairs_of(evidence_BC)
     *terms, log_q_BC = autoencoder(x_BD, noise_BKL, *pairs)
-    weights_BC = class_weights(evidence_BC, log_q_BC)
+    weights_BC = class_weights(evidence_BC, log_q_BC, weights_B)
     minimised, watched = (
         {name: over_classes(value_P, pairs, weights_BC) for name, value_P in of_pairs.items()}
         for of_pairs in _of_terms(config, Terms(*terms), warmth)
