@@ -458,6 +458,8 @@ class DeepModel(GenerativeModel, Protocol):
 
     A family may have more, which is asked for where it is there:
         check_labels(evidence_NL, weights_N)  UserError where it cannot be trained on rows with these labels
+        conditions                            what `sample` may be given, where these are not all of `labels`
+        advice(record)                        lines about a record of training in which something goes wrong: what to try
         figures(seed)                         by name, what to draw beside samples: (rows, steps, D) each
         remarks(results)                      lines about what a fit came to, which its user should not overlook
     """

@@ -9,91 +9,34 @@ Legend: N samples, B samples of a micro-batch, D features, L latent dimensions, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from gendist.models.ops import networks, semi_supervised
-from gendist.models.ops.adversarial import LossName, discriminator_loss, generator_loss, gradient_penalty, projection, r1
-from gendist.models.ops.augmentation import AugmentationName, augment, num_uniforms
+from gendist.models.ops.adversarial import discriminator_loss, generator_loss, gradient_penalty, projection, r1
+from gendist.models.ops.augmentation import augment, num_uniforms
+from gendist.models.ops.gan_config import GenerativeAdversarialNetworkConfig
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.layout import Layout, check_between_0_and_1
-from gendist.models.ops.networks import Activation, NetworkConfig
+from gendist.models.ops.networks import NetworkConfig
+from gendist.models.ops.offered import Offered
+from gendist.models.ops.semi_supervised_elbo import check_classes_are_seen
 from gendist.models.ops.sums import total_weight, weighted_sum
 from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles
 from gendist.noise import Noise
-from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor
+from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is_labelled
 
 DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
 GENERATOR = Phase("generator", "generator")
 
 HAS_WON = 0.99  # D's accuracy, over many samples, from which G has nothing to learn from
-
-
-class DiscriminatorConfig(NetworkConfig):
-    """A network whose activations leak unless said otherwise, as in DCGAN: the generator learns by its gradients."""
-
-    activation: Activation = "leaky_relu"
-
-
-class GenerativeAdversarialNetworkConfig(BaseModel):
-    """The `model:` block of a spec of family `gan`.
-
-    latent_dim        of z
-    labels            what is made of data.label, which names the classes. condition (the default): every row has a label, and
-                      G and D are given it. semi_supervised: a few rows have one, D learns to tell the classes (`classify`), and
-                      G, without classes, makes it better at that
-    generator         is given z, and with a condition the class, one-hot, behind it; gives as many numbers as x has
-    discriminator     gives one number, larger for data; with a condition one more for each class, of which that of the sample's
-                      class is added; semi_supervised: one for each class. A module of the user's own may have a method
-                      features(x), what its last layer is given: for `encode`, and semi_supervised, which needs it
-    output            of the generator: tanh, for x from 0 to 1, or linear; where left out, tanh for images alone. With tanh,
-                      networks see x as -1 to 1, so that penalties have the units of the papers
-    loss              non_saturating, hinge or wasserstein
-    penalty           of the discriminator's gradient: r1 at the data, gradient_penalty between data and samples
-    penalty_weight    gamma of R1, lambda of WGAN-GP: 10 in both papers
-    penalty_every     steps from one penalty to the next, which then is an optimizer step of its own and counts that many times
-                      (Karras et al. 2020, "lazy regularization"; their change of learning rate and betas is left to the spec)
-    feature_matching  of semi_supervised: batch: of means over a global batch, which then is one micro-batch of one process.
-                      pairs: of two samples with each row; for any number of processes, at twice the work for G
-    augmentation      of images, of data and samples alike, in this order: color, translation, cutout
-    num_critic_steps  steps of the discriminator for one of the generator, each on a global batch of its own
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    latent_dim: int = Field(ge=1)
-    labels: Literal["condition", "semi_supervised"] | None = None
-    generator: NetworkConfig = NetworkConfig()
-    discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    output: Literal["tanh", "linear"] | None = None
-    loss: LossName = "non_saturating"
-    penalty: Literal["none", "r1", "gradient_penalty"] = "r1"
-    penalty_weight: float = Field(default=10.0, ge=0.0, allow_inf_nan=False)
-    penalty_every: int = Field(default=1, ge=1)
-    feature_matching: Literal["batch", "pairs"] = "batch"
-    augmentation: tuple[AugmentationName, ...] = ()
-    num_critic_steps: int = Field(default=1, ge=1)
-
-    @model_validator(mode="after")
-    def _is_one_game(self) -> Self:
-        if self.labels == "semi_supervised" and self.loss != "non_saturating":
-            raise ValueError(f"loss {self.loss}: labels semi_supervised has its own, which is that of non_saturating")
-        if self.labels != "semi_supervised" and self.feature_matching != "batch":
-            raise ValueError(f"feature_matching {self.feature_matching}: it is of labels semi_supervised alone")
-        return self
-
-    @model_validator(mode="after")
-    def _wasserstein_is_constrained(self) -> Self:
-        if self.loss == "wasserstein" and self.penalty == "none":
-            raise ValueError("penalty none: loss wasserstein has no minimum without one; choose gradient_penalty")
-        return self
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +67,10 @@ class GenerativeAdversarialNetwork:
             "its discriminator is given the class; choose model.labels: semi_supervised" if self.labels else "it has no labels"
         )
         return {**self.never_offered, "classify": why}
+
+    @property
+    def further_not_offered(self) -> Mapping[str, str]:
+        return {} if self.conditions else {"sample_classes": self._why_without_conditions}
 
     # Made and kept
 
@@ -210,13 +157,21 @@ class GenerativeAdversarialNetwork:
             if chosen is not None:
                 class_T = torch.full((TILE,), chosen)
             else:
-                class_T = draw_latents(torch.ones(num_classes, dtype=torch.float64), seed, "sample.class", first, TILE)
+                class_T = self.sample_classes(TILE, seed=seed, offset=first)
             classes_TC = one_hot(class_T, num_classes).float()
             device = _device(self.generator)
             return self._rows(self._generated(z_TL.to(device), classes_TC.to(device)))
 
         with evaluating(self.generator):
             return rows_in_tiles(tile, offset, num_samples)
+
+    @Offered
+    def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
+        """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
+        num_classes = len(self.conditions)
+        if given is None:
+            return draw_latents(torch.ones(num_classes, dtype=torch.float64), seed, "sample.class", offset, num_samples)
+        return torch.full((num_samples,), latent_of(given, self.labels, num_classes, "classes"))
 
     @property
     def _why_without_conditions(self) -> str:
@@ -252,14 +207,9 @@ class GenerativeAdversarialNetwork:
         with evaluating(self.discriminator):
             return map_in_tiles(lambda _, x_TD: features(self._seen(x_TD)).flatten(1), x_ND, _device(self.discriminator))
 
-    @property
-    def classify(self) -> Callable[[Any], Tensor]:
-        """classify(x): (N, C) float64 log p(label | x), columns in the order of `labels`; of x as data, not as a sample."""
-        if "classify" in self.not_offered:
-            raise AttributeError(f"classify is not offered: {self.not_offered['classify']}")
-        return self._classify
-
-    def _classify(self, x: Any) -> Tensor:
+    @Offered
+    def classify(self, x: Any) -> Tensor:
+        """(N, C) float64 log p(label | x), columns in the order of `labels`; of x as data, not as a sample."""
         x_ND = self.layout.rows(x)
 
         def log_probs(_: int, x_TD: Tensor) -> Tensor:
@@ -321,32 +271,33 @@ class GenerativeAdversarialNetwork:
             draws |= dict.fromkeys([*of_real, *of_fake, *of_other], Draw("uniform", width))
         return draws
 
+    def check_labels(self, evidence_NC: Tensor, weights_N: Tensor) -> None:
+        """UserError where rows like these could not be trained on: with a condition a label is missing, or a class is never
+        seen."""
+        has_weight_N, labelled_N = weights_N > 0, is_labelled(evidence_NC)
+        if self.conditions and (num_unlabelled := int((has_weight_N & ~labelled_N).sum())):
+            raise UserError(
+                f"data.label: {num_unlabelled} of {len(weights_N)} rows have no label, and model.labels: condition needs that "
+                "of every row; leave such rows out, or choose semi_supervised, which learns from both"
+            )
+        weight_C = (torch.softmax(evidence_NC, 1) * torch.where(labelled_N, weights_N, 0.0)[:, None]).sum(0)
+        check_classes_are_seen(weight_C, self.labels)
+
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
         """The weights of rows are those of the data: samples of the generator count once each."""
-        self._check_labels(batch)
         if phase == GENERATOR:
-            return {"generator": self._weight(batch, ~batch.is_labelled) if self._matches_pairs else float(batch.num_rows)}
-        counts = {}
-        if phase == DISCRIMINATOR and self._is_semi_supervised:
-            counts = {"labelled": self._weight(batch, batch.is_labelled), "real": self._weight(batch, ~batch.is_labelled)}
-        elif phase == DISCRIMINATOR:
-            counts = {"real": total_weight(batch)}
+            return {"generator": total_weight(batch) if self._matches_pairs else float(self._has_sample(batch).sum())}
+        counts = {"penalty": total_weight(batch)} if self._has_penalty(phase) else {}
         if phase == DISCRIMINATOR:
-            counts["fake"] = float(batch.num_rows)
-        return counts | ({"penalty": total_weight(batch)} if self._has_penalty(phase) else {})
+            counts |= {"real": total_weight(batch), "fake": float(self._has_sample(batch).sum())}
+            if self._is_semi_supervised:
+                counts["labelled"] = float((batch.is_labelled * batch.weights_or_ones()).sum())
+        return counts
 
-    def _check_labels(self, batch: Block) -> None:
-        """UserError where a row has no label that has to have one."""
-        if self.conditions and not bool(batch.is_labelled.all()):
-            row = int(batch.rows[~batch.is_labelled][0])
-            raise UserError(
-                f"row {row} has no label, and model.labels: condition needs that of every row; leave such rows out, or choose "
-                "semi_supervised, which learns from both"
-            )
-
-    @staticmethod
-    def _weight(batch: Block, mask_B: Tensor) -> float:
-        return float(mask_B.sum() if batch.weights is None else batch.weights[mask_B].sum())
+    def _has_sample(self, batch: Block) -> Tensor:
+        """(B,) bool: at which rows' places G makes a sample. With conditions it has the row's class, and a row of weight 0 may
+        have none."""
+        return batch.is_labelled if self.conditions else torch.ones(batch.num_rows, dtype=torch.bool)
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         if phase == GENERATOR:
@@ -366,8 +317,7 @@ class GenerativeAdversarialNetwork:
                 labelled_B = batch.is_labelled.to(real.device)
                 evidence_BC = torch.zeros_like(outputs) if batch.evidence is None else batch.evidence
                 terms["labelled"] = weighted_sum(labelled_B * semi_supervised.cross_entropy(outputs, evidence_BC), batch)
-                of_real_B = ~labelled_B * of_real_B
-            terms |= {"real": weighted_sum(of_real_B, batch), "fake": of_fake_B.sum()}
+            terms |= {"real": weighted_sum(of_real_B, batch), "fake": self._sum_of_samples(of_fake_B, batch)}
             # D is right about all at 1, and no better than a coin at 0.5.
             right_B = 0.5 * ((real_B > 0).float() + (fake_B < 0).float())
             watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum(), "accuracy": right_B.sum()}
@@ -392,19 +342,19 @@ class GenerativeAdversarialNetwork:
         if not self._is_semi_supervised:
             classes_BC = self._classes(batch)
             fake = self._judged(self._generated(noise["latent"], classes_BC), noise, "augmentation_of_fake")
-            return generator_loss(self.config.loss, self._logits(fake, classes_BC)).sum()
+            return self._sum_of_samples(generator_loss(self.config.loss, self._logits(fake, classes_BC)), batch)
         with torch.no_grad():
             real_BF = self._judged(self._seen(batch.x), noise, gives_features=True)
         fake_BF = self._judged(self._generated(noise["latent"]), noise, "augmentation_of_fake", gives_features=True)
-        unlabelled_B = ~batch.is_labelled.to(real_BF.device)
         if self._matches_pairs:
             other = self._generated(noise["other_latent"])
             other_BF = self._judged(other, noise, "augmentation_of_other", gives_features=True)
-            return weighted_sum(unlabelled_B * semi_supervised.pairwise_feature_matching(real_BF, fake_BF, other_BF), batch)
-        weights_B = unlabelled_B.float() if batch.weights is None else unlabelled_B * batch.weights.to(fake_BF)
-        if not batch.num_rows:
-            return fake_BF.sum()
-        return batch.num_rows * semi_supervised.feature_matching(real_BF, fake_BF, weights_B)
+            return weighted_sum(semi_supervised.pairwise_feature_matching(real_BF, fake_BF, other_BF), batch)
+        return batch.num_rows * semi_supervised.feature_matching(real_BF, fake_BF, batch.weights_or_ones().to(real_BF))
+
+    def _sum_of_samples(self, values_B: Tensor, batch: Block) -> Tensor:
+        """() over the samples of G that count."""
+        return torch.where(self._has_sample(batch).to(values_B.device), values_B, 0.0).sum()
 
     @property
     def _matches_pairs(self) -> bool:

@@ -107,6 +107,35 @@ def test_a_sample_of_a_class_is_a_window_on_its_endless_one():
     torch.testing.assert_close(model.decode(torch.zeros(2, 3), given="c"), model.decode(torch.zeros(3, 3), given="c")[:2])
 
 
+def test_the_classes_of_samples_are_told_where_they_have_one():
+    model = small()
+    class_N = model.sample_classes(50, seed=3, offset=7)
+    samples = model.sample(50, seed=3, offset=7)
+    of_class = torch.stack([model.sample(50, seed=3, offset=7, given=label) for label in LABELS])
+    assert torch.equal(samples, of_class[class_N, torch.arange(50)])
+    assert torch.equal(model.sample_classes(4, given="b"), torch.ones(4, dtype=torch.int64))
+    assert not hasattr(small(**SEMI), "sample_classes")
+    assert not hasattr(small(classes=()), "sample_classes")
+    with pytest.raises(AttributeError, match="knows no classes"):
+        _ = small(**SEMI).sample_classes
+
+
+def test_a_row_of_weight_0_needs_no_label_and_is_no_row():
+    model = small()
+    whole = batch_of([0, -1, 2, 1], weights=torch.tensor([1.0, 0.0, 2.0, 1.0]))
+    keep = torch.tensor([0, 2, 3])
+    without = Block(whole.x[keep], whole.rows[keep], whole.weights[keep], whole.evidence[keep])
+    model.check_labels(whole.evidence, whole.weights)
+    for phase in (DISCRIMINATOR, GENERATOR):
+        noise = noise_of(model, phase, 4)
+        first = model.loss(phase, whole, noise, 0).terms
+        second = model.loss(phase, without, {name: values[keep] for name, values in noise.items()}, 0).terms
+        assert first.keys() == second.keys() == model.counts(phase, whole).keys()
+        for name, value in first.items():
+            torch.testing.assert_close(value, second[name])
+        assert model.counts(phase, whole) == model.counts(phase, without)
+
+
 def test_saved_with_its_labels_it_is_the_same():
     for fields in ({}, SEMI):
         model = small(**fields)
@@ -170,9 +199,10 @@ def test_the_k_plus_1_losses_are_those_of_a_softmax_over_k_plus_1_classes():
     # The class of a labelled row is judged among the K of data.
     labelled = -(probs[0, 2] / probs[0, :3].sum()).log() - 0.5 * (probs[2, 0] / probs[2, :3].sum()).log()
     torch.testing.assert_close(loss.terms["labelled"], labelled)
-    torch.testing.assert_close(loss.terms["real"], -2 * (1 - probs[1, 3]).log() - (1 - probs[3, 3]).log())
+    # Whether a row is data is asked of every row, labelled or not.
+    torch.testing.assert_close(loss.terms["real"], -(weights * (1 - probs[:, 3]).log()).sum())
     torch.testing.assert_close(loss.terms["fake"], -of_fake[:, 3].log().sum())
-    assert model.counts(DISCRIMINATOR, batch) == {"labelled": 1.5, "real": 3.0, "fake": 5.0}
+    assert model.counts(DISCRIMINATOR, batch) == {"labelled": 1.5, "real": 4.5, "fake": 5.0}
 
 
 def test_features_are_matched_over_the_batch_or_by_pairs():
@@ -182,7 +212,7 @@ def test_features_are_matched_over_the_batch_or_by_pairs():
     real = model.encode(batch.x)
     fake = model.encode(model.decode(noise["latent"]))
     term = model.loss(GENERATOR, batch, noise, 0).terms["generator"] / model.counts(GENERATOR, batch)["generator"]
-    torch.testing.assert_close(term, ((real[0] + 2 * real[2]) / 3 - fake.mean(0)).square().sum())
+    torch.testing.assert_close(term, ((real[0] + 9 * real[1] + 2 * real[2]) / 12 - fake.mean(0)).square().sum())
     assert "feature_matching: pairs" in model.needs_whole_batch(GENERATOR)
     assert model.needs_whole_batch(DISCRIMINATOR) is None
 
@@ -191,8 +221,19 @@ def test_features_are_matched_over_the_batch_or_by_pairs():
     noise = noise_of(model, GENERATOR, 4)
     fake, other = (model.encode(model.decode(noise[name])) for name in ("latent", "other_latent"))
     term = model.loss(GENERATOR, batch, noise, 0).terms["generator"]
-    torch.testing.assert_close(term, sum(w * (fake[i] - real[i]) @ (other[i] - real[i]) for i, w in ((0, 1), (2, 2))))
-    assert model.counts(GENERATOR, batch) == {"generator": 3.0}
+    torch.testing.assert_close(term, sum(w * (fake[i] - real[i]) @ (other[i] - real[i]) for i, w in ((0, 1), (1, 9), (2, 2))))
+    assert model.counts(GENERATOR, batch) == {"generator": 12.0}
+
+
+@pytest.mark.parametrize("feature_matching", ["batch", "pairs"])
+def test_a_generator_is_trained_where_every_row_has_a_label(feature_matching):
+    model, batch = small(**SEMI, feature_matching=feature_matching), batch_of([0, 1, 2, 1])
+    loss = model.loss(GENERATOR, batch, noise_of(model, GENERATOR, 4), 0)
+    assert float(loss.terms["generator"].detach()) != 0.0
+    assert model.counts(GENERATOR, batch) == {"generator": 4.0}
+    gradients = torch.autograd.grad(loss.terms["generator"], list(model.generator.parameters()))
+    assert all(bool((gradient != 0).any()) for gradient in gradients)
+    assert model.counts(DISCRIMINATOR, batch) == {"labelled": 4.0, "real": 4.0, "fake": 4.0}
 
 
 def test_pairs_have_the_mean_of_the_whole():
@@ -322,7 +363,10 @@ class NoFeatures(nn.Module):
         (lambda: small().sample(3, given="d"), "'d'; the labels are a, b, c"),
         (lambda: small().decode(np.zeros((2, 3))), "with given="),
         (lambda: small(**SEMI).sample(3, given="a"), "knows no classes; model.labels: condition"),
-        (lambda: small().counts(DISCRIMINATOR, batch_of([0, -1, 1])), "row 1 has no label.*semi_supervised"),
+        (lambda: check([0, -1, 1, 2]), "1 of 4 rows have no label.*semi_supervised"),
+        (lambda: check([0, 2, 2, 0]), "the label b, and nothing"),
+        (lambda: check([0, 2, 1], weights=torch.tensor([1.0, 1.0, 0.0])), "the label b, and nothing"),
+        (lambda: check([0, 2, -1, -1], **SEMI), "the label b, and nothing"),
         (lambda: small(discriminator={"module": f"{__name__}:NoFeatures"}, **SEMI), "no method features"),
     ],
 )
@@ -330,6 +374,16 @@ def test_mistakes_are_one_line(call, match):
     with pytest.raises(UserError, match=match) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def check(classes: list[int], weights: torch.Tensor | None = None, **fields: Any) -> None:
+    weights = torch.ones(len(classes)) if weights is None else weights
+    small(**fields).check_labels(evidence_of(torch.tensor(classes)).double(), weights.double())
+
+
+def test_labels_that_suffice_are_accepted():
+    check([0, 1, 2])
+    check([0, 1, -1, 2, -1], **SEMI)
 
 
 def test_a_users_module_without_features_takes_conditions():

@@ -150,6 +150,8 @@ def test_what_no_image_can_be_is_refused():
         ({"num_blocks": 2}, "give channels"),
         ({"channels": [4], "checkpointing": True}, "give channels and num_blocks"),
         ({"module": "a:B", "spectral_norm": True}, "let the module normalize its own"),
+        ({"module": "a:B", "activation": "silu"}, "let the module have its own"),
+        ({"module": "a:B", "normalization": "layer"}, "let the module have its own"),
     ],
 )
 def test_a_configuration_is_of_one_network(fields, match):

@@ -69,6 +69,10 @@ class NetworkConfig(BaseModel):
             raise ValueError("checkpointing is of residual blocks; give channels and num_blocks")
         if self.spectral_norm and self.module is not None:
             raise ValueError("spectral_norm is of layers that are made here; let the module normalize its own, or leave it out")
+        for name in ("activation", "normalization"):
+            # An artifact holds every field, given or not: those with the class's own value are of no weight.
+            if self.module is not None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of layers that are made here; let the module have its own, or leave it out")
         return self
 
     @property

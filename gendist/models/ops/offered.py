@@ -7,7 +7,10 @@ from typing import Any
 
 
 class Offered:
-    """A method that is there unless the instance's `not_offered` names it; then to ask for it tells the reason."""
+    """A method that is there unless the instance's `not_offered` names it; then to ask for it tells the reason.
+
+    Of a method that is none of the verbs of all families, the reason stands in `further_not_offered`.
+    """
 
     def __init__(self, verb: Callable[..., Any]):
         self.verb, self.__doc__ = verb, verb.__doc__
@@ -19,6 +22,7 @@ class Offered:
         """AttributeError where it is not offered, so that `hasattr` tells."""
         if instance is None:
             return self.verb
-        if self.name in instance.not_offered:
-            raise AttributeError(f"{self.name} is not offered: {instance.not_offered[self.name]}")
+        for reasons in (instance.not_offered, getattr(instance, "further_not_offered", {})):
+            if self.name in reasons:
+                raise AttributeError(f"{self.name} is not offered: {reasons[self.name]}")
         return self.verb.__get__(instance, owner)
