@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,9 @@ class _Process:
 
     def train(self, rows: Mapping[Any, Any]) -> bool:
         model: DeepModel = new_model(self.spec, self.dataset)
-        _check_labels(model, rows["training"])
+        _check_labels(model, [rows["training"]])
+        if "validation" in rows:  # they are not learned from, but looked at
+            _check_labels(model, [rows["training"], rows["validation"]])
         with _only_writer(self.directory) if self.is_first else nullcontext():
             resumed = newest(self.directory.checkpoints)
             progress = resumed.progress if resumed else Progress()
@@ -186,12 +188,13 @@ class _Process:
         return found
 
 
-def _check_labels(model: Any, rows: RowSet) -> None:
+def _check_labels(model: Any, parts: Sequence[RowSet]) -> None:
     """UserError where the family cannot be trained on rows with these labels, such as none of one class."""
-    if rows.evidence is None or not hasattr(model, "check_labels"):
+    evidence = [part.evidence for part in parts if part.evidence is not None]
+    if not evidence or not hasattr(model, "check_labels"):
         return
-    weights = np.ones(rows.num_rows) if rows.weights is None else rows.weights
-    model.check_labels(torch.from_numpy(np.array(rows.evidence)), torch.from_numpy(np.array(weights)))
+    weights = [np.ones(part.num_rows) if part.weights is None else part.weights for part in parts]
+    model.check_labels(torch.from_numpy(np.concatenate(evidence)), torch.from_numpy(np.concatenate(weights)))
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ class Dataset:
     def parts(self, parts: Leaves) -> Blocks[Sequence[Block]]:
         """All rows for one pass, in parts that begin and end with leaves: each is the list of its blocks, one a leaf, with the
         evidence of a class where there are labels."""
-        return self.make_blocks(_PartLoader(self._loader(len(self.labels), "all", 0), self.leaves.max_leaf_rows), parts, 1, False)
+        return self.make_blocks(
+            _PartLoader(self._loader(len(self.labels), "all", 0), self.leaves.max_leaf_rows), parts, 1, False
+        )
 
     def sequence_parts(self, parts: Leaves) -> Blocks[tuple[int, Sequence[Block]]]:
         """All sequences for one pass, in parts: each is the number of its first sequence, and the list of its blocks, of whole
