@@ -78,12 +78,14 @@ class Rows:
 
 def test_a_watched_model_says_that_it_has_collapsed():
     x, seen = normal(1500, 0), []
-    good = SimpleNamespace(sample=lambda size, seed, offset: normal(2000, 1)[offset : offset + size])
+    good = SimpleNamespace(num_features=3, sample=lambda size, seed, offset: normal(2000, 1)[offset : offset + size])
     found = watch_samples(good, Rows(x), 3, {}, lambda: seen.append(1))
     assert found == {f"samples/{name}": value for name, value in vars(likeness(x[(torch.arange(MAX_ROWS) * 3) // 2],
                                                                               normal(2000, 1)[:MAX_ROWS])).items()}  # fmt: skip
     assert seen
-    collapsed = SimpleNamespace(sample=lambda size, seed, offset: torch.zeros(size, 3), advice=lambda record: [record["said"]])
+    collapsed = SimpleNamespace(
+        num_features=3, sample=lambda size, seed, offset: torch.zeros(size, 3), advice=lambda record: [record["said"]]
+    )
     found = watch_samples(collapsed, Rows(x), 3, {"said": "mine"})
     assert found["warnings"][0] == "mine"
     assert "samples/coverage" in found["warnings"][1]
@@ -91,7 +93,7 @@ def test_a_watched_model_says_that_it_has_collapsed():
 
 
 def test_samples_in_the_middle_of_the_data_are_told_by_their_recall():
-    blurred = SimpleNamespace(sample=lambda size, seed, offset: 0.05 * normal(size, offset, width=30))
+    blurred = SimpleNamespace(num_features=30, sample=lambda size, seed, offset: 0.05 * normal(size, offset, width=30))
     found = watch_samples(blurred, Rows(normal(500, 0, width=30)), 3, {})
     assert found["samples/coverage"] > 0.5
     assert "samples/recall 0.0%" in found["warnings"][0]
