@@ -52,7 +52,7 @@ ADAM = {
 # the discriminator's last bias is the share of the samples less that of the data, 1 - 1. With an epsilon of 1e-8 all else
 # agrees within 2e-6 there, and that bias ends anywhere; with one that is larger than rounding, it agrees as well.
 DAMPED = {**ADAM, "learning_rate": 0.03, "epsilon": 0.1}
-# So it is with a classifier whose loss weighs little and is of few rows. Of residual networks, that bias has more rounding in it.
+# So it is with a classifier whose loss weighs little and is of few rows. Of residual networks that bias has more rounding.
 OPTIMIZERS = dict.fromkeys(("gan, wasserstein", "gan, hinge", "vae, semi-supervised"), DAMPED)
 OPTIMIZERS |= {"gan, residual": {**DAMPED, "learning_rate": 0.01}}
 
