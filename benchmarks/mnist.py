@@ -30,10 +30,12 @@ from tables import print_machine, print_table
 
 import gendist
 from gendist.config import load_spec
+from gendist.latent_prior import LatentPrior
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LABELS_OF_A_CLASS = 10
 TEST_IMAGES_AT_ONCE = 1_000
+PRIOR = ("fit.max_iterations=40",)
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs") / "mnist")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--importance-samples", type=int, default=5_000)
+    parser.add_argument("--prior", type=int, default=0, metavar="K", help="also over a mixture of K components as prior")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="changes to the specs")
     options = parser.parse_args()
     print_machine(1)
@@ -130,6 +133,12 @@ def main() -> None:
             seconds.append(time.monotonic() - began)
             found.append(measured(case, run.model, test, options.importance_samples))
             print(f"{name}, seed {seed}: {found[-1]:.2f}, fitted in {seconds[-1]:.0f} s", flush=True)
+            if options.prior and not few:
+                prior = LatentPrior.of(folder, [f"model.num_components={options.prior}", *PRIOR])
+                prior.encode()
+                prior.fit()
+                over_it = measured(case, gendist.load(prior.path), test, options.importance_samples)
+                print(f"{name}, seed {seed}, over a mixture of {options.prior}: {over_it:.2f}", flush=True)
         spread = f" (sd {statistics.stdev(found):.2f})" if len(found) > 1 else ""
         unit = "%" if case.measure == "error" else "nats"
         middle = statistics.fmean(found)
