@@ -71,8 +71,7 @@ def residual_convolutions(
     sizes = halved(input_shape, len(channels), where)
     layers: list[nn.Module] = [kinds.convolution(input_shape[0], channels[0], 3, padding=1)]
     for larger, before, after in zip(sizes, (channels[0], *channels), channels, strict=False):
-        layers.append(ResidualBlock(kinds, before, after, _pooling(larger), checkpointing))
-        layers += [ResidualBlock(kinds, after, after, None, checkpointing) for _ in range(num_blocks - 1)]
+        layers += _blocks(kinds, before, after, _pooling(larger), num_blocks, checkpointing)
     last = (channels[-1], *sizes[-1])
     return [*layers, *kinds.nonlinear(channels[-1]), nn.Flatten(), kinds.linear(prod(last), prod(output_shape))]
 
@@ -91,13 +90,20 @@ def residual_upsampling(
     small = (channels[0], *sizes[0])
     layers: list[nn.Module] = [kinds.linear(prod(input_shape), prod(small)), nn.Unflatten(1, small)]
     for larger, before, after in zip(sizes[1:], (channels[0], *channels), channels, strict=False):
-        layers.append(ResidualBlock(kinds, before, after, nn.Upsample(larger, mode="nearest"), checkpointing))
-        layers += [ResidualBlock(kinds, after, after, None, checkpointing) for _ in range(num_blocks - 1)]
+        layers += _blocks(kinds, before, after, nn.Upsample(larger, mode="nearest"), num_blocks, checkpointing)
     return [
         *layers,
         *kinds.nonlinear(channels[-1]),
         kinds.convolution(channels[-1], output_shape[0], 3, padding=1),
     ]
+
+
+def _blocks(
+    kinds: LayerKinds, before: int, after: int, resized: nn.Module, num_blocks: int, checkpointing: bool
+) -> list[nn.Module]:
+    """Those of one size of the image, the first of which makes it."""
+    first = ResidualBlock(kinds, before, after, resized, checkpointing)
+    return [first, *(ResidualBlock(kinds, after, after, None, checkpointing) for _ in range(num_blocks - 1))]
 
 
 def _pooling(size: Size) -> nn.AvgPool2d:
