@@ -16,9 +16,11 @@ MODULES = {
 }
 
 # What a module of each room may import from the others. The root package holds the version only.
-BASE = ("gendist", "gendist.protocols", "gendist.noise", "gendist.one_thread")
+BASE = ("gendist", "gendist.errors", "gendist.protocols", "gendist.noise", "gendist.one_thread", "gendist.figures")
 ALLOWED = {
-    "gendist.protocols": (),
+    "gendist.errors": (),
+    "gendist.figures": (),
+    "gendist.protocols": ("gendist.errors",),
     "gendist.noise": ("gendist.protocols",),
     "gendist.machine": (),
     "gendist.atomic": (),
@@ -57,7 +59,7 @@ ALLOWED = {
     "gendist.run": (),
     "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
-    "gendist.pictures": ("gendist.data.schema",),
+    "gendist.pictures": ("gendist.data.schema", "gendist.figures"),
 }
 
 
