@@ -188,9 +188,10 @@ def test_images_have_a_bar_of_their_rows_states():
 ODD_NAMES = ("a$b", "\N{GRINNING FACE}\n", "x" * 200, "100%_{")
 
 
-@pytest.mark.parametrize("values", [[np.nan] * 3, [np.inf, -np.inf, 0.0], [1e308, -1e308, 1e-308], [1.0, 1.0, 1.0]])
-def test_whatever_a_model_makes_can_be_drawn(values):
-    schema, x = schema_of(*ODD_NAMES), np.tile(np.array(values)[:, None], (1, 4))
+def test_whatever_a_model_makes_can_be_drawn():
+    """Names that look like formulas or have no sign in the font; columns without a number, beyond all numbers, and constant."""
+    schema = schema_of(*ODD_NAMES)
+    x = np.array([[np.nan, np.inf, 1e308, 1.0], [np.nan, -np.inf, -1e308, 1.0], [np.nan, 0.0, 1e-308, 1.0]])
     x_ND = torch.from_numpy(x)
     names = ("a", "$", "c")
     k = torch.arange(3)
@@ -201,7 +202,7 @@ def test_whatever_a_model_makes_can_be_drawn(values):
         opened(picture_bytes(x[None], sequences))
         opened(picture_bytes([x, x[:1]], sequences))
         opened(figure_bytes(Paths(x_ND[None], names[:1]), schema))
-        for covariances in (None, torch.ones(3, 4).double(), torch.eye(4).double().repeat(3, 1, 1)):
+        for covariances in (None, torch.eye(4).double().repeat(3, 1, 1)):
             opened(figure_bytes(Mixture(x_ND, k, torch.ones(3).double() / 3, x_ND, covariances, k, names), schema))
         opened(figure_bytes(Strips(x_ND[None], k[None], names), sequences))
         opened(figure_bytes(Matrices(x_ND[None, :, :3], names, names), schema))
