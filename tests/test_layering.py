@@ -50,6 +50,7 @@ ALLOWED = {
     "gendist.serve": (
         *BASE,
         "gendist.artifact",
+        "gendist.bulk.parts",
         "gendist.data",
         "gendist.machine",
         "gendist.pictures",
