@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from running import Running, running
 
 import gendist
 from gendist.artifact import Artifact, save
@@ -100,3 +101,20 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, make in MAKERS.items():
         make(folder / name)
     return {name: folder / name for name in MAKERS}
+
+
+@pytest.fixture(scope="session")
+def hosted(artifacts: dict[str, Path]) -> dict[str, Any]:
+    """A `HostedModel` of each of the artifacts."""
+    from gendist.serve.hosted_model import HostedModel
+
+    return {name: HostedModel(name, path) for name, path in artifacts.items()}
+
+
+@pytest.fixture(scope="session")
+def server(hosted: dict[str, Any]) -> Iterator[Running]:
+    """All of them behind HTTP on this machine."""
+    from gendist.serve.http_app import http_app
+
+    with running(http_app(hosted)) as server:
+        yield server
