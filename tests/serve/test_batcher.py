@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from collections.abc import Callable, Coroutine, Hashable, Sequence
 from functools import wraps
 from typing import Any
@@ -144,18 +145,13 @@ async def test_ray_66140_a_computation_that_breaks_fails_its_batch_and_not_the_q
 
 @on_a_loop
 async def test_litserve_340_a_request_that_fails_fails_alone():
-    def compute(key: Hashable, payloads: Sequence[Any]) -> Any:
-        return [ValueError("bad") if payload == "bad" else payload for payload in payloads]
-
-    served = Served(held=True)
-    served.batcher._compute, blocked = compute, served.batcher._compute
-    batcher = Batcher(lambda key, payloads: blocked(key, payloads) if key == "first" else compute(key, payloads), Limits())
-    first = asyncio.create_task(batcher.result(work("first", "first")))
-    await served.began.wait()
-    tasks = [asyncio.create_task(batcher.result(work(each))) for each in ("a", "bad", "b")]
+    served = Served(lambda payload: ValueError("a bad one") if payload == "bad" else payload, held=True)
+    first = await served.occupied()
+    tasks = served.ask(work("a"), work("bad"), work("b"))
     await settle()
     served.go()
     results = await asyncio.gather(first, *tasks, return_exceptions=True)
+    assert served.batches[1:] == [["a", "bad", "b"]]
     assert [results[0], results[1], results[3]] == ["first", "a", "b"]
     assert isinstance(results[2], ValueError)
 
@@ -322,8 +318,6 @@ async def test_a_quick_work_that_finds_nobody_before_it_is_computed_on_the_loop(
 @on_a_loop
 async def test_a_slow_work_is_not_computed_on_the_loop():
     def busy(_: Any) -> None:
-        import time
-
         until = time.thread_time() + 0.01
         while time.thread_time() < until:
             pass
