@@ -293,15 +293,18 @@ async def test_a_request_of_many_chunks_shares_with_small_ones(key):
 
 
 @on_a_loop
-async def test_works_that_nothing_can_join_go_together_once_they_are_known_to_be_quick():
+async def test_works_that_nothing_can_join_are_computed_on_the_loop_once_they_are_known_to_be_quick():
     served = Served(held=True)
     first = await served.occupied()
-    unknown = served.ask(*(work(i, None, cost="quick") for i in range(3)))
+    tasks = served.ask(*(work(i, None, cost="quick") for i in range(3)), work("joined"), work(3, None, cost="quick"))
     await settle()
+    assert served.batches == [["first"]]  # never two things at a time
     served.go()
-    await asyncio.gather(first, *unknown)
-    assert [len(batch) for batch in served.batches[1:]] == [1, 2]  # the first tells
-    assert {left.reason for left in served.left[1:]} == {"alone"}
+    assert await asyncio.gather(first, *tasks) == ["first", 0, 1, 2, "joined", 3]
+    here = threading.current_thread().name
+    assert served.batches == [["first"], [0], [1], [2], ["joined"], [3]]
+    assert served.threads == ["model", "model", here, here, "model", here]  # the first of them tells
+    assert [left.reason for left in served.left[1:]] == ["alone", "alone", "alone", "complete", "alone"]
 
 
 @on_a_loop
@@ -317,15 +320,29 @@ async def test_a_quick_work_that_finds_nobody_before_it_is_computed_on_the_loop(
 
 @on_a_loop
 async def test_a_slow_work_is_not_computed_on_the_loop():
-    def busy(_: Any) -> None:
-        until = time.thread_time() + 0.01
-        while time.thread_time() < until:
-            pass
-
-    served = Served(busy)
+    served = Served(lambda _: time.sleep(0.01))
     for _ in range(3):
         await served.batcher.result(work(0, None, cost="slow"))
     assert set(served.threads) == {"model"}
+
+
+@on_a_loop
+async def test_a_request_of_many_quick_chunks_does_not_keep_the_loop_to_itself():
+    served = Served()
+    await served.batcher.result(work(0, None, cost="quick"))
+    turns = 0
+
+    async def somebody_else() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(somebody_else())
+    for number in range(50):
+        await served.batcher.result(work(number, None, cost="quick"), is_continued=True)
+    assert turns >= 50
+    other.cancel()
 
 
 @on_a_loop
