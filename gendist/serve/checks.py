@@ -31,7 +31,7 @@ class Checks:
 
     def checked(self, call: Call, limits: Limits) -> Call:
         """The call, with arrays as the model takes them. `InvalidCall` where it has no answer."""
-        if reason := self._model.not_offered.get(call.verb):
+        if reason := self._trial.not_offered.get(call.verb):
             raise InvalidCall(f"{call.verb} is not offered: {reason}", "verb", ", ".join(self._trial.options))
         if isinstance(call, SampleCall):
             self._check_sample(call, limits)

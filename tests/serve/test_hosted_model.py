@@ -12,23 +12,29 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gendist
 from gendist.artifact import Artifact, save
 from gendist.config import family_class
 from gendist.data import Schema
+from gendist.data.coordinates import Whitened
+from gendist.data.transforms import Step, Transforms
+from gendist.models.gmm import GaussianMixture
 from gendist.models.ops.tiles import TILE
 from gendist.protocols import VERBS, UserError
 from gendist.serve import trial
 from gendist.serve.batcher import Batcher, Left
 from gendist.serve.hosted_model import DataCall, HostedModel, InvalidCall, SampleCall, compute, together
 from gendist.serve.limits import Limits
+from gendist.transformed import Transformed
 
 EVERY_FAMILY = ["labelled_gmm", "gmm", "hmm", "naive_bayes", "labelled_vae", "vae_of_images", "gan"]
 JOINING = ["labelled_vae", "vae_of_images", "gan"]
 # Networks whose layers are wide enough for rows to be the same bytes wherever in a tile they lie, on the processors known.
 WIDE = {
     "wide_vae": ("vae", {"latent_dim": 3, "likelihood": "gaussian", **dict.fromkeys(("encoder", "decoder", "classifier"))}),
+    "vae_behind_transforms": ("vae", {"latent_dim": 3, "likelihood": "gaussian", **dict.fromkeys(("encoder", "decoder"))}),
     "wide_gan": ("gan", {"latent_dim": 3, "labels": "condition", **dict.fromkeys(("generator", "discriminator"))}),
 }
 
@@ -41,14 +47,21 @@ def hosted_models(artifacts: Mapping[str, Path], tmp_path_factory: pytest.TempPa
         own = cls.Config.model_validate(
             {key: {"hidden_sizes": [32]} if value is None else value for key, value in config.items()}
         )
-        model = cls.create(own, (24,), ("a", "b"), seed=0)
+        model, prior = cls.create(own, (24,), ("a", "b"), seed=0), None
         names = tuple(f"x_{i}" for i in range(24))
-        save(Artifact(family, model, Schema(columns=names, feature_names=names)), folder / name)
+        if name == "vae_behind_transforms":
+            mixture = GaussianMixture.from_parameters([0.3, 0.7], [[0, 1, 2], [2, 1, 0]], [np.eye(3), 0.1 * np.eye(3)])
+            prior = Artifact("gmm", mixture, Schema(columns=names[:3], feature_names=names[:3]))
+            rotation = torch.from_numpy(np.linalg.qr(np.random.default_rng(1).normal(size=(24, 24)))[0])
+            whitened = Whitened(torch.arange(24.0, dtype=torch.float64), rotation, torch.full((24,), 3.0, dtype=torch.float64))
+            transforms = Transforms(names, (Step.model_validate("whiten"),), (whitened,))
+            model = Transformed(model.with_prior(mixture), transforms)
+        save(Artifact(family, model, Schema(columns=names, feature_names=names), prior), folder / name)
         paths[name] = folder / name
     return {name: HostedModel(name, path) for name, path in paths.items()}
 
 
-@pytest.fixture(params=EVERY_FAMILY)
+@pytest.fixture(params=[*EVERY_FAMILY, *WIDE])
 def hosted(request, hosted_models) -> HostedModel:
     return hosted_models[request.param]
 
@@ -107,9 +120,9 @@ def test_networks_are_joined_where_the_bytes_are_the_same(hosted_models):
         assert could or not hosted.trial.joined
         for verb, description in hosted.description()["verbs"].items():
             assert description["is_joined"] == (hosted.work_of(call_of(hosted, verb, 2)).key is not None)
-    tried = [hosted_models[name].trial.joined for name in WIDE]
-    assert {"sample", "encode", "decode", "classify", "reconstruct"} == tried[0] or not tried[0]
-    assert {"sample", "encode", "decode"} == tried[1] or not tried[1]
+    for name, verbs in (("wide_vae", {"sample", "encode", "decode", "classify", "reconstruct"}),
+                        ("wide_gan", {"sample", "encode", "decode"})):  # fmt: skip
+        assert hosted_models[name].trial.joined in (verbs, set())
 
 
 @pytest.mark.parametrize("name", JOINING)
@@ -153,14 +166,11 @@ def test_a_sample_is_that_of_the_model_with_what_it_was_drawn_from(hosted):
         assert answer["state"].tolist() == loaded.sample_states(17, seed=3, offset=5).tolist()
 
 
-def test_a_verb_of_data_is_that_of_the_model(hosted, artifacts):
-    loaded = gendist.load(artifacts[hosted.name])
+def test_a_verb_of_data_is_that_of_the_model(hosted):
+    loaded = hosted.model
     for verb in set(hosted.verbs) - {"sample"}:
         call = call_of(hosted, verb, 9)
-        try:
-            expected = getattr(loaded, verb)(call.x, **call.options)
-        except UserError:
-            continue  # classify without labels
+        expected = getattr(loaded, verb)(call.x, **call.options)
         values = hosted.answer(call)[verb]
         for own, theirs in zip(values, expected, strict=True):
             assert np.asarray(own).tobytes() == np.asarray(theirs).tobytes()
@@ -272,9 +282,7 @@ def some_call(hosted: HostedModel, rng: random.Random, x: Any) -> Any:
     if rng.random() < 0.7:
         length = rng.choice([None, 1, 4]) if hosted.takes_sequences else None
         return hosted.check(SampleCall(num_rows, seed, offset, given, length))
-    verb = rng.choice(
-        [verb for verb in hosted.verbs if verb != "sample" and not (verb == "classify" and not hosted.conditions)]
-    )
+    verb = rng.choice([verb for verb in hosted.verbs if verb != "sample"])
     start = rng.randrange(40)
     return call_of(hosted, verb, num_rows) if verb == "decode" else hosted.check(
         DataCall(verb, x[start : start + num_rows], {"given": hosted.conditions[0]} if verb in hosted.trial.needs_given else {})
