@@ -18,7 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -123,14 +123,7 @@ class RowsOnDisk:
 
     def _write(self, part: Part, fingerprint: bytes, folder: Path, alive: Callable[[], None]) -> None:
         folder.mkdir()
-        plain = Dataset(
-            self.dataset.source,
-            self.dataset.config,
-            self.dataset.schema,
-            self.dataset.leaves,
-            self.dataset.make_blocks,
-            self.dataset.labels,
-        )
+        plain = replace(self.dataset, transforms=None)
         summary = _written(plain.blocks(self.num_latents, part, self.seed, keep=False), self._transformed, folder, alive)
         if summary.fingerprint != fingerprint:
             raise UserError(
