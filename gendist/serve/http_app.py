@@ -6,7 +6,6 @@ A request passes the `Edge` (access.py), is read and checked (bodies.py, rows.py
 
 from __future__ import annotations
 
-import io
 import mimetypes
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
@@ -21,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from gendist.pictures import most_shown, save_picture
+from gendist.pictures import most_shown, picture_bytes
 from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
 from gendist.serve.answers import Headers, Line, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
@@ -197,12 +196,6 @@ class _Server:
         latency_s = time.monotonic() - record.began
         rows = record.rows if record.is_complete and record.status == 200 else 0
         self.metrics.answered(record.model, record.verb, record.status, rows, latency_s, record.wait_s)
-
-
-def picture_bytes(x: Any, schema: Any) -> bytes:
-    stream = io.BytesIO()
-    save_picture(x, schema, stream)  # type: ignore[arg-type]
-    return stream.getvalue()
 
 
 def _told_by(kind: str, body: bytes, query: dict[str, str]) -> tuple[dict[str, Any], bytes | None]:
