@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -167,10 +168,16 @@ def _floats(values: Values) -> Array:
     return np.ascontiguousarray(array, dtype="<f8")
 
 
-def npy_header(array: Array, num_rows: int) -> bytes:
+def _shape(first: Values, num_rows: int) -> tuple[int, ...]:
+    """Of the whole array."""
+    return (num_rows, *(np.shape(first)[1:] if isinstance(first, np.ndarray) else (np.shape(first[0]))))
+
+
+@lru_cache(maxsize=256)
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """Of float64."""
     stream = io.BytesIO()
-    description = {"descr": array.dtype.str, "fortran_order": False, "shape": (num_rows, *array.shape[1:])}
-    np.lib.format.write_array_header_1_0(stream, description)
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
     return stream.getvalue()
 
 
@@ -181,7 +188,7 @@ class NpyEncoder:
         self._described = described
 
     def begin(self, first: Mapping[str, Values]) -> bytes:
-        return npy_header(_floats(first[self._described.name]), self._described.num_rows)
+        return npy_header(self._shape(first))
 
     def rows(self, chunk: Mapping[str, Values]) -> bytes:
         return _floats(chunk[self._described.name]).tobytes()
@@ -190,8 +197,11 @@ class NpyEncoder:
         return b""
 
     def num_bytes(self, first: Mapping[str, Values]) -> int | None:
-        array = _floats(first[self._described.name])
-        return len(self.begin(first)) + self._described.num_rows * (array.nbytes // len(array))
+        shape = self._shape(first)
+        return len(npy_header(shape)) + 8 * prod(shape)
+
+    def _shape(self, first: Mapping[str, Values]) -> tuple[int, ...]:
+        return _shape(first[self._described.name], self._described.num_rows)
 
 
 class _Sink(io.RawIOBase):
@@ -225,7 +235,7 @@ class NpzEncoder:
 
     def begin(self, first: Mapping[str, Values]) -> bytes:
         self._rows = self._archive.open(f"{self._described.name}.npy", "w", force_zip64=True)
-        self._rows.write(npy_header(_floats(first[self._described.name]), self._described.num_rows))
+        self._rows.write(npy_header(_shape(first[self._described.name], self._described.num_rows)))
         return self._sink.taken()
 
     def rows(self, chunk: Mapping[str, Values]) -> bytes:

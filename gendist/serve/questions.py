@@ -10,6 +10,7 @@ from typing import Any
 
 from gendist.bulk.parts import Layout, sample_layout
 from gendist.noise import MAX_SEED
+from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
 from gendist.serve.bodies import data_options, sample_body, whole_number
 from gendist.serve.calls import DataCall, InvalidCall, SampleCall
@@ -146,8 +147,6 @@ class Questions:
         return list(self.hosted.model.figures(0)) if hasattr(self.hosted.model, "figures") else []
 
     def figure(self, name: str, seed: int) -> bytes:
-        from gendist.pictures import figure_bytes
-
         return figure_bytes(self.hosted.model.figures(seed)[name], self._schema)
 
 

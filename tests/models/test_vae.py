@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
