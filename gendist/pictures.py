@@ -73,7 +73,7 @@ def picture_bytes(x: Any, schema: Schema) -> bytes:
         return grid(np.stack([np.reshape(each, schema.image_shape) for each in x[:MAX_IMAGES]]))
     if schema.is_sequence:
         return plots.lines(list(x[: plots.MAX_LINES]), schema.feature_names, _texts(schema))
-    return plots.panels(np.asarray(x)[:MAX_SHOWN], schema.feature_names)
+    return plots.panels(np.asarray(x)[:MAX_SHOWN], schema.feature_names, _texts(schema))
 
 
 def figure_bytes(figure: Figure, schema: Schema) -> bytes:
