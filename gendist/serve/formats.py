@@ -242,7 +242,7 @@ class _Sink(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         self._content += content
-        return len(content)
+        return memoryview(content).nbytes
 
     def taken(self) -> bytes:
         content = bytes(self._content)
