@@ -10,7 +10,7 @@ import threading
 import httpx
 import numpy as np
 import pytest
-from running import TIMEOUT_S, running, until
+from served import TIMEOUT_S, serving, until
 
 import gendist
 from gendist.bulk import sample
@@ -242,7 +242,7 @@ def test_bodies_of_other_types(server):
 
 def test_bodies_that_are_too_large(hosted):
     limits = Limits(max_body_bytes=1000)
-    with running(http_app({"gmm": hosted["gmm"]}, limits)) as server:
+    with serving(http_app({"gmm": hosted["gmm"]}, limits)) as server:
         large = b'{"seed": %s}' % (b" " * 2000)
         assert server.post(SAMPLE, content=large, headers=JSON).status_code == 413
 
@@ -256,7 +256,7 @@ def test_bodies_that_are_too_large(hosted):
 
 
 def test_a_slow_body_is_cut_off(hosted):
-    with running(http_app({"gmm": hosted["gmm"]}, Limits(time_limit_s=0.2))) as server:
+    with serving(http_app({"gmm": hosted["gmm"]}, Limits(time_limit_s=0.2))) as server:
         with server.connected() as slow:
             slow.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" % SAMPLE.encode())
             slow.sendall(b"content-length: 100\r\n\r\n{")
@@ -329,7 +329,7 @@ def test_one_chunk_is_computed_ahead_of_the_client_and_no_more(watched):
 @pytest.mark.parametrize("format_", FORMATS)
 def test_a_failure_on_the_way_cuts_the_answer_off(watched, format_, caplog):
     watched.fails_at = 2 * watched.chunk_rows
-    with running(http_app({"gmm": watched})) as server:
+    with serving(http_app({"gmm": watched})) as server:
         body = {"num_samples": 4 * watched.chunk_rows, "seed": 1}
         with pytest.raises(httpx.RemoteProtocolError):
             server.post(SAMPLE, params={"format": format_}, json=body)
@@ -349,7 +349,7 @@ def _request(path, body, query=""):
 
 
 def test_who_hangs_up_frees_the_queue(watched):
-    with running(http_app({"gmm": watched})) as server:
+    with serving(http_app({"gmm": watched})) as server:
         blocking = server.connected()
         blocking.sendall(_request(SAMPLE, {"seed": 666}))
         until(lambda: len(watched.calls) == 1, "the thread computes")
@@ -369,7 +369,7 @@ def test_who_hangs_up_frees_the_queue(watched):
 def test_who_hangs_up_in_a_stream_ends_it(watched):
     num_chunks = 2000
     limits = Limits(max_rows=num_chunks * watched.chunk_rows)
-    with running(http_app({"gmm": watched}, limits)) as server:
+    with serving(http_app({"gmm": watched}, limits)) as server:
         client = server.connected()
         client.sendall(_request(SAMPLE, {"seed": 1, "num_samples": limits.max_rows}, "?format=npy"))
         client.recv(1000)
@@ -382,7 +382,7 @@ def test_who_hangs_up_in_a_stream_ends_it(watched):
 
 
 def test_the_queue_is_full(watched):
-    with running(http_app({"gmm": watched}, Limits(queue_rows=10))) as server:
+    with serving(http_app({"gmm": watched}, Limits(queue_rows=10))) as server:
         blocking = server.connected()
         blocking.sendall(_request(SAMPLE, {"seed": 666}))
         until(lambda: len(watched.calls) == 1, "the thread computes")
@@ -400,7 +400,7 @@ def test_the_queue_is_full(watched):
 
 
 def test_what_takes_too_long_and_a_thread_that_is_stuck(watched):
-    with running(http_app({"gmm": watched}, Limits(time_limit_s=0.2))) as server:
+    with serving(http_app({"gmm": watched}, Limits(time_limit_s=0.2))) as server:
         late = server.post(SAMPLE, json={"seed": 666})
         assert late.status_code == 504
         until(lambda: server.get("/healthz").status_code == 503, "it is told")
@@ -411,7 +411,7 @@ def test_what_takes_too_long_and_a_thread_that_is_stuck(watched):
 
 def test_too_many_bodies_at_once(watched):
     limits = Limits(queue_bytes=50_000)
-    with running(http_app({"gmm": watched}, limits)) as server:
+    with serving(http_app({"gmm": watched}, limits)) as server:
         first = server.connected()
         first.sendall(
             _request(SAMPLE, {"seed": 1})[:-1].replace(b"content-length: 11", b"content-length: 49000") + b" " * 40_000

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from running import running
+from served import serving
 
 from gendist.serve.batcher import Left
 from gendist.serve.http_app import http_app
@@ -28,7 +28,7 @@ def key(name: str, **labels: str) -> tuple[str, tuple[tuple[str, str], ...]]:
 @pytest.fixture
 def own(hosted):
     """A server of its own, whose numbers begin at 0."""
-    with running(http_app({"gmm": hosted["gmm"]}, Limits(batch_rows=32))) as server:
+    with serving(http_app({"gmm": hosted["gmm"]}, Limits(batch_rows=32))) as server:
         yield server
 
 

@@ -1,9 +1,8 @@
-"""An application behind uvicorn on a free port of this machine, in a thread of the test's process."""
+"""An application behind uvicorn, and a client of it, in this process."""
 
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
-import uvicorn
+from live_server import running
 
 TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True)
-class Running:
+class Served:
     app: Any
     client: httpx.Client
-    port: int
 
     @property
     def batcher(self) -> Any:
@@ -33,7 +31,15 @@ class Running:
         return self.client.get(path, **request)
 
     def connected(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
+        port = self.client.base_url.port
+        assert port is not None
+        return socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S)
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[Served]:
+    with running(app) as url, httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+        yield Served(app, client)
 
 
 def until(holds: Callable[[], bool], what: str) -> None:
@@ -42,19 +48,3 @@ def until(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"not within {TIMEOUT_S:g} s: {what}"
         time.sleep(0.005)
-
-
-@contextmanager
-def running(app: Any) -> Iterator[Running]:
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        until(lambda: server.started, "the server has started")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT_S) as client:
-            yield Running(app, client, port)
-    finally:
-        server.should_exit = True
-        thread.join(TIMEOUT_S)
