@@ -60,7 +60,7 @@ ALLOWED = {
     "gendist.run": (),
     "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
-    "gendist.pictures": ("gendist.data.schema", "gendist.figures", "gendist.plots"),
+    "gendist.pictures": ("gendist", "gendist.data.schema", "gendist.figures", "gendist.plots"),
     "gendist.plots": ("gendist.figures",),
 }
 
