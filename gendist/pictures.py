@@ -163,11 +163,12 @@ def grid(images: Array, num_columns: int = 0, names: Sequence[str] = ()) -> byte
     scale = max(1, TARGET_PIXELS // (max(num_rows * height, num_columns * width)))
     gap = min(max(1, scale // 2), MAX_GAP)
     tile_height, tile_width = height * scale + gap, width * scale + gap
+    images = images[: num_rows * num_columns]
     levels = np.where(np.isnan(images), BACKGROUND / 255.0, images).clip(0.0, 1.0)
     pixels = np.round(levels * 255.0).astype(np.uint8)
     shape = (num_rows * tile_height + gap, num_columns * tile_width + gap, *images.shape[3:])
     canvas = np.full(shape, BACKGROUND, dtype=np.uint8)
-    for i, image in enumerate(pixels[: num_rows * num_columns]):
+    for i, image in enumerate(pixels):
         top, left = gap + i // num_columns * tile_height, gap + i % num_columns * tile_width
         enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
         canvas[top : top + height * scale, left : left + width * scale] = enlarged
