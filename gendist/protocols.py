@@ -289,6 +289,16 @@ class DataSummary(Protocol):
     def num_missing(self) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class SampleAddress:
+    """Which samples are meant: the arguments of `sample`, which say all of them."""
+
+    num_samples: int
+    seed: int = 0
+    offset: int = 0
+    given: Any = None
+
+
 VERBS = ("sample", "log_prob", "elbo", "log_prob_bound", "encode", "decode", "classify", "impute", "reconstruct")
 
 
@@ -297,6 +307,10 @@ class GenerativeModel(Protocol):
     """A fitted model of any family. Tensors in, tensors out; NumPy arrays are accepted.
 
     A verb of `VERBS` is a method of the model or stands in `not_offered` with the reason.
+
+    A family may have more, which is asked for where it is there:
+        sample_together(addresses)  what `sample` makes of each `SampleAddress`, a list; for families to which several of them
+                                    at once are less work than one by one
     """
 
     Config: ClassVar[type[BaseModel]]

@@ -30,6 +30,7 @@ FURTHER_VERBS = (
     "sample_classes",
     "sample_posterior_states",
     "sample_states",
+    "sample_together",
     "traverse",
     "with_prior",
 )
@@ -164,6 +165,8 @@ class Transformed:
         verb = getattr(model, name)
         if name in ("sample_classes", "sample_states"):
             return verb
+        if name == "sample_together":
+            return lambda addresses: [self._inverse(z) for z in verb(addresses)]
         if name == "with_prior":
             return lambda prior: Transformed(verb(prior), self.transforms)
         if name == "forecast":

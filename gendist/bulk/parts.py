@@ -17,11 +17,15 @@ import pyarrow.parquet as pq
 
 from gendist.blocks import Leaves
 from gendist.blocks.leaves import Bounds, pack
+from gendist.data import Schema
 from gendist.data.sparse import sparse_rows
 from gendist.protocols import UserError
+from gendist.transformed import taken_apart
 
 MAX_PART_BYTES = 32 * 2**20  # of values in memory; growing a buffer beyond doubles the encoding (docs/experiments.md)
 MIN_PART_BYTES = 4 * 2**20
+# The columns of a sample beside its features: of its class, and of sequences of their states, and of what a row is.
+LABEL, STATE, SEQUENCE, STEP = "label", "state", "sequence", "step"
 NUM_PARTS_OF_SMALL_WORK = 16  # so that less than 16 of the largest parts still spread over workers
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -103,6 +107,37 @@ class Layout:
         numbers = (self.numbered,) if self.numbered else () if self.num_steps is None else (*self.step_names, *self.integers)
         encoding = dict.fromkeys(numbers, "DELTA_BINARY_PACKED") or None
         return {"compression": "none", "use_dictionary": list(self.categories) or False, "column_encoding": encoding}
+
+
+def sample_layout(model: Any, schema: Schema, num_steps: int | None, with_beside: bool) -> tuple[Layout, dict[str, str]]:
+    """Of the samples of a model, and the column that each verb of what stands beside them fills, such as the class of a row.
+
+    num_steps  of each sequence, None where they are rows
+    """
+    columns, names, categories = schema.columns, schema.feature_names, schema.categories
+    within, beside = taken_apart(model)[0], dict[str, str]()
+    if with_beside:
+        if num_steps is not None and hasattr(within, "sample_states"):
+            beside["sample_states"] = _not_among(STATE, "of the sequence", (*names, *columns))
+        if model.labels and hasattr(within, "sample_classes"):
+            label = beside["sample_classes"] = _not_among(LABEL, "of the class", (*names, *columns))
+            categories = {**categories, label: model.labels}
+        names = (*names, *beside.values())
+    layout = Layout(
+        names,
+        array="x",
+        categories=categories,
+        sparse=columns[0] if schema.is_sparse else None,
+        num_steps=num_steps,
+        step_names=(_not_among(SEQUENCE, "of the sample", names), _not_among(STEP, "of the sequence", names)),
+        integers=tuple(column for verb, column in beside.items() if verb == "sample_states"),
+    )
+    return layout, beside
+
+
+def _not_among(name: str, more: str, names: Sequence[str]) -> str:
+    """The name of a column, made longer where another is called so."""
+    return f"{name} {more}" if name in names else name
 
 
 def _texts(values_N: Values, texts: Sequence[Any]) -> pa.Array:

@@ -19,7 +19,17 @@ from gendist import noise
 from gendist.artifact import Artifact, digest, load_artifact
 from gendist.blocks import Blocks, Leaves, LocalBlocks
 from gendist.bulk.part_folder import PartFolder
-from gendist.bulk.parts import Encode, Layout, Part, Values, cut_between_sequences, cut_into_parts, encoder_of
+from gendist.bulk.parts import (
+    SEQUENCE,
+    Encode,
+    Layout,
+    Part,
+    Values,
+    cut_between_sequences,
+    cut_into_parts,
+    encoder_of,
+    sample_layout,
+)
 from gendist.bulk.single_file import write_file
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, as_rows, as_sequences, identity, open_source
@@ -33,8 +43,6 @@ from gendist.protocols import Block, UserError
 from gendist.transformed import taken_apart
 
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
-# The columns of a sample beside its features: of its class, and of sequences of their states, and of what a row is.
-LABEL, STATE, SEQUENCE, STEP = "label", "state", "sequence", "step"
 
 HERE = ClusterConfig()  # in this process
 
@@ -85,30 +93,13 @@ def sample(
     if num_samples < 1:
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
-    model, options = _untransformed(loaded.model), sample_options(loaded.model, length)
+    options = sample_options(loaded.model, length)
     # A mistake is told before anything is begun.
     first = loaded.model.sample(1, seed=seed, offset=offset, given=given, **options)
     num_steps = first.shape[1] if _takes_sequences(loaded.model) else None
     if num_steps is not None:
         options = {"length": num_steps}
-    columns, names, categories = loaded.schema.columns, loaded.schema.feature_names, loaded.schema.categories
-    beside: dict[str, str] = {}  # the column that each verb fills
-    if not _is_array(out):
-        if num_steps is not None and hasattr(model, "sample_states"):
-            beside["sample_states"] = _not_among(STATE, "of the sequence", (*names, *columns))
-        if loaded.model.labels and hasattr(model, "sample_classes"):
-            label = beside["sample_classes"] = _not_among(LABEL, "of the class", (*names, *columns))
-            categories = {**categories, label: loaded.model.labels}
-        names = (*names, *beside.values())
-    layout = Layout(
-        names,
-        array="x",
-        categories=categories,
-        sparse=columns[0] if loaded.schema.is_sparse else None,
-        num_steps=num_steps,
-        step_names=(_not_among(SEQUENCE, "of the sample", names), _not_among(STEP, "of the sequence", names)),
-        integers=tuple(column for verb, column in beside.items() if verb == "sample_states"),
-    )
+    layout, beside = sample_layout(loaded.model, loaded.schema, num_steps, with_beside=not _is_array(out))
     work = _Work(
         request={
             "verb": "sample",
@@ -117,12 +108,12 @@ def sample(
             "seed": seed,
             "offset": offset,
             "given": None if given is None else str(given),
-            "columns": list(names),
+            "columns": list(layout.columns),
             "noise_version": noise.VERSION,
             **options,
         },
         layout=layout,
-        parts=cut_into_parts(num_samples, 8 * len(names) * (num_steps or 1), first_row=offset),
+        parts=cut_into_parts(num_samples, 8 * len(layout.columns) * (num_steps or 1), first_row=offset),
         blocks=lambda make_blocks, parts: make_blocks(_row_ranges, parts, 1, False),
         compute=partial(_draw, seed, given, tuple(beside), options),
         model=loaded.model,
@@ -225,7 +216,7 @@ def _of_data(
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
     _check_beside_the_data(Path(out), data, opened.paths)
-    columns = data.columns or _columns_to_read(loaded.schema, opened.schema.names)
+    columns = data.columns or loaded.schema.columns_in(opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "label_fraction": 1.0, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored, **kept})
     source: Source = opened
@@ -267,15 +258,6 @@ def _of_data(
         model=loaded.model,
         encode=encoder_of(Path(out)),
     )
-
-
-def _columns_to_read(fitted: Schema, there: Sequence[str]) -> tuple[str, ...] | None:
-    """The columns that were fitted. An array has no names and is taken by position; of a model that was fitted to one, `sample`
-    has written a column for each feature."""
-    if len(there) == 1:
-        return None
-    are_features = not set(fitted.columns) <= set(there) and set(fitted.feature_names) <= set(there)
-    return fitted.feature_names if are_features else fitted.columns
 
 
 def sample_options(model: Any, length: int | None) -> dict[str, Any]:
@@ -366,11 +348,6 @@ def _draw(
         each_step = values if values.ndim == columns[0].ndim - 1 else values[:, None]
         columns.append(np.broadcast_to(each_step, columns[0].shape[:-1])[..., None])
     return start, np.concatenate(columns, axis=-1), {}
-
-
-def _not_among(name: str, more: str, names: Sequence[str]) -> str:
-    """The name of a column, made longer where another is called so."""
-    return f"{name} {more}" if name in names else name
 
 
 def _takes_sequences(model: Any) -> bool:

@@ -113,6 +113,14 @@ class Schema(BaseModel):
         """Whether all rows must be looked at to know how many features there are."""
         return not self.feature_names
 
+    def columns_in(self, there: Sequence[str]) -> tuple[str, ...] | None:
+        """Those to read of the columns of other data: the ones that were fitted. An array has no names and is taken by position
+        (None); of a model that was fitted to one, `sample` has written a column for each feature."""
+        if len(there) == 1:
+            return None
+        are_features = not set(self.columns) <= set(there) and set(self.feature_names) <= set(there)
+        return self.feature_names if are_features else self.columns
+
     def leaves(self, num_rows: int) -> Leaves:
         """Where so many rows are cut."""
         return Leaves.of_sparse_rows(num_rows) if self.is_sparse else Leaves.of_shape(num_rows, self.num_features)

@@ -28,9 +28,9 @@ from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.offered import Offered
 from gendist.models.ops.semi_supervised_elbo import check_classes_are_seen
 from gendist.models.ops.sums import total_weight, weighted_sum
-from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles
+from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, tile_of
 from gendist.noise import Noise
-from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is_labelled
+from gendist.protocols import Block, Draw, Loss, Phase, SampleAddress, UserError, as_tensor, is_labelled
 
 DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
@@ -145,25 +145,35 @@ class GenerativeAdversarialNetwork:
 
         given  one of `conditions`; where nobody says, every row draws its own, each as likely as the others
         """
-        if given is not None and not self.conditions:
-            raise UserError(f"given {given!r}: {self._why_without_conditions}")
-        num_classes = len(self.conditions)
-        chosen = None if given is None else latent_of(given, self.labels, num_classes, "classes")
+        return self._of_drawn(*self._drawn(SampleAddress(num_samples, seed, offset, given)), offset)
 
-        def tile(first: int) -> Tensor:
-            z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim).float()
-            if not num_classes:
-                return self._rows(self._generated(z_TL.to(_device(self.generator))))
-            if chosen is not None:
-                class_T = torch.full((TILE,), chosen)
-            else:
-                class_T = self.sample_classes(TILE, seed=seed, offset=first)
-            classes_TC = one_hot(class_T, num_classes).float()
-            device = _device(self.generator)
-            return self._rows(self._generated(z_TL.to(device), classes_TC.to(device)))
+    def sample_together(self, addresses: Sequence[SampleAddress]) -> list[Tensor]:
+        """What `sample` makes of each address: rows of several share a tile."""
+        z, classes = zip(*(self._drawn(address) for address in addresses), strict=True)
+        x_ND = self._of_drawn(torch.cat(z), torch.cat(classes) if self.conditions else None, 0)
+        return list(x_ND.split([len(z_NL) for z_NL in z]))
+
+    def _drawn(self, address: SampleAddress) -> tuple[Tensor, Tensor | None]:
+        """(N, L) float32 noise and, with conditions, (N,) classes of the rows at the address."""
+        if address.given is not None and not self.conditions:
+            raise UserError(f"given {address.given!r}: {self._why_without_conditions}")
+        num_samples, seed, offset = max(address.num_samples, 0), address.seed, address.offset
+        class_N = None
+        if self.conditions:
+            class_N = self.sample_classes(num_samples, seed=seed, offset=offset, given=address.given)
+        return Noise(seed, "sample.latent").normal(offset, num_samples, self.config.latent_dim).float(), class_N
+
+    def _of_drawn(self, z_NL: Tensor, class_N: Tensor | None, offset: int) -> Tensor:
+        """(N, D) G(z) of the rows offset.. of these classes, in the tiles that begin at row 0."""
+
+        def tile(first: int, z_TL: Tensor) -> Tensor:
+            if class_N is None:
+                return self._rows(self._generated(z_TL))
+            class_T = tile_of(class_N, first - offset).to(z_TL.device)
+            return self._rows(self._generated(z_TL, one_hot(class_T, len(self.conditions)).float()))
 
         with evaluating(self.generator):
-            return rows_in_tiles(tile, offset, num_samples)
+            return map_in_tiles(tile, z_NL, _device(self.generator), offset)
 
     @Offered
     def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:

@@ -26,11 +26,11 @@ from gendist.models.ops.likelihoods import likelihood_of
 from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.offered import Offered
 from gendist.models.ops.sums import total_weight, weighted_sum
-from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, rows_in_tiles, tile_of
+from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, tile_of
 from gendist.models.ops.vae_config import VariationalAutoencoderConfig
 from gendist.models.ops.vae_objective import Losses, losses
 from gendist.noise import Noise, derived_seed
-from gendist.protocols import Block, Draw, Loss, Phase, UserError, as_tensor, is_labelled
+from gendist.protocols import Block, Draw, Loss, Phase, SampleAddress, UserError, as_tensor, is_labelled
 
 TRAINING = Phase("autoencoder", "autoencoder")
 IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
@@ -347,36 +347,51 @@ class VariationalAutoencoder:
         mean  whether a row is the mean of p(x | z), as is usual for images, or a draw from it, which has the noise of the
               likelihood: then rows are samples of p(x)
         """
-        given_N = self._classes_of(given, max(num_samples, 0))
-        prior_seed = derived_seed(seed, "sample.prior")  # its streams might have the names of those below
+        z_NL, classes_N = self._drawn(SampleAddress(num_samples, seed, offset, given))
 
-        def tile(first: int) -> Tensor:
-            if self.prior is None:
-                z_TL = Noise(seed, "sample.latent").normal(first, TILE, self.config.latent_dim)
-            else:
-                z_TL = self.prior.sample(TILE, seed=prior_seed, offset=first)
-            z_TL = z_TL.float().to(self._device)
-            classes_T = None
-            if self.labels:
-                classes_T = self._drawn_classes(seed, first, TILE) if given_N is None else tile_of(given_N, first - offset)
-                classes_T = classes_T.to(self._device)
+        def tile(first: int, z_TL: Tensor) -> Tensor:
+            classes_T = None if classes_N is None else tile_of(classes_N, first - offset).to(z_TL.device)
             if mean:
                 return self._mean(z_TL, classes_T)
-            uniform_TD = Noise(seed, "sample.x").uniform(first, TILE, self.num_features).to(self._device)
+            uniform_TD = Noise(seed, "sample.x").uniform(first, TILE, self.num_features).to(z_TL.device)
             return self.autoencoder.likelihood.draw(self.autoencoder.decoded(z_TL, classes_T), uniform_TD)
 
         with evaluating(self.autoencoder):
-            return rows_in_tiles(tile, offset, num_samples)
+            return map_in_tiles(tile, z_NL, self._device, offset)
+
+    def sample_together(self, addresses: Sequence[SampleAddress]) -> list[Tensor]:
+        """What `sample` makes of each address: rows of several share a tile."""
+        z, classes = zip(*(self._drawn(address) for address in addresses), strict=True)
+        classes_N = torch.cat(classes) if self.labels else None
+
+        def tile(first: int, z_TL: Tensor) -> Tensor:
+            return self._mean(z_TL, None if classes_N is None else tile_of(classes_N, first).to(z_TL.device))
+
+        with evaluating(self.autoencoder):
+            x_ND = map_in_tiles(tile, torch.cat(z), self._device)
+        return list(x_ND.split([len(z_NL) for z_NL in z]))
+
+    def _drawn(self, address: SampleAddress) -> tuple[Tensor, Tensor | None]:
+        """(N, L) float32 latents of the prior and, with labels, (N,) classes of the rows at the address."""
+        num_samples, seed, offset = max(address.num_samples, 0), address.seed, address.offset
+        classes_N = None
+        if self.labels or address.given is not None:
+            classes_N = self.sample_classes(num_samples, seed=seed, offset=offset, given=address.given)
+        if self.prior is None:
+            z_NL = Noise(seed, "sample.latent").normal(offset, num_samples, self.config.latent_dim)
+        else:
+            # A seed of its own, since its streams might have the names of those here.
+            z_NL = self.prior.sample(num_samples, seed=derived_seed(seed, "sample.prior"), offset=offset)
+        return z_NL.float(), classes_N
 
     def sample_classes(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None) -> Tensor:
         """(num_samples,) the classes, as indices of `labels`, that the rows of `sample` belong to."""
+        given_N = self._classes_of(given, max(num_samples, 0))
+        if given_N is not None:
+            return given_N
         if not self.labels:
             raise UserError("sample_classes: it is fitted without labels")
-        given_N = self._classes_of(given, max(num_samples, 0))
-        return self._drawn_classes(seed, offset, num_samples) if given_N is None else given_N
-
-    def _drawn_classes(self, seed: int, first: int, num_rows: int) -> Tensor:
-        return draw_latents(torch.ones(len(self.labels), dtype=torch.float64), seed, "sample.class", first, num_rows)
+        return draw_latents(torch.ones(len(self.labels), dtype=torch.float64), seed, "sample.class", offset, num_samples)
 
     def _mean(self, z_TL: Tensor, classes_T: Tensor | None) -> Tensor:
         return self.autoencoder.likelihood.mean(self.autoencoder.decoded(z_TL, classes_T))
