@@ -48,6 +48,7 @@ ALLOWED = {
     "gendist.serve": (
         *BASE,
         "gendist.artifact",
+        "gendist.config",
         "gendist.data",
         "gendist.machine",
         "gendist.pictures",

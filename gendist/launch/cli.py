@@ -264,7 +264,7 @@ def serve(
 
     limits = apply_overrides({}, limit or (), "--limit")
     content: dict[str, Any] = {
-        "models": named_artifacts(artifacts),
+        "models": {name: os.path.abspath(path) for name, path in named_artifacts(artifacts).items()},
         **local_server.as_replicas(replicas),
         "gpus_per_replica": gpus_per_replica,
         "limits": limits,

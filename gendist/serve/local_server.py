@@ -314,8 +314,6 @@ def _await_ready(url: str) -> None:
             with urllib.request.urlopen(f"{_to_call(url)}/readyz", timeout=5):
                 return
         except OSError as error:
-            if getattr(error, "code", 0) == 404:
-                return
             if time.monotonic() - since > READY_TIMEOUT_S:
                 raise UserError(f"{url}: it does not answer after {READY_TIMEOUT_S:.0f} s ({error})") from error
             time.sleep(0.05)
