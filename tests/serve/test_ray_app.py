@@ -14,6 +14,8 @@ import yaml
 
 from gendist.protocols import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of Ray's own
+
 CLUSTER = Path(__file__).parents[2] / "cluster"
 
 
