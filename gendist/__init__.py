@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gendist.artifact import load
+    from gendist.errors import UserError
     from gendist.fitting import Run, fit
-    from gendist.protocols import UserError
 
 __version__ = "0.1.0"
 __all__ = ["Run", "UserError", "__version__", "fit", "load"]
@@ -18,7 +18,7 @@ _HOME = {
     "fit": "gendist.fitting",
     "Run": "gendist.fitting",
     "load": "gendist.artifact",
-    "UserError": "gendist.protocols",
+    "UserError": "gendist.errors",
 }
 
 

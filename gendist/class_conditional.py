@@ -20,6 +20,7 @@ from torch import Tensor
 from gendist.blocks import Blocks, Run
 from gendist.data.survey import Summary, survey
 from gendist.em.start import start_from_data
+from gendist.figures import Figure
 from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.responsibilities import responsibilities_
@@ -169,6 +170,16 @@ class ClassConditional:
         if given is None:
             return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
         return torch.full((num_samples,), latent_of(given, self.labels, len(self.models), "classes"))
+
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """Those of the family, each of all classes together."""
+        if not hasattr(self.family, "figures"):
+            return {}
+        each = [model.figures(_seed_of_class(seed, c)) for c, model in enumerate(self.models)]
+        return {
+            name: type(figure).of_classes([figures[name] for figures in each], self.labels, self.weights)
+            for name, figure in each[0].items()
+        }
 
     # Expectation-maximization
 

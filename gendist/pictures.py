@@ -1,24 +1,31 @@
-"""Samples as a picture: a grid of images where the data are images, else points and histograms of the first features; of
-sequences the first features over time."""
+"""Samples and figures as pictures: a grid of images where the data are images, else the plots of `gendist.plots`."""
 
 from __future__ import annotations
 
+import io
 import logging
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gendist import plots
 from gendist.data.schema import Schema
+from gendist.figures import Figure, Matrices, Mixture, Paths, Profiles, Strips
 
 NUM_PICTURED = 100
 MAX_SHOWN = 5_000  # samples, as points
 MAX_IMAGES = 400
-MAX_PANELS = 4
-MAX_LINES = 5  # sequences, over time
-MAX_TICKS = 12  # texts at an axis
+MAX_COLUMNS = 40  # of the means of latents
+NUM_EXAMPLES = 9  # of each component, beside its mean
 TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
+MAX_PIXELS = 2**24  # of all images together
+BACKGROUND, PAPER, INK = 96, 255, 32  # grey levels
+TEXT_PIXELS = 15
+
+Array = np.ndarray[Any, Any]
 
 logger = logging.getLogger("gendist")
 
@@ -37,18 +44,13 @@ def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
 
 
 def draw_figures(model: Any, schema: Schema, folder: Path, seed: int) -> None:
-    """Whatever else the model's family would have people look at: each of `model.figures(seed)`, (rows, steps, D), as NAME.png,
-    a row of images or a line over the steps; a warning where one cannot be drawn."""
+    """Whatever else the model's family would have people look at: each of `model.figures(seed)` as NAME.png; a warning where
+    one cannot be drawn."""
     name = "figures"
     try:
         figures = model.figures(seed) if hasattr(model, "figures") else {}
-        for name, x_RTD in figures.items():
-            x_RTD = np.asarray(x_RTD)
-            if schema.image_shape is not None and x_RTD.shape[2] == prod(schema.image_shape):
-                images = x_RTD[: max(1, MAX_IMAGES // x_RTD.shape[1])].reshape(-1, *schema.image_shape)
-                _save_grid(images, folder / f"{name}.png", num_columns=x_RTD.shape[1])
-            else:
-                _save_lines(x_RTD[:MAX_LINES], schema, folder / f"{name}.png")
+        for name, figure in figures.items():
+            (folder / f"{name}.png").write_bytes(figure_bytes(figure, schema))
     except Exception as error:  # as above
         logger.warning("%s could not be drawn (%s)", name, error)
 
@@ -60,65 +62,135 @@ def most_shown(schema: Schema) -> int:
 
 def save_picture(x: Any, schema: Schema, path: Path) -> None:
     """Write samples (N, D), or sequences (N, T, D), as a PNG file."""
-    x = np.asarray(x)
-    if schema.image_shape is not None and prod(x.shape[1:]) == prod(schema.image_shape):
-        _save_grid(x[:MAX_IMAGES].reshape(-1, *schema.image_shape), path)
-    elif x.ndim == 3:
-        _save_lines(x[:MAX_LINES], schema, path)
-    else:
-        _save_panels(x[:MAX_SHOWN], schema.feature_names, path)
+    path.write_bytes(picture_bytes(x, schema))
 
 
-def _save_grid(images: np.ndarray[Any, Any], path: Path, num_columns: int = 0) -> None:
-    """images (N, height, width[, channels]) of 0..1; num_columns: as many as make a square where 0."""
+def picture_bytes(x: Any, schema: Schema) -> bytes:
+    """The bytes of a PNG file of samples (N, D), of sequences (S, T, D), or of a list of sequences (T, D); NaN is missing."""
+    x = [np.asarray(each) for each in x] if isinstance(x, list | tuple) else np.asarray(x)
+    if schema.image_shape is not None and len(x) and all(each.size == prod(schema.image_shape) for each in x):
+        return grid(np.stack([np.reshape(each, schema.image_shape) for each in x[:MAX_IMAGES]]))
+    if schema.is_sequence:
+        return plots.lines(list(x[: plots.MAX_LINES]), schema.feature_names, _texts(schema))
+    return plots.panels(np.asarray(x)[:MAX_SHOWN], schema.feature_names)
+
+
+def figure_bytes(figure: Figure, schema: Schema) -> bytes:
+    """The bytes of a PNG file of one of a model's figures."""
+    has_images = schema.image_shape is not None and not schema.is_sequence
+    if isinstance(figure, Paths):
+        return _paths(figure, schema)
+    if isinstance(figure, Mixture):
+        return _means_and_examples(figure, schema) if has_images else plots.mixture(figure, schema.feature_names)
+    if isinstance(figure, Strips):
+        is_image = schema.image_shape is not None and prod(figure.x_STD.shape[1:]) == prod(schema.image_shape)
+        return _striped_images(figure, schema) if is_image else plots.strips(figure, schema.feature_names, _texts(schema))
+    if isinstance(figure, Matrices):
+        return plots.matrices(figure)
+    if isinstance(figure, Profiles):
+        if has_images:
+            return _means_and_deviations(figure, schema)
+        return plots.profiles(figure, schema.feature_names, _texts(schema))
+    raise TypeError(f"a {type(figure).__name__} is none of the figures of gendist.figures")
+
+
+def _texts(schema: Schema) -> list[tuple[str, ...]]:
+    """Of each feature, what its values are the indices of."""
+    return [schema.categories.get(name, ()) for name in schema.feature_names]
+
+
+def _images(x: Any, schema: Schema) -> Array:
+    """(N, height, width[, channels])"""
+    assert schema.image_shape is not None
+    return np.asarray(x).reshape(-1, *schema.image_shape)
+
+
+def _paths(figure: Paths, schema: Schema) -> bytes:
+    num_steps = figure.x_RTD.shape[1]
+    if schema.image_shape is not None and figure.x_RTD.shape[2] == prod(schema.image_shape):
+        x_RTD = figure.x_RTD[: max(1, MAX_IMAGES // num_steps)]
+        return grid(_images(x_RTD, schema), num_steps, figure.names[: len(x_RTD)])
+    return plots.lines(list(figure.x_RTD.numpy()), schema.feature_names, _texts(schema), figure.names)
+
+
+def _means_and_examples(figure: Mixture, schema: Schema) -> bytes:
+    """A row of images a component, the most frequent first: its mean, and samples of it."""
+    shown = figure.weights_K.argsort(descending=True, stable=True)[: MAX_IMAGES // (NUM_EXAMPLES + 1)]
+    x_rows, names = [], []
+    for k in shown.tolist():
+        examples = figure.x_ND[figure.latent_N == k][:NUM_EXAMPLES].numpy()
+        missing = np.full((NUM_EXAMPLES - len(examples), figure.x_ND.shape[1]), np.nan)
+        x_rows += [figure.means_KD[k, None].numpy(), examples, missing]
+        names.append(f"{figure.names[int(figure.group_K[k])]}  {float(figure.weights_K[k]):.2f}")
+    return grid(_images(np.concatenate(x_rows), schema), NUM_EXAMPLES + 1, names)
+
+
+def _means_and_deviations(figure: Profiles, schema: Schema) -> bytes:
+    """The mean of each latent, and below it the standard deviations, of which the largest is white."""
+    means = _images(figure.means_KD, schema)[:MAX_COLUMNS]
+    if figure.variances_KD is None:
+        return grid(means, len(means), ("mean",))
+    deviations = np.sqrt(_images(figure.variances_KD, schema)[:MAX_COLUMNS])
+    highest = max(float(deviations.max()), 1e-12)
+    return grid(np.concatenate([means, deviations / highest]), len(means), ("mean", "deviation"))
+
+
+def _striped_images(figure: Strips, schema: Schema) -> bytes:
+    """Images, each beside a bar of the colours of its rows' states."""
+    images = _images(figure.x_STD, schema)
+    height, width = images.shape[1:3]
+    images = images.reshape(len(images), height, width, -1)
+    coloured = np.broadcast_to(images, (*images.shape[:3], 3)) if images.shape[3] == 1 else images[..., :3]
+    bar = plots.colours_of(len(figure.names))[figure.states_ST.numpy()][:, :, None, :3]
+    bars = np.broadcast_to(bar, (len(images), height, max(1, width // 8), 3))
+    return grid(np.concatenate([bars, coloured], 2), min(len(images), plots.MAX_LINES))
+
+
+def grid(images: Array, num_columns: int = 0, names: Sequence[str] = ()) -> bytes:
+    """The bytes of a PNG file.
+
+    images       (N, height, width[, channels]) of 0..1; what is missing is grey
+    num_columns  as many as make a square where 0
+    names        of the rows
+    """
     from PIL import Image
 
-    num_images, height, width = images.shape[:3]
-    num_columns = num_columns or max(1, int(np.ceil(np.sqrt(num_images * height / width))))
-    num_rows = -(-num_images // num_columns)
+    height, width = images.shape[1:3]
+    images = images[:MAX_IMAGES]
+    num_columns = num_columns or max(1, int(np.ceil(np.sqrt(len(images) * height / width))))
+    num_rows = max(1, min(-(-len(images) // num_columns), MAX_PIXELS // (num_columns * width * height)))
     scale = max(1, TARGET_PIXELS // (max(num_rows * height, num_columns * width)))
     gap = max(1, scale // 2)
-    pixels = np.round(images.clip(0.0, 1.0) * 255.0).astype(np.uint8).repeat(scale, axis=1).repeat(scale, axis=2)
     tile_height, tile_width = height * scale + gap, width * scale + gap
-    grid = np.full((num_rows * tile_height + gap, num_columns * tile_width + gap, *images.shape[3:]), 96, dtype=np.uint8)
-    for i, image in enumerate(pixels):
+    levels = np.where(np.isnan(images), BACKGROUND / 255.0, images).clip(0.0, 1.0)
+    pixels = np.round(levels * 255.0).astype(np.uint8)
+    shape = (num_rows * tile_height + gap, num_columns * tile_width + gap, *images.shape[3:])
+    canvas = np.full(shape, BACKGROUND, dtype=np.uint8)
+    for i, image in enumerate(pixels[: num_rows * num_columns]):
         top, left = gap + i // num_columns * tile_height, gap + i % num_columns * tile_width
-        grid[top : top + height * scale, left : left + width * scale] = image
-    Image.fromarray(grid.squeeze(-1) if grid.shape[2:] == (1,) else grid).save(path, format="PNG")
+        enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
+        canvas[top : top + height * scale, left : left + width * scale] = enlarged
+    picture = Image.fromarray(canvas.squeeze(-1) if canvas.shape[2:] == (1,) else canvas)
+    if names:
+        picture = _with_names(picture, names[:num_rows], [gap + (r + 0.5) * tile_height for r in range(num_rows)])
+    written = io.BytesIO()
+    picture.save(written, format="PNG")
+    return written.getvalue()
 
 
-def _save_panels(x_ND: np.ndarray[Any, Any], names: tuple[str, ...], path: Path) -> None:
-    """Every pair of the first features as points, and each of them as a histogram on the diagonal."""
-    from matplotlib.figure import Figure
+def _with_names(picture: Any, names: Sequence[str], middles: Sequence[float]) -> Any:
+    """The picture with a margin on the left, in which each name stands at its height, those for which there is room."""
+    from matplotlib.font_manager import findfont
+    from PIL import Image, ImageDraw, ImageFont
 
-    size = min(len(names), MAX_PANELS)
-    figure = Figure(figsize=(2.6 * size + 0.6, 2.6 * size + 0.6), layout="constrained")
-    panels = figure.subplots(size, size, squeeze=False)
-    for i in range(size):
-        for j in range(size):
-            if i == j:
-                panels[i, j].hist(x_ND[:, i], bins=50)
-            else:
-                panels[i, j].plot(x_ND[:, j], x_ND[:, i], ".", markersize=2, alpha=0.5)
-            if i == size - 1:
-                panels[i, j].set_xlabel(names[j])
-            if j == 0:
-                panels[i, j].set_ylabel(names[i])
-    figure.savefig(path, dpi=110, format="png")
-
-
-def _save_lines(x_NTD: np.ndarray[Any, Any], schema: Schema, path: Path) -> None:
-    """Each of the first features over time, a line a sequence; the texts that a feature is an index of stand at its axis."""
-    from matplotlib.figure import Figure
-
-    names = schema.feature_names[:MAX_PANELS]
-    figure = Figure(figsize=(9.0, 1.8 * len(names) + 0.6), layout="constrained")
-    panels = figure.subplots(len(names), 1, squeeze=False, sharex=True)[:, 0]
-    for d, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        texts = schema.categories.get(name, ())
-        panel.plot(x_NTD[:, :, d].T, linewidth=1.0, alpha=0.8, drawstyle="steps-mid" if texts else "default")
-        panel.set_ylabel(name)
-        if 0 < len(texts) <= MAX_TICKS:
-            panel.set_yticks(range(len(texts)), [repr(text)[1:-1] for text in texts])
-    panels[-1].set_xlabel("step")
-    figure.savefig(path, dpi=110, format="png")
+    font = ImageFont.truetype(findfont("DejaVu Sans"), TEXT_PIXELS)
+    texts = [plots.legible(name).replace(r"\$", "$") for name in names]
+    margin = 2 * TEXT_PIXELS + int(max(font.getlength(text) for text in texts))
+    whole = Image.new(picture.mode, (picture.width + margin, picture.height), PAPER if picture.mode == "L" else (PAPER,) * 3)
+    whole.paste(picture, (margin, 0))
+    draw, low = ImageDraw.Draw(whole), -1.0 * TEXT_PIXELS
+    for text, middle in zip(texts, middles, strict=True):
+        if middle - low >= TEXT_PIXELS:
+            draw.text((margin - TEXT_PIXELS, middle), text, INK if picture.mode == "L" else (INK,) * 3, font, anchor="rm")
+            low = middle
+    return whole

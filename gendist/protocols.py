@@ -15,15 +15,10 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
+from gendist.errors import NotImportable as NotImportable
+from gendist.errors import UserError as UserError
+
 M = TypeVar("M", covariant=True)
-
-
-class UserError(ValueError):
-    """A mistake of the user: one line that says what was given, what is allowed and what to try."""
-
-
-class NotImportable(UserError):
-    """A class of the user's own, which a configuration names, cannot be imported here."""
 
 
 def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
@@ -309,6 +304,7 @@ class GenerativeModel(Protocol):
     A verb of `VERBS` is a method of the model or stands in `not_offered` with the reason.
 
     A family may have more, which is asked for where it is there:
+        figures(seed)               by name, what people should look at beside samples: a `Figure` each, a function of the seed
         sample_together(addresses)  what `sample` makes of each `SampleAddress`, a list; for families to which several of them
                                     at once are less work than one by one
     """
@@ -474,7 +470,6 @@ class DeepModel(GenerativeModel, Protocol):
         check_labels(evidence_NL, weights_N)  UserError where it cannot be trained on rows with these labels
         conditions                            what `sample` may be given, where these are not all of `labels`
         advice(record)                        lines about a record of training in which something goes wrong: what to try
-        figures(seed)                         by name, what to draw beside samples: (rows, steps, D) each
         remarks(results)                      lines about what a fit came to, which its user should not overlook
     """
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.data.transforms import Transforms
+from gendist.figures import Figure, ToData
 from gendist.models.ops.offered import Offered
 from gendist.protocols import sequences_of
 
@@ -150,10 +151,11 @@ class Transformed:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
 
-    def figures(self, seed: int) -> dict[str, Tensor]:
-        """What the family would have people look at, (rows, steps, D) each; nothing where it has nothing."""
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """What the family would have people look at, of x; nothing where it has nothing."""
         figures = self.model.figures(seed) if hasattr(self.model, "figures") else {}
-        return {name: self._inverse(z_RTE) for name, z_RTE in figures.items()}
+        to_data = ToData(self.transforms.inverse, self.transforms.matrix)
+        return {name: figure.to_data(to_data) for name, figure in figures.items()}
 
     def __getattr__(self, name: str) -> Any:
         """One of `FURTHER_VERBS`, where the model within has it."""

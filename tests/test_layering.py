@@ -16,9 +16,11 @@ MODULES = {
 }
 
 # What a module of each room may import from the others. The root package holds the version only.
-BASE = ("gendist", "gendist.protocols", "gendist.noise", "gendist.one_thread")
+BASE = ("gendist", "gendist.errors", "gendist.protocols", "gendist.noise", "gendist.one_thread", "gendist.figures")
 ALLOWED = {
-    "gendist.protocols": (),
+    "gendist.errors": (),
+    "gendist.figures": (),
+    "gendist.protocols": ("gendist.errors",),
     "gendist.noise": ("gendist.protocols",),
     "gendist.machine": (),
     "gendist.atomic": (),
@@ -48,6 +50,7 @@ ALLOWED = {
     "gendist.serve": (
         *BASE,
         "gendist.artifact",
+        "gendist.bulk.parts",
         "gendist.config",
         "gendist.data",
         "gendist.machine",
@@ -58,7 +61,7 @@ ALLOWED = {
     "gendist.run": (),
     "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
-    "gendist.pictures": ("gendist.data.schema",),
+    "gendist.pictures": ("gendist.data.schema", "gendist.figures"),
 }
 
 

@@ -21,10 +21,12 @@ Names = tuple[str, ...]
 class Coordinates(ABC):
     """A fitted transform; its fields are tensors, and NaN in x is a missing entry.
 
-    takes   what to say of an entry that `outside` marks
+    takes      what to say of an entry that `outside` marks
+    is_linear  whether x is a linear function of z, and a constant
     """
 
     takes: ClassVar[str] = ""
+    is_linear: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -77,6 +79,7 @@ class LogPlusOne(Coordinates):
     chosen: Tensor
 
     takes: ClassVar[str] = "log1p takes numbers above -1"
+    is_linear: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.chosen.ndim != 1 or self.chosen.dtype != torch.bool:

@@ -277,6 +277,15 @@ class Transforms:
                 parts.append(part)
         return torch.cat(parts)
 
+    @property
+    def matrix(self) -> Tensor | None:
+        """(E, D) where inverse(z) is z @ matrix and a constant; None where a step is not linear."""
+        if not all(step.is_linear for step in self.steps):
+            return None
+        num_coordinates = len(self.feature_names)
+        origin_1D = self.inverse(torch.zeros(1, num_coordinates, dtype=torch.float64))
+        return self.inverse(torch.eye(num_coordinates, dtype=torch.float64)) - origin_1D
+
     def _matrix(self, values: Any, names: Names) -> Tensor:
         values = as_tensor(values)
         if values.ndim != 2 or values.shape[1] != len(names):

@@ -18,11 +18,13 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from gendist.figures import Figure, Paths
 from gendist.models.ops import networks, semi_supervised
 from gendist.models.ops.adversarial import discriminator_loss, generator_loss, gradient_penalty, projection, r1
 from gendist.models.ops.augmentation import augment, num_uniforms
 from gendist.models.ops.gan_config import GenerativeAdversarialNetworkConfig
 from gendist.models.ops.independent_latent import draw_latents, latent_of
+from gendist.models.ops.latent_paths import MAX_CLASSES, NUM_PATHS, NUM_STEPS, great_circles
 from gendist.models.ops.layout import Layout, check_between_0_and_1
 from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.offered import Offered
@@ -207,6 +209,22 @@ class GenerativeAdversarialNetwork:
             classes_TC = one_hot(torch.full((TILE,), chosen), len(self.labels)).float().to(_device(self.generator))
         with evaluating(self.generator):
             return map_in_tiles(lambda _, z_TL: self._rows(self._generated(z_TL, classes_TC)), z_NL, _device(self.generator))
+
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """Great circles between latents; with conditions a row is of one class, the first of the first, and so on in turn, and
+        the same latents are decoded as each class."""
+        z_NL = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
+        paths_NTL = great_circles(z_NL[:NUM_PATHS], z_NL[NUM_PATHS:], NUM_STEPS)
+        if not self.conditions:
+            return {"interpolations": Paths(self.decode(paths_NTL.flatten(0, 1)).unflatten(0, paths_NTL.shape[:2]))}
+        shown = self.conditions[:MAX_CLASSES]
+        given = [self.conditions[i % len(self.conditions)] for i in range(NUM_PATHS)]
+        paths_NTD = torch.stack([self.decode(z_TL, given=y) for z_TL, y in zip(paths_NTL, given, strict=True)])
+        classes_CTD = torch.stack([self.decode(z_NL[:NUM_STEPS], given=y) for y in shown])
+        return {
+            "interpolations": Paths(paths_NTD, tuple(map(str, given))),
+            "classes": Paths(classes_CTD, tuple(map(str, shown))),
+        }
 
     def encode(self, x: Any) -> Tensor:
         """(N, F) the features that the discriminator's last layer is given."""

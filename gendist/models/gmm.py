@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gendist.figures import NUM_POINTS, Figure, Mixture, named
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
 from gendist.models.distributions.gaussian_kernel import GaussianKernel
@@ -286,7 +287,12 @@ class GaussianMixture:
         given   a component's index, or one of `labels`: draw from this component alone
         """
         component = None if given is None else latent_of(given, self.labels, self.num_components, "components")
+        return self._sample(num_samples, seed, offset, component)[0]
+
+    def _sample(self, num_samples: int, seed: int, offset: int, component: int | None) -> tuple[Tensor, Tensor]:
+        """(num_samples, D) and (num_samples,) rows and their components."""
         x_ND = torch.empty(num_samples, self.num_features, dtype=torch.float64)
+        latent_N = torch.empty(num_samples, dtype=torch.int64)
         for first in range(0, num_samples, ROWS_AT_ONCE):
             start, size = offset + first, min(ROWS_AT_ONCE, num_samples - first)
             if component is None:
@@ -295,7 +301,16 @@ class GaussianMixture:
                 component_N = torch.full((size,), component)
             noise_ND = Noise(seed, "sample.x").normal(start, size, self.num_features)
             x_ND[first : first + size] = self.gaussian.sample(component_N, noise_ND)
-        return x_ND
+            latent_N[first : first + size] = component_N
+        return x_ND, latent_N
+
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """The components: their outlines and samples of them."""
+        x_ND, component_N = self._sample(NUM_POINTS, seed, 0, None)
+        names = named(self.labels, self.num_components, "component")
+        components_K = torch.arange(self.num_components)
+        covariances = self.gaussian.covariances_of_latents
+        return {"components": Mixture(x_ND, component_N, self.weights, self.means, covariances, components_K, names)}
 
     # Expectation-maximization
 

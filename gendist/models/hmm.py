@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
+from gendist.figures import NUM_STRIPS, Figure, Matrices, Strips, named
 from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
@@ -422,6 +423,29 @@ class HiddenMarkovModel:
                 else:
                     rows[:, t] = _drawn(cumulative_KK[rows[:, t - 1]], u_N1)
         return states_NT
+
+    @one_thread()
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """Samples with their hidden states; the transitions; and what the states emit."""
+        names = named(self.labels, self.num_states, "state")
+        x_STD, states_ST = self.sample(NUM_STRIPS, seed=seed), self.sample_states(NUM_STRIPS, seed=seed)
+        figures: dict[str, Figure] = {
+            "states": Strips(x_STD, states_ST, names),
+            "transitions": Matrices(self.transition_matrix[None], names, names),
+        }
+        if isinstance(self.emission, Columns):
+            figures["emissions"] = self.emission.profiles(names)
+        else:
+            figures["emissions"] = self.emission.figure(self._share_of_states, seed, names)
+        return figures
+
+    @property
+    def _share_of_states(self) -> Tensor:
+        """(K,) of the steps of a sequence, each as long as they are by default."""
+        shares_TK = [self.initial_probs]
+        for _ in range(self.length - 1):
+            shares_TK.append(shares_TK[-1] @ self.transition_matrix)
+        return torch.stack(shares_TK).mean(0)
 
     # Expectation-maximization
 

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gendist.figures import Figure, named
 from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
 from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
@@ -222,6 +223,10 @@ class NaiveBayes:
         if given is None:
             return draw_latents(self.weights, seed, "sample.class", offset, num_samples)
         return torch.full((num_samples,), latent_of(given, self.labels, self.num_classes, "classes"))
+
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """What each class makes of each column."""
+        return {"classes": self.columns.profiles(named(self.labels, self.num_classes, "class"))}
 
     # Fitting
 

@@ -18,9 +18,11 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from gendist.figures import Figure, Paths
 from gendist.models.ops import autoencoder, latent_paths, networks, semi_supervised_elbo
 from gendist.models.ops.autoencoder import Autoencoder, Terms
 from gendist.models.ops.independent_latent import draw_latents, latent_of
+from gendist.models.ops.latent_paths import MAX_CLASSES, NUM_PATHS, NUM_STEPS
 from gendist.models.ops.layout import Layout
 from gendist.models.ops.likelihoods import likelihood_of
 from gendist.models.ops.networks import NetworkConfig
@@ -37,7 +39,6 @@ IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it cou
 COLLAPSED = 0.1  # nats, below which latents say nothing of a sample
 SAMPLES_AT_ONCE = 10  # importance samples of a tile
 NUMBERS_AT_ONCE = 2**24  # of the decoder's output, over all rows, classes and samples of a tile: 64 MB
-NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
 LOW, HIGH = -3.0, 3.0  # of a latent dimension that is moved, in standard deviations of the prior
 
 
@@ -426,19 +427,30 @@ class VariationalAutoencoder:
             latent_paths.along_axes(z_1L[0], low, high, num_steps), self._classes_of(given, self.config.latent_dim)
         )
 
-    def figures(self, seed: int) -> dict[str, Tensor]:
-        """What to draw beside samples, each (rows, steps, D): great circles between latents of the prior, and the latent
-        dimensions that change x most, in the mean over the classes where there are any, moved from -3 to 3 with the others at
-        0. With labels a row is of one class, the first of the first, and so on in turn."""
-        z = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
+    def figures(self, seed: int) -> dict[str, Figure]:
+        """Great circles between latents of the prior, and the latent dimensions that change x most, in the mean over the
+        classes where there are any, moved from -3 to 3 with the others at 0. With labels a row is of one class, the first of
+        the first, and so on in turn; and the same latents are decoded as each class."""
+        if self.prior is None:
+            z_NL = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
+        else:
+            z_NL = self.prior.sample(2 * NUM_PATHS, seed=derived_seed(seed, "figures.prior")).float()
         classes_N = torch.arange(NUM_PATHS) % len(self.labels) if self.labels else None
-        paths = self._along(latent_paths.great_circles(z[:NUM_PATHS], z[NUM_PATHS:], NUM_STEPS), classes_N)
-        traversals = self.traverse()
-        most = traversals.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
+        paths_NTD = self._along(latent_paths.great_circles(z_NL[:NUM_PATHS], z_NL[NUM_PATHS:], NUM_STEPS), classes_N)
+        traversals_LTD = self.traverse()
+        most = traversals_LTD.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
+        moved = tuple(f"latent {latent}" for latent in most.tolist())
         if classes_N is None:
-            return {"interpolations": paths, "traversals": traversals[most]}
+            return {"interpolations": Paths(paths_NTD), "traversals": Paths(traversals_LTD[most], moved)}
         moved_LTL = latent_paths.along_axes(torch.zeros(self.config.latent_dim), LOW, HIGH, NUM_STEPS)
-        return {"interpolations": paths, "traversals": self._along(moved_LTL[most], classes_N[: len(most)])}
+        of_classes = torch.arange(min(len(self.labels), MAX_CLASSES))
+        same_CTL = z_NL[:NUM_STEPS].expand(len(of_classes), -1, -1)
+        names = tuple(str(self.labels[c]) for c in classes_N.tolist())
+        return {
+            "interpolations": Paths(paths_NTD, names),
+            "traversals": Paths(self._along(moved_LTL[most], classes_N[: len(most)]), moved),
+            "classes": Paths(self._along(same_CTL, of_classes), tuple(map(str, self.labels[: len(of_classes)]))),
+        }
 
     def _along(self, z_NTL: Tensor, classes_N: Tensor | None) -> Tensor:
         num_steps = z_NTL.shape[1]

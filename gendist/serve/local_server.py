@@ -84,8 +84,7 @@ def _check_artifacts(config: ServerConfig) -> None:
 @contextmanager
 def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[str], None]) -> Iterator[str]:
     """A Ray of our own with the application; yields its URL."""
-    # Sockets lie deep in it, whose paths may have no more than 97 characters.
-    folder = Path(tempfile.mkdtemp(prefix="gendist-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    folder = _new_folder()
     mark = secrets.token_hex(16)
     try:
         with_haproxy = _has_haproxy(tell)
@@ -138,6 +137,18 @@ def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> I
         finally:
             with uninterrupted():
                 _delete()
+
+
+def _new_folder() -> Path:
+    """For all that the server writes; those of servers that were killed, which could not do it themselves, are removed."""
+    parent = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())  # sockets in it have paths of 97 characters at most
+    for file in parent.glob("gendist-*/server_pid"):
+        with suppress(OSError, ValueError):
+            if not os.path.exists(f"/proc/{int(file.read_text())}") and os.path.isdir("/proc/self"):
+                shutil.rmtree(file.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="gendist-", dir=parent))
+    (folder / "server_pid").write_text(str(os.getpid()))
+    return folder
 
 
 def _run(config: ServerConfig, host: str, port: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -21,7 +22,9 @@ from gendist.blocks import Leaves, LocalBlocks, reduce
 from gendist.config import families, family_class, is_trained, load_spec
 from gendist.data import Schema
 from gendist.em.convergence import fell
+from gendist.figures import Figure
 from gendist.noise import Noise
+from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS, Block, DeepModel, Draw, GenerativeModel, Phase, StatisticsModel, UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -156,6 +159,21 @@ def test_a_density_is_one_number_a_row(case):
         density = getattr(case.model, name)(case.x[:20])
         assert density.shape == (20,)
         assert density.dtype == torch.float64
+
+
+def test_its_figures_are_functions_of_the_seed_and_can_be_drawn(case):
+    """Each family has some, of images and of columns of numbers."""
+    figures, again = case.model.figures(1), case.model.figures(1)
+    is_sequence = case.x.ndim == 3
+    plain = Schema(columns=("x",), feature_names=tuple(f"x_{i}" for i in range(case.width)), is_sequence=is_sequence)
+    assert figures
+    for name, figure in figures.items():
+        assert re.fullmatch("[a-z_]+", name)
+        assert isinstance(figure, Figure)
+        for value, same in zip(vars(figure).values(), vars(again[name]).values(), strict=True):
+            assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+        for schema in (plain, plain.model_copy(update={"image_shape": (8, 8)})):
+            assert figure_bytes(figure, schema).startswith(b"\x89PNG")
 
 
 def test_x_of_another_width_is_refused(case):

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pydantic import ValidationError
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
 
@@ -17,7 +16,7 @@ from gendist.models.gmm import GaussianMixture
 from gendist.models.ops import autoencoder, latent_paths, likelihoods, tiles
 from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
 from gendist.noise import Noise, derived_seed
-from gendist.pictures import draw_figures
+from gendist.pictures import draw_figures, figure_bytes
 from gendist.protocols import Block, Draw, UserError
 
 NUM_FEATURES, LATENT_DIM, SCALE = 5, 2, 0.6
@@ -488,10 +487,11 @@ def test_figures_are_pictures_of_rows_of_steps(tmp_path):
     model = small()
     schema = Schema(columns=("x",), feature_names=tuple(f"p{i}" for i in range(12)), image_shape=(4, 3))
     draw_figures(model, schema, tmp_path, seed=0)
+    figures = model.figures(0)
     for name, rows in {"interpolations": vae.NUM_PATHS, "traversals": 3}.items():
-        with Image.open(tmp_path / f"{name}.png") as image:
-            assert image.height / image.width == pytest.approx(rows * 4 / (vae.NUM_STEPS * 3), rel=0.1)
-    assert torch.equal(model.figures(0)["interpolations"], model.figures(0)["interpolations"])
+        assert figures[name].x_RTD.shape == (rows, vae.NUM_STEPS, 12)
+        assert (tmp_path / f"{name}.png").read_bytes() == figure_bytes(figures[name], schema)
+        assert torch.equal(figures[name].x_RTD, model.figures(0)[name].x_RTD)
 
 
 def test_active_units_are_those_that_say_something():

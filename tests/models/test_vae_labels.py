@@ -257,14 +257,19 @@ def test_decoding_without_a_label_is_the_mean_over_all():
     torch.testing.assert_close(model.classify(x).exp().sum(1), torch.ones(5).double())
     assert model.interpolate(x[:2], x[2:4], 4).shape == (2, 4, 12)
     assert model.traverse(x[:1]).shape == (2, vae.NUM_STEPS, 12)
-    figures = model.figures(0)
+    figures = {name: figure.x_RTD for name, figure in model.figures(0).items()}
     assert {name: rows.shape for name, rows in figures.items()} == {
         "interpolations": (vae.NUM_PATHS, vae.NUM_STEPS, 12),
         "traversals": (2, vae.NUM_STEPS, 12),
+        "classes": (len(LABELS), vae.NUM_STEPS, 12),
     }
     # A row is of one class, whichever of the latent dimensions it is of.
     for row, label in zip(figures["traversals"], LABELS, strict=False):
         assert any(torch.allclose(row, moved) for moved in model.traverse(given=label))
+    # The same latents, as each class.
+    z = Noise(0, "figures").normal(0, 2 * vae.NUM_PATHS, 2)[: vae.NUM_STEPS]
+    for row, label in zip(figures["classes"], LABELS, strict=True):
+        torch.testing.assert_close(row, model.decode(z, given=label))
 
 
 @pytest.mark.parametrize("labels", [("a",), (0, 1), tuple(range(12))])
@@ -392,7 +397,7 @@ def test_behind_transforms_labels_stay_what_they_are():
     assert model.encode(x, given=3).shape == (5, 8)
     assert model.decode(np.zeros((2, 8)), given=[1, 2]).shape == (2, 64)
     assert model.elbo(x, given=3).shape == (5,)
-    assert model.figures(0)["traversals"].shape == (8, vae.NUM_STEPS, 64)
+    assert model.figures(0)["traversals"].x_RTD.shape == (8, vae.NUM_STEPS, 64)
     z = model.transforms.forward(x)
     torch.testing.assert_close(model.classify(x), model.model.classify(z))
     # Ways through the latents begin at rows as the data hold them, and lead through such rows.

@@ -49,6 +49,10 @@ class Bernoulli:
     def means(self) -> Tensor:
         return self.probs
 
+    @property
+    def variances(self) -> Tensor:
+        return self.probs * (1.0 - self.probs)
+
     @cached_property
     def _weights(self) -> Tensor:
         return self.probs.logit()

@@ -82,6 +82,16 @@ class Categorical:
     def means(self) -> Tensor:
         return self._most_likely(self.probs)
 
+    @property
+    def variances(self) -> Tensor:
+        return torch.zeros(self.num_latents, self.num_features, dtype=torch.float64)
+
+    @property
+    def probs_of_columns(self) -> list[Tensor]:
+        """(K, C) of each column, of the categories that were seen."""
+        columns = zip(self._first_slot.tolist(), self.num_categories.tolist(), strict=True)
+        return [self.probs[:, first : first + number] for first, number in columns]
+
     def _most_likely(self, probs_NF: Tensor) -> Tensor:
         """(N, D) the category of the largest probability, of those that were seen."""
         columns = [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gendist.figures import Profiles
 from gendist.models.distributions.bernoulli import Bernoulli
 from gendist.models.distributions.categorical import Categorical
 from gendist.models.distributions.distribution import Distribution, Step
@@ -91,6 +92,15 @@ class Columns:
     def means(self) -> Tensor:
         """(K, D)"""
         return self._together([group.distribution.means for group in self.groups])
+
+    def profiles(self, names: tuple[str, ...]) -> Profiles:
+        """What to draw of them; names: of the latents."""
+        variances_KD = self._together([group.distribution.variances for group in self.groups])
+        probs: dict[int, Tensor] = {}
+        for group in self.groups:
+            if isinstance(group.distribution, Categorical):
+                probs |= dict(zip(group.columns.tolist(), group.distribution.probs_of_columns, strict=True))
+        return Profiles(self.means, variances_KD, names, probs)
 
     def _together(self, parts: list[Tensor]) -> Tensor:
         """(N, D) of the (N, d) of each group."""

@@ -51,6 +51,11 @@ class Distribution(Protocol):
         """(K, D) the mean of x, or, of a category, the most likely one."""
         ...
 
+    @property
+    def variances(self) -> Tensor:
+        """(K, D) of x; 0 of a category, which has none."""
+        ...
+
     def kernel(self, compute: Compute) -> Kernel: ...
 
     def log_prob_of_counted(self, statistics: Any) -> float:

@@ -79,6 +79,13 @@ class Gaussian:
         return self.covariance_type in ("full", "tied")
 
     @property
+    def covariances_of_latents(self) -> Tensor:
+        """(K, D, D), or (K, D) the variances where features are uncorrelated; a view of `covariances`."""
+        if self.covariance_type == "tied":
+            return self.covariances.expand(self.num_latents, -1, -1)
+        return self.covariances[:, None].expand_as(self.means) if self.covariance_type == "spherical" else self.covariances
+
+    @property
     def num_parameters(self) -> int:
         """Free parameters: of the means and of the covariances, a symmetric matrix counting D (D + 1) / 2."""
         triangle = self.num_features * (self.num_features + 1) // 2

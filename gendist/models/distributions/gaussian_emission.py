@@ -13,13 +13,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gendist.figures import NUM_POINTS, Mixture
 from gendist.models.distributions.distribution import Step
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
 from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import drawn, expected
 from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
-from gendist.models.ops.independent_latent import Rows, take
+from gendist.models.ops.independent_latent import Rows, draw_latents, take
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Compute, DataSummary
 
@@ -141,6 +142,15 @@ class GaussianEmission:
             u_N1 = Noise(seed, f"{purpose}.component").uniform(start, num_rows) * cumulative_NM[:, -1:]
             latent_N = latent_N * num_components + (cumulative_NM[:, :-1] <= u_N1).sum(1)
         return self.gaussian.sample(latent_N, Noise(seed, purpose).normal(start, num_rows, self.num_features))
+
+    def figure(self, shares_K: Tensor, seed: int, names: tuple[str, ...]) -> Mixture:
+        """The Gaussians, those of a latent in one colour; shares_K: how frequent the latents are; names: of them."""
+        shares = (shares_K[:, None] * self.weights).flatten()
+        gaussian_N = draw_latents(shares, seed, "figures.gaussian", 0, NUM_POINTS)
+        x_ND = self.gaussian.sample(gaussian_N, Noise(seed, "figures.x").normal(0, NUM_POINTS, self.num_features))
+        latent_of_each = torch.arange(self.num_latents).repeat_interleave(self.weights.shape[1])
+        covariances = self.gaussian.covariances_of_latents
+        return Mixture(x_ND, gaussian_N, shares, self.gaussian.means, covariances, latent_of_each, names)
 
     def impute(
         self, x_ND: Tensor, missing_ND: Tensor, responsibilities_NK: Tensor, noise: tuple[int, str, int] | None = None

@@ -79,6 +79,10 @@ class Multinomial:
     def means(self) -> Tensor:
         return self.mean_length * self.probs
 
+    @property
+    def variances(self) -> Tensor:
+        return self.mean_length * self.probs * (1.0 - self.probs)
+
     def kernel(self, compute: Compute) -> MultinomialKernel:
         return MultinomialKernel(self.probs, self._log_probs, compute)
 

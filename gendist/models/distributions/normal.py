@@ -53,6 +53,10 @@ class Normal:
         return self.gaussian.means
 
     @property
+    def variances(self) -> Tensor:
+        return self.gaussian.covariances
+
+    @property
     def _estimator(self) -> GaussianEstimator:
         config = GaussianConfig(
             covariance_type="diag",

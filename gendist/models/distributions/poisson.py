@@ -53,6 +53,8 @@ class Poisson:
     def means(self) -> Tensor:
         return self.rates
 
+    variances = means
+
     @cached_property
     def _weights(self) -> Tensor:
         return self.rates.log()

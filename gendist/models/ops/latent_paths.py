@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
+MAX_CLASSES = 40  # of a figure
 NEARLY_PARALLEL = 1e-4  # radians, below which the sines that are divided have too few digits
 
 

@@ -1,0 +1,119 @@
+"""One answer on its way: its chunks through the batcher, one at a time with one ahead, and as bytes to the client, for as long
+as somebody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.types import Receive, Send
+
+from gendist.protocols import UserError
+from gendist.serve.access import Record, send_whole
+from gendist.serve.batcher import Batcher, Busy, Closed, Work
+from gendist.serve.bodies import ClientGone
+from gendist.serve.calls import InvalidCall
+from gendist.serve.formats import Encoder, Values
+from gendist.serve.limits import Limits
+from gendist.serve.metrics import Metrics
+from gendist.serve.problems import Problem
+
+Headers = list[tuple[bytes, bytes]]
+
+
+@asynccontextmanager
+async def while_somebody_waits(receive: Receive, record: Record) -> AsyncIterator[None]:
+    """Cancels what is inside when the client hangs up before its answer is whole; then `ClientGone`."""
+    task = asyncio.current_task()
+    assert task is not None
+    is_gone = False
+
+    async def watch() -> None:
+        nonlocal is_gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        if not record.is_complete:
+            is_gone = True
+            task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if is_gone and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+class Line:
+    """What a request has computed, and what that took, which is noted in its record."""
+
+    def __init__(self, batcher: Batcher, limits: Limits, metrics: Metrics, record: Record) -> None:
+        self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
+
+    async def result(self, work: Work, is_continued: bool = False) -> Any:
+        """Problem where there is no room for the work, it takes too long, or the model refuses it."""
+        queued = time.monotonic()
+        try:
+            timed = await self._batcher.result(work, is_continued=is_continued)
+        except Busy as busy:
+            seconds = str(max(1, math.ceil(busy.retry_after_s)))
+            raise Problem(429, str(busy), headers={"retry-after": seconds}) from None
+        except Closed as closed:
+            raise Problem(503, str(closed), headers={"retry-after": "1"}) from None
+        except TimeoutError:
+            raise Problem(504, f"it was not computed within {self._limits.time_limit_s:g} s", allowed="a smaller request, or "
+                          "another time") from None  # fmt: skip
+        except InvalidCall as error:
+            raise Problem(422, str(error), error.field, error.allowed) from None
+        except UserError as error:
+            raise Problem(422, str(error)) from None
+        finally:
+            self._metrics.queue(self._batcher.num_rows, self._batcher.num_bytes)
+        record = self._record
+        record.wait_s = (record.wait_s or 0.0) + max(timed.began - queued, 0.0)
+        record.compute_s += timed.ended - timed.began
+        return timed.result
+
+    async def send(self, send: Send, headers: Headers, encoder: Encoder, works: Iterator[Work]) -> None:
+        """Answer with what these works come to. The first is computed before anything is sent, so that what is wrong with the
+        request is told by the status; the next is queued while the one before is sent, and no other."""
+        first: Mapping[str, Values] = await self.result(next(works))
+        ahead = next(works, None)
+        content = encoder.begin(first) + encoder.rows(first)
+        if ahead is None:
+            await send_whole(send, 200, headers, content + encoder.end())
+            return
+        num_bytes = encoder.num_bytes(first)
+        length = [] if num_bytes is None else [(b"content-length", b"%d" % num_bytes)]
+        pending: asyncio.Task[Any] | None = self._queued(ahead)
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": [*headers, *length]})
+            while pending is not None:
+                await self._part(send, content)
+                chunk = await pending
+                ahead = next(works, None)
+                pending = None if ahead is None else self._queued(ahead)
+                content = encoder.rows(chunk)
+            await self._part(send, content + encoder.end(), more_body=False)
+        finally:
+            if pending is not None:
+                pending.cancel()
+
+    def _queued(self, work: Work) -> asyncio.Task[Any]:
+        task = asyncio.create_task(self.result(work, is_continued=True))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether or not anybody asks
+        return task
+
+    async def _part(self, send: Send, content: bytes, more_body: bool = True) -> None:
+        try:
+            async with asyncio.timeout(self._limits.time_limit_s):
+                await send({"type": "http.response.body", "body": content, "more_body": more_body})
+        except TimeoutError:
+            raise Problem(408, f"the client took nothing for {self._limits.time_limit_s:g} s") from None
