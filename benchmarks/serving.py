@@ -52,7 +52,9 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     print_machine(1)
-    print(f"{arguments.replicas} replicas; {ROWS_A_REQUEST} rows a request; decoder of 28 x 28, channels {channels}", flush=True)
+    print(
+        f"{arguments.replicas} replicas; {ROWS_A_REQUEST} rows a request; decoder of 28 x 28, channels {channels}", flush=True
+    )
     with tempfile.TemporaryDirectory() as folder:
         cases = save_cases(Path(folder), channels)
         measure(cases, only, arguments.replicas, arguments.seconds)
@@ -80,7 +82,7 @@ def measure(cases: Mapping[str, Path], only: set[str], replicas: int, seconds: f
     if only & {"gendist", "empty"}:
         with running_gendist(cases, replicas) as port:
             if "empty" in only:
-                ours["empty"] = closed_loops(port, EMPTY_PATH, seconds)
+                ours["empty"] = closed_loops(port, f"{EMPTY_PATH}/", seconds)
             for name in cases if "gendist" in only else ():
                 path = f"/models/{name}/sample?format=npy"
                 ours[name] = closed_loops(port, path, seconds)

@@ -1,4 +1,4 @@
-"""What the benchmark of serving serves: a mixture, a hidden Markov model and a decoder of images; and how fast they are alone."""
+"""What the benchmark of serving serves: a mixture, a hidden Markov model and a decoder; and how fast they are alone."""
 
 from __future__ import annotations
 

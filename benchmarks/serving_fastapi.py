@@ -2,8 +2,8 @@
 
     python benchmarks/serving_fastapi.py ARTIFACT PORT NUM_PROCESSES
 
-It answers POST /sample {"num_samples", "seed"} with .npy, and joins what waits in one call of the plain network: noise by torch's
-own generator, no fixed shapes. (So, unlike gendist's, a row may depend in its last bits on what it was computed beside.)
+It answers POST /sample {"num_samples", "seed"} with .npy, and joins what waits in one call of the plain network: noise by
+torch's own generator, no fixed shapes. (So, unlike gendist's, a row may depend in its last bits on what it came beside.)
 """
 
 from __future__ import annotations
@@ -108,7 +108,12 @@ def main() -> None:
     path, port, num_processes = sys.argv[1:]
     os.environ["PEER_ARTIFACT"] = path
     uvicorn.run(
-        "serving_fastapi:fastapi_app", factory=True, port=int(port), workers=int(num_processes), log_level="error", access_log=False
+        "serving_fastapi:fastapi_app",
+        factory=True,
+        port=int(port),
+        workers=int(num_processes),
+        log_level="error",
+        access_log=False,
     )
 
 

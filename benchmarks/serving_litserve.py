@@ -1,6 +1,6 @@
 """The decoder behind LitServe with its batching, as its documentation shows it: what serving_fastapi.py does.
 
-    python benchmarks/serving_litserve.py ARTIFACT PORT NUM_PROCESSES
+python benchmarks/serving_litserve.py ARTIFACT PORT NUM_PROCESSES
 """
 
 from __future__ import annotations

@@ -236,12 +236,17 @@ def prior(
 def serve(
     artifacts: Annotated[
         list[str],
-        typer.Argument(metavar="ARTIFACT ...", help="Run directories or artifacts; NAME=PATH to call one otherwise than its folder."),
+        typer.Argument(
+            metavar="ARTIFACT ...", help="Run directories or artifacts; NAME=PATH to call one otherwise than its folder."
+        ),
     ],
     host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
     replicas: Annotated[
-        str, typer.Option(metavar="N|MIN:MAX", help="Processes that compute, each with all models; or as many as the load asks for.")
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX", help="Processes that compute, each with all models; or as many as the load asks for."
+        ),
     ] = "1",
     gpus_per_replica: Annotated[float, typer.Option(min=0.0, help="May be a fraction, such as 0.25.")] = 0.0,
     token_file: Annotated[

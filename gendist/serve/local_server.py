@@ -141,7 +141,9 @@ def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> I
 
 def _new_folder() -> Path:
     """For all that the server writes; those of servers that were killed, which could not do it themselves, are removed."""
-    parent = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())  # sockets in it have paths of 97 characters at most
+    parent = Path(
+        "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+    )  # sockets in it have paths of 97 characters at most
     for file in parent.glob("gendist-*/server_pid"):
         with suppress(OSError, ValueError):
             if not os.path.exists(f"/proc/{int(file.read_text())}") and os.path.isdir("/proc/self"):
@@ -247,7 +249,7 @@ def _haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str,
     launcher = folder / "haproxy"
     program = Path(__file__).with_name("haproxy_launcher.py")
     words = [sys.executable, "-IS", program, get_haproxy_binary(), _in_url(host), error_file]
-    launcher.write_text(f"#!/bin/sh\nexec {' '.join(_quoted(str(word)) for word in words)} \"$@\"\n")
+    launcher.write_text(f'#!/bin/sh\nexec {" ".join(_quoted(str(word)) for word in words)} "$@"\n')
     launcher.chmod(0o700)
     here = folder / "h"
     return {
@@ -344,7 +346,7 @@ def _tell_how_to_call(url: str, config: ServerConfig, tell: Callable[[str], None
     tell(f"serving at {url}  (Ctrl-C ends it)")
     for model, path in config.models.items():
         tell(f"  {model}  {path}")
-    body = "{\"num_samples\": 4, \"seed\": 0}"
+    body = '{"num_samples": 4, "seed": 0}'
     tell(f"try   curl{token} {_to_call(url)}/models/{name}/sample -H 'Content-Type: application/json' -d '{body}'")
     tell(f"docs  {_to_call(url)}/docs")
 

@@ -27,7 +27,7 @@ MODELS = {"a": "runs/a"}
     ],
 )
 def test_a_mistake_is_told_in_one_line(content, told):
-    with pytest.raises(UserError, match=".") as error:
+    with pytest.raises(UserError) as error:
         server_config(content)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
