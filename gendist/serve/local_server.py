@@ -128,8 +128,16 @@ def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> I
 
     with ray_cluster(0, address):
         import ray
+        from ray import serve as ray_serve
+
+        from gendist.serve.ray_app import NAME
 
         _check_gpus(config, ray.cluster_resources())
+        with _told_in_one_line("Ray Serve"):
+            if NAME in ray_serve.status().applications:
+                raise UserError(
+                    f"--address {address}: an application '{NAME}' is there already; end that one, or change it there"
+                )
         try:
             _run(config, host, port)
             head = address.removeprefix("ray://").rpartition(":")[0]
@@ -172,6 +180,8 @@ def _told_in_one_line(what: str) -> Iterator[None]:
     """Whatever keeps it from starting, as UserError: the last line of what it says, which is the cause."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(f"{what} did not start: {lines[-1] if lines else type(error).__name__}") from error
@@ -348,7 +358,7 @@ def _tell_how_to_call(url: str, config: ServerConfig, tell: Callable[[str], None
         tell(f"  {model}  {path}")
     body = '{"num_samples": 4, "seed": 0}'
     tell(f"try   curl{token} {_to_call(url)}/models/{name}/sample -H 'Content-Type: application/json' -d '{body}'")
-    tell(f"docs  {_to_call(url)}/docs")
+    tell(f"docs  {_to_call(url)}/openapi.json")
 
 
 @contextmanager
