@@ -84,7 +84,8 @@ class Load:
                 if not connection.is_answered():
                     continue
             except ConnectionError:
-                self.statuses["hung up"] += 1
+                # An idle connection may be closed at any time, also at the very moment of a request: that is sent again.
+                self.statuses["cut off" if connection.answer else "reconnected"] += 1
                 self.selector.unregister(connection.socket)
                 connection.socket.close()
                 free.append(self.open())
@@ -130,7 +131,7 @@ class Load:
 
     def summary(self, seconds: float) -> dict[str, Any]:
         latencies = sorted(self.latencies)
-        failures = {status: count for status, count in self.statuses.items() if status != "200"}
+        failures = {status: count for status, count in self.statuses.items() if status not in ("200", "reconnected")}
         quantiles = {f"p{q}_s": latencies[min(len(latencies) * q // 100, len(latencies) - 1)] for q in (50, 99) if latencies}
         return {"requests": len(latencies), "failures": failures, "seconds": seconds, "bytes": self.num_bytes, **quantiles}
 
