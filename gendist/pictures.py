@@ -21,6 +21,7 @@ MAX_IMAGES = 400
 MAX_COLUMNS = 40  # of the means of latents
 NUM_EXAMPLES = 9  # of each component, beside its mean
 TARGET_PIXELS = 800  # of a picture's longer side, reached by enlarging whole pixels
+MAX_GAP = 6  # pixels between images
 MAX_PIXELS = 2**24  # of all images together
 BACKGROUND, PAPER, INK = 96, 255, 32  # grey levels
 TEXT_PIXELS = 15
@@ -72,7 +73,7 @@ def picture_bytes(x: Any, schema: Schema) -> bytes:
         return grid(np.stack([np.reshape(each, schema.image_shape) for each in x[:MAX_IMAGES]]))
     if schema.is_sequence:
         return plots.lines(list(x[: plots.MAX_LINES]), schema.feature_names, _texts(schema))
-    return plots.panels(np.asarray(x)[:MAX_SHOWN], schema.feature_names)
+    return plots.panels(np.asarray(x)[:MAX_SHOWN], schema.feature_names, _texts(schema))
 
 
 def figure_bytes(figure: Figure, schema: Schema) -> bytes:
@@ -160,7 +161,7 @@ def grid(images: Array, num_columns: int = 0, names: Sequence[str] = ()) -> byte
     num_columns = num_columns or max(1, int(np.ceil(np.sqrt(len(images) * height / width))))
     num_rows = max(1, min(-(-len(images) // num_columns), MAX_PIXELS // (num_columns * width * height)))
     scale = max(1, TARGET_PIXELS // (max(num_rows * height, num_columns * width)))
-    gap = max(1, scale // 2)
+    gap = min(max(1, scale // 2), MAX_GAP)
     tile_height, tile_width = height * scale + gap, width * scale + gap
     levels = np.where(np.isnan(images), BACKGROUND / 255.0, images).clip(0.0, 1.0)
     pixels = np.round(levels * 255.0).astype(np.uint8)

@@ -16,6 +16,7 @@ import numpy as np
 
 from gendist.figures import Matrices, Mixture, Profiles, Strips
 
+DPI = 110
 MAX_PANELS = 4  # features, on a side
 MAX_LINES = 5  # sequences, over time
 MAX_TICKS = 12  # texts at an axis that has room for few
@@ -28,8 +29,9 @@ MAX_MATRICES = 10
 MAX_STEPS = 300  # of a sequence
 MAX_TEXT = 22  # letters of a name
 CELLS_A_LINE = 50  # of a sequence of letters
+CELL = 20 / DPI  # inches, its width: two places of 10 pixels, since places are of whole pixels
+MONOSPACE = 0.602  # the width of a letter of DejaVu Sans Mono, as a part of its height
 BEYOND_MEASURE = 1e100
-DPI = 110
 
 Array = np.ndarray[Any, Any]
 
@@ -38,9 +40,25 @@ Array = np.ndarray[Any, Any]
 
 
 def _new(width: float, height: float) -> Any:
+    """A figure that finds room for what stands beside its panels: for few of them, since it is drawn several times."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _grid(
+    num_rows: int, num_columns: int, size: tuple[float, float], right: float = 0.15, top: float = 0.15, **options: Any
+) -> tuple[Any, Any]:
+    """A figure and its (rows, columns) panels, each of this size, with fixed room between and beside them; all in inches."""
+    from matplotlib.figure import Figure
+
+    (width, height), left, bottom, between = size, 0.8, 0.6, (0.5, 0.3)
+    whole = (left + num_columns * (width + between[0]) - between[0] + right, bottom + num_rows * (height + between[1]))
+    whole = (whole[0], whole[1] - between[1] + top)
+    figure = Figure(figsize=whole)
+    places = {"left": left / whole[0], "right": 1.0 - right / whole[0], "bottom": bottom / whole[1]}
+    places |= {"top": 1.0 - top / whole[1], "wspace": between[0] / width, "hspace": between[1] / height}
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, gridspec_kw=places, **options)
 
 
 def _png(figure: Any) -> bytes:
@@ -78,13 +96,16 @@ def _measurable(values: Any) -> Array:
         return np.where(np.abs(array) < BEYOND_MEASURE, array, np.nan)
 
 
-def _tidy(panel: Any) -> None:
+def _tidy(panel: Any, x_ticks: int = 4, y_ticks: int = 4) -> None:
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
+    panel.locator_params(axis="x", nbins=x_ticks)
+    panel.locator_params(axis="y", nbins=y_ticks)
+    panel.ticklabel_format(scilimits=(-3, 4))
 
 
 def _legend(
-    figure: Any, colours: Any, names: Sequence[str], shares: Sequence[float] | None = None, loc: str = "outside right upper"
+    figure: Any, colours: Any, names: Sequence[str], shares: Sequence[float] | None = None, loc: str = "upper right"
 ) -> None:
     from matplotlib.lines import Line2D
 
@@ -113,12 +134,11 @@ def _named_ticks(set_ticks: Any, names: Sequence[str], most: int, **options: Any
 # Samples
 
 
-def panels(x_ND: Array, names: Sequence[str]) -> bytes:
-    """Every pair of the first features as points, and each of them as a histogram on the diagonal."""
+def panels(x_ND: Array, names: Sequence[str], texts: Sequence[Sequence[str]]) -> bytes:
+    """Every pair of the first features as points, and each of them as a histogram on the diagonal. texts: as of `lines`."""
     x_ND = _measurable(x_ND)
     size = min(len(names), MAX_PANELS)
-    figure = _new(2.6 * size + 0.6, 2.6 * size + 0.6)
-    axes = figure.subplots(size, size, squeeze=False)
+    figure, axes = _grid(size, size, (2.1, 2.1))
     for i in range(size):
         for j in range(size):
             panel = axes[i, j]
@@ -127,6 +147,10 @@ def panels(x_ND: Array, names: Sequence[str]) -> bytes:
                 _hist(panel, x_ND[:, i])
             else:
                 panel.plot(x_ND[:, j], x_ND[:, i], ".", markersize=2, alpha=0.5)
+                if texts[i]:
+                    _named_ticks(panel.set_yticks, texts[i], MAX_TICKS, rotation=90, va="center")
+            if texts[j]:
+                _named_ticks(panel.set_xticks, texts[j], MAX_TICKS)
             if i == size - 1:
                 panel.set_xlabel(legible(names[j]))
             if j == 0:
@@ -142,11 +166,13 @@ def lines(
     sequences  (T, D) each
     texts      of each feature, empty of one that is a number
     """
+    if are_letters(texts):
+        return _letters([np.asarray(x_TD)[:, 0] for x_TD in sequences], None, (), texts[0], titles)
     shown = min(len(names), MAX_PANELS)
-    figure = _new(9.0, 1.8 * shown + 0.6)
-    axes = figure.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
+    figure, axes = _grid(shown, 1, (8.0, 1.5), right=1.8 if titles else 0.15, sharex=True)
+    axes = axes[:, 0]
     for d, panel in enumerate(axes):
-        _tidy(panel)
+        _tidy(panel, x_ticks=10)
         for x_TD in sequences[:MAX_LINES]:
             x_T = _measurable(x_TD)[:MAX_STEPS, d]
             marker = "." if len(x_T) <= 2 else None
@@ -172,9 +198,8 @@ def mixture(figure: Mixture, names: Sequence[str]) -> bytes:
     x_ND, group_N = _measurable(figure.x_ND), figure.group_K[figure.latent_N].numpy()
     size = len(features)
     if size <= 2:
-        drawn = _new(7.6, 5.6)
-        panel = drawn.subplots()
-        _tidy(panel)
+        drawn, ((panel,),) = _grid(1, 1, (5.6, 5.0), right=1.9)
+        _tidy(panel, x_ticks=8, y_ticks=8)
         if size == 1:
             _densities(panel, figure, features[0], colours)
         else:
@@ -182,8 +207,7 @@ def mixture(figure: Mixture, names: Sequence[str]) -> bytes:
         panel.set_xlabel(legible(names[features[0]]))
         panel.set_ylabel("density" if size == 1 else legible(names[features[1]]))
     else:
-        drawn = _new(2.6 * size + 0.4, 2.6 * size)
-        axes = drawn.subplots(size, size, squeeze=False, sharex="col")
+        drawn, axes = _grid(size, size, (2.1, 2.1), sharex="col")
         for i in range(size):
             for j in range(size):
                 panel = axes[i, j]
@@ -200,7 +224,7 @@ def mixture(figure: Mixture, names: Sequence[str]) -> bytes:
                     panel.set_xlabel(legible(names[features[j]]))
                 if j == 0 and i > 0:
                     panel.set_ylabel(legible(names[features[i]]))
-    _legend(drawn, colours, figure.names, shares, "outside right upper" if size <= 2 else "upper right")
+    _legend(drawn, colours, figure.names, shares)
     return _png(drawn)
 
 
@@ -256,8 +280,15 @@ def _telling(means_KD: Array, variances_KD: Array | None, weights_K: Array | Non
 
 def strips(figure: Strips, names: Sequence[str], texts: Sequence[Sequence[str]]) -> bytes:
     """A panel a sequence: its first features over bands of the colours of its states; of texts the texts themselves."""
-    is_text = len(names) == 1 and texts[0] and max(map(len, texts[0])) <= 2
-    return _letters(figure, texts[0]) if is_text else _bands(figure, names, texts)
+    if are_letters(texts):
+        states = figure.states_ST.tolist()
+        return _letters(list(figure.x_STD[:, :, 0].numpy()), states, figure.names, texts[0], figure.titles)
+    return _bands(figure, names, texts)
+
+
+def are_letters(texts: Sequence[Sequence[str]]) -> bool:
+    """Whether a step is a single letter."""
+    return len(texts) == 1 and len(texts[0]) > 0 and max(map(len, texts[0])) == 1
 
 
 def _bands(figure: Strips, names: Sequence[str], texts: Sequence[Sequence[str]]) -> bytes:
@@ -267,10 +298,11 @@ def _bands(figure: Strips, names: Sequence[str], texts: Sequence[Sequence[str]])
     states_ST = figure.states_ST[:MAX_LINES, :MAX_STEPS].numpy()
     shown = min(len(names), MAX_PANELS)
     colours = colours_of(len(figure.names))
-    drawn = _new(10.5, 1.7 * len(sequences) + 0.5)
-    axes = drawn.subplots(len(sequences), 1, squeeze=False, sharex=True)[:, 0]
+    top = 0.35 if figure.titles else 0.15
+    drawn, axes = _grid(len(sequences), 1, (8.4, 1.3), right=1.8, top=top, sharex=True)
+    axes = axes[:, 0]
     for s, (panel, x_TD, states_T) in enumerate(zip(axes, sequences, states_ST, strict=True)):
-        _tidy(panel)
+        _tidy(panel, x_ticks=10)
         x_TD = _measurable(x_TD)[:, :shown]
         for d in range(shown):
             style: dict[str, Any] = {"color": str(0.15 + 0.5 * d / shown), "linestyle": ("-", "--", "-.", ":")[d]}
@@ -292,40 +324,48 @@ def _bands(figure: Strips, names: Sequence[str], texts: Sequence[Sequence[str]])
             panel.set_ylabel(legible(names[0]))
     if shown > 1:
         lines_of_features = axes[0].get_lines()[:shown]
-        drawn.legend(
-            lines_of_features, [legible(name) for name in names[:shown]], loc="outside right lower", frameon=False, fontsize=9
-        )
+        drawn.legend(lines_of_features, [legible(name) for name in names[:shown]], loc="lower right", frameon=False, fontsize=9)
     axes[-1].set_xlabel("step")
     _legend(drawn, colours, figure.names)
     return _png(drawn)
 
 
-def _letters(figure: Strips, texts: Sequence[str]) -> bytes:
-    """Each letter in a cell of its state's colour, CELLS_A_LINE a line."""
+def _letters(
+    sequences: Sequence[Array],
+    states: Sequence[Sequence[int]] | None,
+    names: Sequence[str],
+    texts: Sequence[str],
+    titles: Sequence[str],
+) -> bytes:
+    """Each letter, CELLS_A_LINE a line, in a cell of its state's colour where there are states, which have names."""
     from matplotlib.collections import PolyCollection
 
-    colours = colours_of(len(figure.names))
-    sequences, states = figure.x_STD[:MAX_LINES, :MAX_STEPS, 0].tolist(), figure.states_ST[:MAX_LINES, :MAX_STEPS].tolist()
-    cells, cell_colours, y = [], [], 0.0
-    drawn = _new(11.5, 0.0)
-    panel = drawn.subplots()
-    for s, (x_T, states_T) in enumerate(zip(sequences, states, strict=True)):
-        if figure.titles:
-            panel.text(0.0, y + 0.75, legible(figure.titles[s]), fontsize=9, weight="bold")
+    colours = colours_of(len(names))
+    cells, cell_colours, written, y = [], [], [], 0.0
+    for s, x_T in enumerate(sequences[:MAX_LINES]):
+        if titles:
+            written.append((y, legible(titles[s])))
             y += 1.0
-        for t, (value, state) in enumerate(zip(x_T, states_T, strict=True)):
-            left, top = t % CELLS_A_LINE, y + t // CELLS_A_LINE
-            cells.append([(left, top), (left + 1, top), (left + 1, top + 0.92), (left, top + 0.92)])
-            cell_colours.append(colours[state])
-            text = texts[int(value)] if int(value) < len(texts) else "?"
-            panel.text(left + 0.5, top + 0.47, legible(text, 2), ha="center", va="center", fontsize=9, family="DejaVu Sans")
-        y += -(-len(x_T) // CELLS_A_LINE) + 0.6
+        # Two places of a fixed width a letter: so a line is one text, and is drawn at once.
+        letters = [legible(texts[int(x)] if 0 <= x < len(texts) else "?", 1) for x in x_T[:MAX_STEPS].tolist()]
+        for first in range(0, len(letters), CELLS_A_LINE):
+            line = slice(first, min(first + CELLS_A_LINE, len(letters)))
+            written.append((y, " ".join(letters[line])))
+            for left, state in enumerate(states[s][line] if states is not None else ()):
+                cells.append([(left, y), (left + 1, y), (left + 1, y + 0.92), (left, y + 0.92)])
+                cell_colours.append(colours[state])
+            y += 1.0
+        y += 0.6
+    drawn, ((panel,),) = _grid(1, 1, (CELLS_A_LINE * CELL, 1.25 * CELL * max(y - 0.6, 1.0)), right=1.8 if names else 0.8)
     panel.add_collection(PolyCollection(cells, facecolors=cell_colours, alpha=0.45, linewidths=0))
+    for top, text in written:
+        size = 72.0 * CELL / (2.0 * MONOSPACE)
+        panel.text(0.25, top + 0.47, text, ha="left", va="center_baseline", fontsize=size, family="DejaVu Sans Mono")
     panel.set_xlim(0, CELLS_A_LINE)
-    panel.set_ylim(y - 0.6, 0)
+    panel.set_ylim(max(y - 0.6, 1.0), 0)
     panel.set_axis_off()
-    drawn.set_size_inches(11.5, 0.24 * y + 0.4)
-    _legend(drawn, colours, figure.names)
+    if names:
+        _legend(drawn, colours, names)
     return _png(drawn)
 
 
@@ -344,8 +384,12 @@ def matrices(figure: Matrices) -> bytes:
             continue
         image = panel.imshow(values_MRC[m], cmap="Blues", vmin=0.0, vmax=highest or 1.0, aspect="auto")
         room = MAX_NAMES if len(values_MRC) == 1 else MAX_TICKS
-        _named_ticks(panel.set_yticks, figure.row_names, room)
-        _named_ticks(panel.set_xticks, figure.column_names, room, rotation=90 if len(figure.column_names) > 6 else 0)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        if m % num_columns == 0:
+            _named_ticks(panel.set_yticks, figure.row_names, room)
+        if m // num_columns == num_rows - 1:
+            _named_ticks(panel.set_xticks, figure.column_names, room, rotation=90 if len(figure.column_names) > 6 else 0)
         if len(values_MRC) == 1 and max(values_MRC.shape[1:]) <= MAX_TICKS:
             for (r, c), value in np.ndenumerate(values_MRC[m]):
                 colour = "white" if value > 0.6 * highest else "black"

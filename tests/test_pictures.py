@@ -16,7 +16,7 @@ from gendist import plots
 from gendist.data import Schema
 from gendist.figures import Matrices, Mixture, Paths, Profiles, Strips
 from gendist.models.gmm import GaussianMixture
-from gendist.pictures import draw_figures, figure_bytes, grid, picture_bytes, save_picture
+from gendist.pictures import MAX_GAP, draw_figures, figure_bytes, grid, picture_bytes, save_picture
 
 COVARIANCES = {
     "full": torch.tensor(
@@ -155,12 +155,10 @@ def test_profiles_are_the_moments_of_samples(tmp_path):
 def test_the_pixels_of_images_are_theirs():
     images = np.random.default_rng(0).uniform(size=(5, 4, 3))
     pixels = opened(grid(images, num_columns=3))
-    scale = plots_scale = (pixels.shape[1] - 1) // 3 // 3
-    gap = max(1, scale // 2)
-    while 3 * (3 * scale + gap) + gap != pixels.shape[1]:
-        scale -= 1
-        gap = max(1, scale // 2)
-    assert scale > plots_scale // 2
+    # Of so few the gap is the widest: pixels.shape[1] is 3 images of 3 pixels, and 4 gaps.
+    gap = MAX_GAP
+    scale = (pixels.shape[1] - 4 * gap) // 9
+    assert pixels.shape == (2 * (4 * scale + gap) + gap, 3 * (3 * scale + gap) + gap)
     for i, image in enumerate(images):
         top, left = gap + i // 3 * (4 * scale + gap), gap + i % 3 * (3 * scale + gap)
         shown = pixels[top : top + 4 * scale : scale, left : left + 3 * scale : scale]

@@ -51,6 +51,14 @@ async def while_somebody_waits(receive: Receive, record: Record) -> AsyncIterato
         watcher.cancel()
 
 
+async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator[bytes]:
+    """The bytes of a chunk. Between its slices others have a turn: numbers become text slowly."""
+    for number, piece in enumerate(encoder.slices(chunk)):
+        if number:
+            await asyncio.sleep(0)
+        yield encoder.rows(piece)
+
+
 class Line:
     """What a request has computed, and what that took, which is noted in its record."""
 
@@ -86,22 +94,25 @@ class Line:
         request is told by the status; the next is queued while the one before is sent, and no other."""
         first: Mapping[str, Values] = await self.result(next(works))
         ahead = next(works, None)
-        content = encoder.begin(first) + encoder.rows(first)
+        head = encoder.begin(first)
         if ahead is None:
-            await send_whole(send, 200, headers, content + encoder.end())
+            content = [head] + [part async for part in _parts(encoder, first)] + [encoder.end()]
+            await send_whole(send, 200, headers, b"".join(content))
             return
         num_bytes = encoder.num_bytes(first)
         length = [] if num_bytes is None else [(b"content-length", b"%d" % num_bytes)]
         pending: asyncio.Task[Any] | None = self._queued(ahead)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": [*headers, *length]})
-            while pending is not None:
-                await self._part(send, content)
-                chunk = await pending
-                ahead = next(works, None)
+            await self._part(send, head)
+            chunk: Mapping[str, Values] | None = first
+            while chunk is not None:
+                async for part in _parts(encoder, chunk):
+                    await self._part(send, part)
+                chunk = None if pending is None else await pending
+                ahead = None if chunk is None else next(works, None)
                 pending = None if ahead is None else self._queued(ahead)
-                content = encoder.rows(chunk)
-            await self._part(send, content + encoder.end(), more_body=False)
+            await self._part(send, encoder.end(), more_body=False)
         finally:
             if pending is not None:
                 pending.cancel()

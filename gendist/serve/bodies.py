@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
@@ -80,8 +81,35 @@ class DataOptions(BaseModel):
     num_samples: Whole | None = None
 
 
-async def body_of(scope: Scope, receive: Receive, limits: Limits) -> bytes:
-    """The whole body. Problem where it is too large, told before it is in memory, ends early, or takes too long."""
+class Room:
+    """For bodies: as many bytes as may wait in the queue, over all requests, from when they arrive until they are answered."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._left = limits.queue_bytes
+
+    @contextmanager
+    def for_body(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes room for so many bytes more. Problem where there is none."""
+        taken = 0
+
+        def take(num_bytes: int) -> None:
+            nonlocal taken
+            if taken and num_bytes > self._left:  # the first bytes of a request are in memory already
+                raise Problem(429, "too many bodies are on their way", headers={"retry-after": "1", "connection": "close"})
+            taken += num_bytes
+            self._left -= num_bytes
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def body_of(scope: Scope, receive: Receive, limits: Limits, take: Callable[[int], None]) -> bytes:
+    """The whole body; `take` is told of its bytes.
+
+    Problem where it is too large, which is told before it is in memory, ends early, or takes too long.
+    """
     said = _said_length(scope)
     if said is not None and said > limits.max_body_bytes:
         raise _too_large(limits)
@@ -90,8 +118,9 @@ async def body_of(scope: Scope, receive: Receive, limits: Limits) -> bytes:
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body", False):
                 body: bytes = message.get("body", b"")
+                take(len(body))
             else:
-                body = await _joined(message, receive, limits)
+                body = await _joined(message, receive, limits, take)
     except TimeoutError:
         raise Problem(408, f"the body did not come within {limits.time_limit_s:g} s", headers={"connection": "close"}) from None
     if len(body) > limits.max_body_bytes:
@@ -101,11 +130,12 @@ async def body_of(scope: Scope, receive: Receive, limits: Limits) -> bytes:
     return body
 
 
-async def _joined(message: Any, receive: Receive, limits: Limits) -> bytes:
+async def _joined(message: Any, receive: Receive, limits: Limits, take: Callable[[int], None]) -> bytes:
     parts = bytearray()
     while True:
         if message["type"] == "http.disconnect":
             raise ClientGone
+        take(len(message.get("body", b"")))
         parts += message.get("body", b"")
         if len(parts) > limits.max_body_bytes:
             raise _too_large(limits)

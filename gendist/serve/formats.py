@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -29,6 +29,8 @@ MEDIA_TYPES = {
     "png": "image/png",
 }
 ARROW_FILE = "application/vnd.apache.arrow.file"  # taken, too
+
+VALUES_AT_ONCE = 2**15  # numbers that become text without a pause: a few milliseconds
 
 Array = np.ndarray[Any, Any]
 Values = Array | list[Array]
@@ -88,6 +90,10 @@ class Encoder(Protocol):
     """Of one answer: the bytes of what stands before the rows, of each chunk of rows in turn, and of what stands after them."""
 
     def begin(self, first: Mapping[str, Values]) -> bytes: ...
+    def slices(self, chunk: Mapping[str, Values]) -> Iterator[Mapping[str, Values]]:
+        """What `rows` is to be given in turn: the chunk, or less at a time where that takes long."""
+        ...
+
     def rows(self, chunk: Mapping[str, Values]) -> bytes: ...
     def end(self) -> bytes: ...
     def num_bytes(self, first: Mapping[str, Values]) -> int | None:
@@ -101,12 +107,33 @@ def encoder_of(format_: str, described: Described) -> Encoder:
     return encoder
 
 
+class _Whole:
+    def slices(self, chunk: Mapping[str, Values]) -> Iterator[Mapping[str, Values]]:
+        yield chunk
+
+
+class _Sliced:
+    """Of formats whose bytes do not tell where rows were cut."""
+
+    _described: Described
+
+    def slices(self, chunk: Mapping[str, Values]) -> Iterator[Mapping[str, Values]]:
+        values = chunk[self._described.name]
+        num_values = sum(each.size for each in values) if isinstance(values, list) else values.size
+        step = max(1, len(values) * VALUES_AT_ONCE // max(num_values, 1))
+        if step >= len(values):
+            yield chunk
+            return
+        for start in range(0, len(values), step):
+            yield {name: each[start : start + step] for name, each in chunk.items()}
+
+
 def json_bytes(value: Any) -> bytes:
     """JSON has no numbers that are not finite; they become null."""
     return pydantic_core.to_json(value, inf_nan_mode="null")
 
 
-class JsonEncoder:
+class JsonEncoder(_Sliced):
     """{..facts, name: [rows], "label": [...], ..after}; texts of categories as they are, null for one that has no name."""
 
     def __init__(self, described: Described) -> None:
@@ -181,7 +208,7 @@ def npy_header(shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-class NpyEncoder:
+class NpyEncoder(_Whole):
     """What was asked for alone, as float64."""
 
     def __init__(self, described: Described) -> None:
@@ -215,7 +242,7 @@ class _Sink(io.RawIOBase):
 
     def write(self, content: Any) -> int:
         self._content += content
-        return len(content)
+        return memoryview(content).nbytes
 
     def taken(self) -> bytes:
         content = bytes(self._content)
@@ -223,7 +250,7 @@ class _Sink(io.RawIOBase):
         return content
 
 
-class NpzEncoder:
+class NpzEncoder(_Whole):
     """What was asked for, and label and state beside it, as whole numbers or texts."""
 
     def __init__(self, described: Described) -> None:
@@ -301,7 +328,7 @@ class _OfTables:
         return None
 
 
-class ArrowEncoder(_OfTables):
+class ArrowEncoder(_OfTables, _Whole):
     """A record batch a chunk."""
 
     def begin(self, first: Mapping[str, Values]) -> bytes:
@@ -318,7 +345,7 @@ class ArrowEncoder(_OfTables):
         return self._sink.taken()
 
 
-class LinesEncoder(_OfTables):
+class LinesEncoder(_OfTables, _Sliced):
     """An object a line, {column: value}."""
 
     def begin(self, first: Mapping[str, Values]) -> bytes:

@@ -109,6 +109,7 @@ class HostedModel:
             "takes_sequences": self.takes_sequences,
             "length": self.trial.length,
             "latent_width": latent_width(self._within),
+            "has_free_latents": latent_width(self._within) is not None and not hasattr(self._within, "num_latents"),
             "has_prior": self.artifact.prior is not None,
             "density": getattr(self.model, "density", None) or None,
             "verbs": {

@@ -6,6 +6,7 @@ A request passes the `Edge` (access.py), is read and checked (bodies.py, rows.py
 
 from __future__ import annotations
 
+import asyncio
 import mimetypes
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping
@@ -24,7 +25,7 @@ from gendist.pictures import most_shown, picture_bytes
 from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
 from gendist.serve.answers import Headers, Line, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
-from gendist.serve.bodies import body_of, json_object, query_of
+from gendist.serve.bodies import Room, body_of, json_object, query_of
 from gendist.serve.computing import Drawing, timed
 from gendist.serve.formats import MEDIA_TYPES, Described, encoder_of, format_of, json_bytes
 from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
@@ -32,8 +33,9 @@ from gendist.serve.limits import Limits
 from gendist.serve.metrics import CONTENT_TYPE, Metrics
 from gendist.serve.openapi import document
 from gendist.serve.problems import Problem, listing, named, shortened
-from gendist.serve.questions import Questions
+from gendist.serve.questions import Questions, taken
 
+MOST_AT_ONCE = 2**17  # bytes of a body that are read on the event loop
 PAGE = Path(__file__).parent / "page"
 
 
@@ -61,7 +63,14 @@ def http_app(
         server.is_closing = True
         await server.batcher.close()
 
-    app = FastAPI(title="gendist", docs_url=None, redoc_url=None, lifespan=lifespan, exception_handlers={HTTPException: _told})
+    app = FastAPI(
+        title="gendist",
+        docs_url=None,  # it would load from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _told},
+    )
     app.add_middleware(Edge, access=Access(tokens, loopback_only, cors_origins), answered=server.answered)
     app.router.routes += [
         Route("/models/{name}/{verb}", server.ask, methods=["POST"]),
@@ -97,6 +106,7 @@ class _Server:
         self.metrics = Metrics(models, limits.batch_rows)
         self.batcher = Batcher(timed(compute, self.metrics.computed), limits, self.metrics.left)
         self.ask = _Asked(self)
+        self.room = Room(limits)
         self.is_closing = False
         self._figure_names: dict[str, list[str]] = {}
 
@@ -113,14 +123,26 @@ class _Server:
         headers = dict(scope["headers"])
         accept = headers.get(b"accept")
         format_ = format_of(query.pop("format", None), accept and accept.decode("latin-1"))
-        body = await body_of(scope, receive, self.limits)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-        options, arrays = _told_by(kind, body, query)
-        call: Call
-        if verb == "sample":
-            call, described = questions.sample(options)
-        else:
-            call, described = questions.data(verb, options, kind, arrays, format_)
+        with self.room.for_body() as room:
+            body = await body_of(scope, receive, self.limits, room)
+            if len(body) <= MOST_AT_ONCE:
+                call, described = _asked(questions, verb, kind, body, query, format_)
+            else:  # beside the event loop, which has others to serve
+                call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_)
+            del body
+            await self._answer(receive, send, record, questions, call, described, format_)
+
+    async def _answer(
+        self,
+        receive: Receive,
+        send: Send,
+        record: Record,
+        questions: Questions,
+        call: Call,
+        described: Described,
+        format_: str,
+    ) -> None:
         record.rows, record.seed = described.num_rows, described.facts.get("seed")
         works = (questions.hosted.work_of(chunk) for chunk in questions.hosted.chunks(call))
         line = Line(self.batcher, self.limits, self.metrics, record)
@@ -198,7 +220,19 @@ class _Server:
         self.metrics.answered(record.model, record.verb, record.status, rows, latency_s, record.wait_s)
 
 
-def _told_by(kind: str, body: bytes, query: dict[str, str]) -> tuple[dict[str, Any], bytes | None]:
+def _asked(
+    questions: Questions, verb: str, kind: str, body: bytes, query: dict[str, str], format_: str
+) -> tuple[Call, Described]:
+    """kind: the media type of the body."""
+    options, array = _options_of(kind, body, query)
+    if verb != "sample":
+        return questions.data(verb, options, kind, array, format_)
+    if array is not None:
+        raise Problem(415, f"content-type {shortened(kind)}", "content-type", listing(taken(verb)))
+    return questions.sample(options)
+
+
+def _options_of(kind: str, body: bytes, query: dict[str, str]) -> tuple[dict[str, Any], bytes | None]:
     """The options, and the body where that holds an array and not these."""
     if kind == MEDIA_TYPES["json"] or (not body and not kind):
         if query:

@@ -68,9 +68,8 @@ class Metrics:
         counted.inc()
         metrics = self._of_pair.get((model, verb))
         if metrics is None:
-            of_pair = (each.labels(model, verb) for each in (self._rows, self._latency, self._wait))
-            metrics = self._of_pair[model, verb] = tuple(of_pair)
-        assert metrics is not None
+            metrics = (self._rows.labels(model, verb), self._latency.labels(model, verb), self._wait.labels(model, verb))
+            self._of_pair[model, verb] = metrics
         rows_counted, latency, wait = metrics
         rows_counted.inc(rows)
         latency.observe(latency_s)
@@ -95,5 +94,5 @@ class Metrics:
         registry = self._registry
         if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            MultiProcessCollector(registry)
         return generate_latest(registry)

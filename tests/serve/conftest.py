@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from live_server import running
 
 import gendist
 from gendist.artifact import Artifact, save
 from gendist.config import family_class
 from gendist.data import Schema
+from gendist.serve.hosted_model import HostedModel
+from gendist.serve.http_app import http_app
 
 MLP = {"hidden_sizes": [8]}
 COLOURS = np.array(["blue", "green", "red"])
@@ -100,3 +103,16 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, make in MAKERS.items():
         make(folder / name)
     return {name: folder / name for name in MAKERS}
+
+
+@pytest.fixture(scope="session")
+def hosted(artifacts: dict[str, Path]) -> dict[str, HostedModel]:
+    """The same, as a server holds them."""
+    return {name: HostedModel(name, path) for name, path in artifacts.items()}
+
+
+@pytest.fixture(scope="session")
+def url(hosted: dict[str, HostedModel]) -> Iterator[str]:
+    """Of a server of all of them."""
+    with running(http_app(hosted)) as url:
+        yield url

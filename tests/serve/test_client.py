@@ -1,0 +1,346 @@
+"""The client gives what the model itself would, whatever happens on the way."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from live_server import running
+from PIL import Image
+
+import gendist
+from gendist.protocols import UserError
+from gendist.serve import client as client_module
+from gendist.serve.client import Client, NotAllowed, NotFound, NotOffered, RequestError, ServerError
+from gendist.serve.http_app import http_app
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Client]:
+    with Client(url) as client:
+        yield client
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Those that there would be, in seconds."""
+    pauses: list[float] = []
+    monkeypatch.setattr(client_module.time, "sleep", pauses.append)
+    return pauses
+
+
+def loaded(artifacts: Any, name: str) -> Any:
+    return gendist.load(artifacts[name])
+
+
+def same(served: Any, ours: Any) -> None:
+    """Numbers alike to the last digit, in float64; or lists of them."""
+    if isinstance(ours, list):
+        assert isinstance(served, list)
+        assert len(served) == len(ours)
+        for one, other in zip(served, ours, strict=True):
+            same(one, other)
+    else:
+        assert served.dtype == np.float64
+        np.testing.assert_array_equal(served, np.asarray(ours, dtype=np.float64))
+
+
+def test_it_needs_neither_torch_nor_ray():
+    program = "import sys, gendist.serve.client; print(sorted({'torch', 'ray', 'fastapi', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# Samples
+
+
+@pytest.mark.parametrize("name", ["labelled_gmm", "hmm", "naive_bayes", "labelled_vae", "vae_of_images", "gan"])
+def test_samples_are_those_of_the_model(client, artifacts, name):
+    model = loaded(artifacts, name)
+    samples = client.sample(name, 7, seed=3, offset=2)
+    same(samples.x, model.sample(7, seed=3, offset=2))
+    assert (samples.seed, samples.offset, samples.digest) == (3, 2, gendist.artifact.digest(artifacts[name]))
+    assert samples.columns == tuple(client.model(name)["columns"])
+    within = getattr(model, "model", model)
+    if model.labels and hasattr(within, "sample_classes"):
+        assert samples.label.tolist() == [model.labels[c] for c in within.sample_classes(7, seed=3, offset=2)]
+    else:
+        assert samples.label is None
+    if hasattr(within, "sample_states"):
+        np.testing.assert_array_equal(samples.state, within.sample_states(7, seed=3, offset=2))
+    else:
+        assert samples.state is None
+    for given in client.model(name)["conditions"][:1]:
+        same(client.sample(name, 3, seed=1, given=given).x, model.sample(3, seed=1, given=given))
+
+
+def test_a_seed_that_nobody_gives_is_drawn_and_told(client):
+    first, second = client.sample("gmm", 3), client.sample("gmm", 3)
+    assert first.seed != second.seed
+    np.testing.assert_array_equal(client.sample("gmm", 3, seed=first.seed).x, first.x)
+    largest = client.sample("gmm", 2, seed=2**64 - 1)
+    assert largest.seed == 2**64 - 1
+
+
+@pytest.mark.parametrize("name", ["labelled_gmm", "hmm", "naive_bayes", "gan"])
+def test_chunks_are_the_same_rows(client, name):
+    options = {"length": 4} if name == "hmm" else {}
+    number = 2 * client.model(name)["chunk_rows"] + 3
+    whole = client.sample(name, number, seed=5, offset=1, **options)
+    chunks = list(client.sample_chunks(name, number, seed=5, offset=1, **options))
+    assert len(chunks) == 3
+    assert [chunk.offset for chunk in chunks] == [1, 1 + len(chunks[0].x), 1 + 2 * len(chunks[0].x)]
+    for field in ("x", "label", "state"):
+        parts = [getattr(chunk, field) for chunk in chunks]
+        if getattr(whole, field) is None:
+            assert parts == [None] * 3
+        else:
+            together = np.concatenate(parts)
+            assert together.dtype == getattr(whole, field).dtype
+            np.testing.assert_array_equal(together, getattr(whole, field))
+
+
+def test_pictures_are_png_files(client):
+    for png in (client.picture("gan", 4, seed=1, given="a"), client.figure("gmm", "components")):
+        with Image.open(io.BytesIO(png)) as image:
+            assert image.format == "PNG"
+
+
+# What is said of data
+
+
+@pytest.mark.parametrize("name", ["labelled_gmm", "naive_bayes", "labelled_vae", "vae_of_images", "gan"])
+def test_what_is_said_of_rows_is_what_the_model_says(client, artifacts, name):
+    model, said = loaded(artifacts, name), client.model(name)
+    x = model.sample(9, seed=0)
+    for verb in set(said["verbs"]) - {"sample", "decode"}:
+        same(getattr(client, verb)(name, x), getattr(model, verb)(x))
+    if "decode" in said["verbs"]:
+        z = np.random.default_rng(0).dirichlet(np.ones(said["latent_width"]), size=5)
+        given = {"given": said["conditions"][0]} if said["verbs"]["decode"]["needs_given"] else {}
+        same(client.decode(name, z, **given), model.decode(z, **given))
+    for verb, reason in model.not_offered.items():
+        with pytest.raises(NotOffered, match=f"^{verb}: ") as refused:
+            getattr(client, verb)(name, x)
+        assert reason in str(refused.value)
+
+
+def test_options_reach_the_model(client, artifacts):
+    vae, gmm = loaded(artifacts, "labelled_vae"), loaded(artifacts, "labelled_gmm")
+    x = vae.sample(6, seed=0).double()
+    same(client.elbo("labelled_vae", x, seed=4, offset=9, given=1), vae.elbo(x, seed=4, offset=9, given=1))
+    same(client.log_prob_bound("labelled_vae", x, num_samples=3, seed=2), vae.log_prob_bound(x, num_samples=3, seed=2))
+    each = [0, 1, 2, 2, 1, 0]
+    same(client.encode("labelled_vae", x, given=each), vae.encode(x, given=each))
+    same(client.encode("labelled_vae", x, given=np.array(each)), vae.encode(x, given=each))
+    gappy = np.array([[np.nan, 1.0, 2.0], [0.0, np.nan, np.nan]])
+    same(client.impute("labelled_gmm", gappy), gmm.impute(gappy))
+    same(client.impute("labelled_gmm", gappy, seed=3, offset=5), gmm.impute(gappy, seed=3, offset=5))
+    same(client.decode("labelled_gmm", [2, 0]), gmm.decode(np.array([2, 0])))
+
+
+def test_sequences_of_any_lengths(client, artifacts):
+    model, rng = loaded(artifacts, "hmm"), np.random.default_rng(0)
+    ragged = [rng.normal(size=(length, 2)) for length in (3, 1, 6)]
+    alike = rng.normal(size=(4, 5, 2))
+    for x in (ragged, alike, list(alike), alike[0]):
+        for verb in ("log_prob", "encode"):
+            same(getattr(client, verb)("hmm", x), getattr(model, verb)(x))
+    ragged[2][1, 0] = np.nan
+    same(client.impute("hmm", ragged), model.impute(ragged))
+    same(client.impute("hmm", ragged, seed=1), model.impute(ragged, seed=1))
+
+
+def test_data_frames_are_read_by_the_names_of_their_columns(client, artifacts):
+    model = loaded(artifacts, "naive_bayes")
+    frame = pd.DataFrame({"size": [0.5, 3.0, -1.0], "colour": ["red", "blue", "green"], "more": [1, 2, 3]})
+    x = np.array([[2.0, 0.5], [0.0, 3.0], [1.0, -1.0]])  # blue, green and red are 0, 1 and 2
+    for table in (frame, pa.Table.from_pandas(frame)):
+        same(client.log_prob("naive_bayes", table), model.log_prob(x))
+    same(client.classify("naive_bayes", frame), model.classify(x))
+
+
+def test_texts_that_are_no_columns_are_refused_here(client):
+    with pytest.raises(UserError, match="data frame"):
+        client.log_prob("naive_bayes", [["red", 0.5]])
+
+
+# Errors
+
+
+def test_errors_are_the_servers_line_and_have_types(client):
+    with pytest.raises(NotFound, match="no_such") as missing:
+        client.sample("no_such", 1)
+    assert "labelled_gmm" in missing.value.allowed
+    with pytest.raises(RequestError) as wrong:
+        client.sample("gmm", 0)
+    assert (wrong.value.status, wrong.value.field) == (422, "num_samples")
+    with pytest.raises(RequestError, match="given") as unknown:
+        client.sample("labelled_gmm", 1, given="up")
+    assert isinstance(unknown.value, UserError)
+    with pytest.raises(RequestError) as shape:
+        client.log_prob("gmm", np.zeros((2, 5)))
+    assert shape.value.field == "x"
+    with pytest.raises(NotFound):
+        client.figure("gmm", "no_such")
+
+
+def test_a_token_is_sent(hosted):
+    with running(http_app({"gmm": hosted["gmm"]}, tokens=["s3cret"])) as url:
+        with Client(url) as client, pytest.raises(NotAllowed, match="token"):
+            client.models()
+        with Client(url, token="s3cret") as client:
+            assert [model["name"] for model in client.models()] == ["gmm"]
+            assert client.sample("gmm", 2).x.shape == (2, 2)
+
+
+# Servers that come and go. A handler answers as the server behind `url` does, after what goes wrong.
+
+
+def client_of(url: str, wrong: Callable[[int, httpx.Request], httpx.Response | None], **options: Any) -> Client:
+    """wrong(number of the request, the request) -> an answer, an exception, or None: as the server says."""
+    count = iter(range(1000))
+    behind = httpx.HTTPTransport()
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        answer = wrong(next(count), request)
+        return behind.handle_request(request) if answer is None else answer
+
+    return Client(url, http=httpx.Client(transport=httpx.MockTransport(handle)), **options)
+
+
+def test_what_may_come_right_is_asked_again_with_the_same_seed(url, no_pauses):
+    bodies = []
+
+    def wrong(number: int, request: httpx.Request) -> httpx.Response | None:
+        if request.method == "GET":
+            return None
+        bodies.append(request.read())
+        if len(bodies) == 1:
+            raise httpx.ConnectError("refused")
+        if len(bodies) <= 5:
+            status = (429, 503, 502, 504)[len(bodies) - 2]
+            return httpx.Response(status, json={"error": "busy", "field": None, "allowed": None}, headers={"Retry-After": "3"})
+        return None
+
+    with client_of(url, wrong) as client:
+        samples = client.sample("gmm", 4)
+    assert len(bodies) == 6
+    assert len(set(bodies)) == 1
+    assert no_pauses[0] < 1.0
+    assert all(pause >= 3.0 for pause in no_pauses[1:])
+    with Client(url) as client:
+        np.testing.assert_array_equal(samples.x, client.sample("gmm", 4, seed=samples.seed).x)
+
+
+def test_what_will_not_come_right_is_told_at_once(url, no_pauses):
+    asked = []
+
+    def wrong(number: int, request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(500, text="no JSON at all")
+
+    with client_of(url, wrong) as client, pytest.raises(ServerError, match="500") as error:
+        client.models()
+    assert error.value.status == 500
+    assert len(asked) == 1
+
+
+def test_retries_end_by_number_and_by_time(url, no_pauses):
+    def busy(number: int, request: httpx.Request) -> httpx.Response:
+        return httpx.Response(429, json={"error": "the queue is full"}, headers={"Retry-After": "2"})
+
+    with client_of(url, busy, max_retries=3, timeout_s=1e6) as client, pytest.raises(ServerError, match="the queue is full"):
+        client.models()
+    assert len(no_pauses) == 3
+    # A pause that would end too late is not begun.
+    with client_of(url, busy, max_retries=1000, timeout_s=1.0) as client, pytest.raises(ServerError):
+        client.models()
+    assert len(no_pauses) == 3
+
+
+def test_nobody_there_is_told(no_pauses):
+    with Client("http://127.0.0.1:9", max_retries=2) as client, pytest.raises(ServerError, match="is a server running there"):
+        client.models()
+
+
+class Broken(httpx.SyncByteStream):
+    """A body that ends early: with an error, or as if it were whole."""
+
+    def __init__(self, content: bytes, is_told: bool) -> None:
+        self.content, self.is_told = content, is_told
+
+    def __iter__(self) -> Iterator[bytes]:
+        for first in range(0, len(self.content), 1000):
+            yield self.content[first : first + 1000]
+        if self.is_told:
+            raise httpx.RemoteProtocolError("peer closed connection")
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
+def test_a_stream_goes_on_from_the_row_that_it_has_come_to(url, no_pauses, is_told, share):
+    offsets = []
+
+    def wrong(number: int, request: httpx.Request) -> httpx.Response | None:
+        if request.method == "GET":
+            return None
+        body = request.read()
+        offsets.append(int(body.decode().split('"offset":')[1].split(",")[0]))
+        if len(offsets) > 2:
+            return None
+        whole = httpx.post(
+            request.url, content=body, headers={"Content-Type": "application/json", "Accept": client_module.ARROW}
+        )
+        assert whole.status_code == 200
+        part = whole.content[: int(share * len(whole.content))]
+        headers = {"X-Gendist-Model-Digest": whole.headers["X-Gendist-Model-Digest"]}
+        return httpx.Response(200, headers=headers, stream=Broken(part, is_told))
+
+    with client_of(url, wrong) as client, Client(url) as plain:
+        number = 4 * plain.model("labelled_gmm")["chunk_rows"] + 5
+        chunks = list(client.sample_chunks("labelled_gmm", number, seed=7))
+        whole = plain.sample("labelled_gmm", number, seed=7)
+    np.testing.assert_array_equal(np.concatenate([chunk.x for chunk in chunks]), whole.x)
+    assert len(offsets) == 3
+    assert offsets == sorted(offsets)
+    if share > 0.3:
+        assert offsets[1] > 0
+
+
+def test_a_stream_of_another_model_is_no_continuation(url, no_pauses):
+    answers = []
+
+    def wrong(number: int, request: httpx.Request) -> httpx.Response | None:
+        if request.method == "GET":
+            return None
+        whole = httpx.post(
+            request.url, content=request.read(), headers={"Content-Type": "application/json", "Accept": client_module.ARROW}
+        )
+        answers.append(whole)
+        headers = {"X-Gendist-Model-Digest": f"digest {len(answers)}"}
+        return httpx.Response(200, headers=headers, stream=Broken(whole.content[: len(whole.content) // 2], True))
+
+    with client_of(url, wrong) as client, pytest.raises(ServerError, match="another model"):
+        for _ in client.sample_chunks("gmm", 20_000, seed=1):
+            pass
+    assert len(answers) == 2
+
+
+def test_chunks_are_read_while_they_come(url):
+    """Of more rows than a server would ever make, the first are there; and who stops asks for no more."""
+    with Client(url) as client:
+        most = 1_000_000
+        stream = client.sample_chunks("gmm", most, seed=2)
+        first = next(stream)
+        assert len(first.x) < most / 10
+        stream.close()
+        np.testing.assert_array_equal(first.x[:3], client.sample("gmm", 3, seed=2).x)
