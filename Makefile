@@ -15,11 +15,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: setup            ## fit every family on embedded real data; pictures at the end
 	$(BIN)/python launch.py demo
 
-test: setup            ## every test
-	$(BIN)/python -m pytest
+test: setup            ## every test, on all cores; those that need Ray share one cluster
+	$(BIN)/python -m pytest -n auto
 
 test-fast: setup       ## the tests that need no Ray
-	$(BIN)/python -m pytest -m 'not ray'
+	$(BIN)/python -m pytest -n auto -m 'not ray'
 
 lint: setup            ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -119,6 +119,33 @@ def is_labelled(evidence_NL: Any) -> Any:
 
 
 @dataclass(frozen=True, eq=False)
+class LabelCounts:
+    """What some rows say of their classes.
+
+    num_rows        that have any weight
+    num_unlabelled  of these, of which nothing is known
+    weights         (C,) of the rows that have each label; a soft one counts by its shares
+    """
+
+    num_rows: int
+    num_unlabelled: int
+    weights: Tensor
+
+    @classmethod
+    def of(cls, evidence_NC: Tensor, weights_N: Tensor) -> LabelCounts:
+        labelled_N = is_labelled(evidence_NC) & (weights_N > 0)
+        num_rows = int((weights_N > 0).sum())
+        shares_NC = torch.softmax(evidence_NC.double(), 1)
+        weights_C = (shares_NC * torch.where(labelled_N, weights_N, 0.0)[:, None]).sum(0)
+        return cls(num_rows, num_rows - int(labelled_N.sum()), weights_C)
+
+    def merge(self, other: LabelCounts) -> LabelCounts:
+        return LabelCounts(
+            self.num_rows + other.num_rows, self.num_unlabelled + other.num_unlabelled, self.weights + other.weights
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Block:
     """A fixed run of rows: the unit that every kernel sees. A micro-batch of training is one, too.
 
@@ -467,7 +494,7 @@ class DeepModel(GenerativeModel, Protocol):
     state, no rank and no clock.
 
     A family may have more, which is asked for where it is there:
-        check_labels(evidence_NL, weights_N)  UserError where it cannot be trained on rows with these labels
+        check_labels(counts)                  UserError where it cannot be trained on rows with these labels (`LabelCounts`)
         conditions                            what `sample` may be given, where these are not all of `labels`
         advice(record)                        lines about a record of training in which something goes wrong: what to try
         remarks(results)                      lines about what a fit came to, which its user should not overlook

@@ -98,7 +98,7 @@ class Training:
             return finished(directory)
         source = as_rows(source_of(data) if data is not None else open_source(spec.data), spec.data)
         schema = Schema.of(source, spec.data)
-        dataset = Dataset.open(source, spec.data, schema, LocalBlocks)
+        dataset = Dataset.open(source, spec.data, schema, LocalBlocks).decoding_once()
         logger.info("reading %s: %d rows, %d features", source.name, source.num_rows, schema.num_features)
         num_labels = len(dataset.labels)
         training, validation = parts_of(spec, dataset, num_labels)

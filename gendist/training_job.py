@@ -14,10 +14,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from gendist.config import Spec, family_class, load_spec
@@ -26,7 +26,7 @@ from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_samples
-from gendist.protocols import DeepModel, UserError
+from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
 from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, newest
 from gendist.train.config import DeepConfig
@@ -190,11 +190,8 @@ class _Process:
 
 def _check_labels(model: Any, parts: Sequence[RowSet]) -> None:
     """UserError where the family cannot be trained on rows with these labels, such as none of one class."""
-    evidence = [part.evidence for part in parts if part.evidence is not None]
-    if not evidence or not hasattr(model, "check_labels"):
-        return
-    weights = [np.ones(part.num_rows) if part.weights is None else part.weights for part in parts]
-    model.check_labels(torch.from_numpy(np.concatenate(evidence)), torch.from_numpy(np.concatenate(weights)))
+    if hasattr(model, "check_labels") and (counts := [part.label_counts() for part in parts if part.evidence is not None]):
+        model.check_labels(reduce(LabelCounts.merge, counts))
 
 
 @dataclass(frozen=True)

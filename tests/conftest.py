@@ -5,14 +5,33 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["WANDB_MODE"] = "disabled"  # where it is installed, every fit would start it; its tests do without this
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are taken by the processes beside this one
 
 import numpy as np
 import pytest
 
 NUM_CPUS = 8
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of processes that share the tests, one has every file in which a test needs Ray; any other file is one process's, too,
+    as are its fixtures."""
+    from xdist.scheduler import LoadFileScheduling
+
+    need_ray = {path.name for path in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.ray" in path.read_text()}
+
+    class OneRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ray" if Path(file).name in need_ray else file
+
+    return OneRay(config, log)
 
 
 @pytest.fixture(scope="session")

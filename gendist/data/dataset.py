@@ -16,10 +16,12 @@ import torch
 
 from gendist.blocks import Blocks, Leaves
 from gendist.blocks.leaves import pack, sequence_leaf_rows
+from gendist.data.column_types import is_image
+from gendist.data.decoded_images import DecodedImages
 from gendist.data.domains import Look, MakeBlocks
 from gendist.data.evidence import known_evidence, soft_evidence
 from gendist.data.leaf_sequences import LeafSequences
-from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
+from gendist.data.matrix import MAX_MAGNITUDE, as_intensities, decode_images, to_matrix
 from gendist.data.schema import Schema
 from gendist.data.sequence_source import SequenceSource
 from gendist.data.sources import DataConfig, Source
@@ -45,6 +47,7 @@ class Dataset:
     schema       complete: with the values of every column of text, and all features
     labels       the declared labels, or the distinct ones that there are, in order; empty where `data.label` is not given
     transforms   fitted ones, which the rows of blocks have behind them; None: rows are as the source has them
+    decoded      where rows are images: those of them that were decoded before; None: they are decoded whenever they are read
     """
 
     source: Source
@@ -54,6 +57,7 @@ class Dataset:
     make_blocks: MakeBlocks
     labels: tuple[Any, ...] = ()
     transforms: Transforms | None = None
+    decoded: DecodedImages | None = None
 
     @classmethod
     def open(
@@ -88,6 +92,13 @@ class Dataset:
             if look_for_labels:
                 labels = tuple(sorted(found.labels, key=lambda label: (isinstance(label, str), label)))
         return replace(dataset, schema=schema, labels=labels)
+
+    def decoding_once(self) -> Dataset:
+        """The same, which keeps images that it has decoded for as long as this process lives."""
+        are_images = [is_image(self.source.schema.field(name).type) for name in self.schema.columns]
+        if are_images != [True] or self.schema.is_sequence:
+            return self
+        return replace(self, decoded=DecodedImages(self.source.num_rows, self.schema.num_features))
 
     def blocks(
         self,
@@ -146,6 +157,7 @@ class Dataset:
             seed,
             unlabelled_weight,
             self.transforms,
+            self.decoded,
         )
 
 
@@ -160,6 +172,7 @@ class _BlockLoader:
     seed: int
     unlabelled_weight: float
     transforms: Transforms | None
+    decoded: DecodedImages | None
 
     def __call__(self, bounds: Sequence[int]) -> list[Block]:
         """One block a leaf, of the rows bounds[i] to bounds[i + 1] that belong to the part."""
@@ -187,6 +200,8 @@ class _BlockLoader:
 
     def _matrix(self, table: pa.Table, start: int, stop: int) -> Array:
         image_shape = None if self.schema.is_sequence else self.schema.image_shape
+        if self.decoded is not None:
+            return self._intensities(table.column(self.schema.columns[0]), start, stop, self.decoded)
         matrix = to_matrix(table, self.schema.columns, start, self.source.name, self.schema.categories, image_shape)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
@@ -194,6 +209,16 @@ class _BlockLoader:
                 f"{self.schema.num_features} in row 0"
             )
         return matrix
+
+    def _intensities(self, column: pa.ChunkedArray, start: int, stop: int, decoded: DecodedImages) -> Array:
+        """(N, D) 0..1, the pixels of images."""
+        pixels = decoded.get(start, stop)
+        if pixels is None:
+            where = f"{self.source.name}: column '{self.schema.columns[0]}'"
+            pixels = decode_images(column, where, start, self.schema.image_shape)
+            if pixels.dtype == np.uint8:
+                decoded.put(start, pixels)
+        return as_intensities(pixels)
 
     def _sparse_matrix(self, table: pa.Table, first_row: int) -> Any:
         (name,), schema = self.schema.columns, self.schema

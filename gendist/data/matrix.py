@@ -41,7 +41,7 @@ def to_matrix(
         if name in categories:
             parts.append(_indices(column, categories[name], where))
         elif is_image(column.type):
-            parts.append(_decode_images(column, where, first_row, image_shape))
+            parts.append(as_intensities(decode_images(column, where, first_row, image_shape)))
         else:
             parts.append(_numbers(column, where, first_row))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
@@ -53,7 +53,7 @@ def entry_shape(first_row: pa.Table, name: str, source_name: str) -> tuple[int, 
     if is_text(column.type):
         return ()
     if is_image(column.type):
-        return _decode_image(column[0], where, 0).shape
+        return _decoded(column[0], where, 0).shape
     width = _numbers(column, where, 0).shape[1]
     return (width,) if is_list(column.type) else ()
 
@@ -98,17 +98,27 @@ def _indices(column: pa.ChunkedArray, values: Sequence[str], where: str) -> Matr
     return indices[:, None]
 
 
-def _decode_images(column: pa.ChunkedArray, where: str, first_row: int, shape: tuple[int, ...] | None) -> Matrix:
-    """(N, H W [C]) pixels of 0..1."""
-    images = [_decode_image(entry, where, first_row + i) for i, entry in enumerate(column)]
+def decode_images(column: pa.ChunkedArray, where: str, first_row: int, shape: tuple[int, ...] | None) -> Any:
+    """(N, H W [C]) pixels: uint8 where all have 8 bits, else float64 of 0..1."""
+    images = [_decoded(entry, where, first_row + i) for i, entry in enumerate(column)]
     known, row = (images[0].shape, first_row) if shape is None else (shape, 0)
     for i, image in enumerate(images):
         if image.shape != known:
             raise UserError(f"{where}: images of mixed sizes: {image.shape} in row {first_row + i}, {known} in row {row}")
+    if any(image.dtype != np.uint8 for image in images):
+        images = [as_intensities(image) for image in images]
     return np.stack(images).reshape(len(images), -1)
 
 
-def _decode_image(entry: pa.Scalar, where: str, row: int) -> Matrix:
+def as_intensities(pixels: np.ndarray[Any, Any]) -> Matrix:
+    """float64 of 0..1, of pixels of 8 or 16 bits, or of those that are so already."""
+    if pixels.dtype == np.float64:
+        return pixels
+    return pixels.astype(np.float64) / (255.0 if pixels.dtype == np.uint8 else 65535.0)
+
+
+def _decoded(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, Any]:
+    """(height, width[, channels]) uint8; of an image of 16 bits a wider integer."""
     from PIL import Image, UnidentifiedImageError
 
     content = entry.as_py()
@@ -117,11 +127,9 @@ def _decode_image(entry: pa.Scalar, where: str, row: int) -> Matrix:
         raise UserError(f"{where} has no image in row {row}")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
-        if image.mode.startswith("I"):  # 16 bits a pixel
-            return np.asarray(image, dtype=np.float64) / 65535.0
-        if image.mode not in ("L", "RGB"):
+        if not image.mode.startswith("I") and image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-        return np.asarray(image, dtype=np.float64) / 255.0
+        return np.asarray(image)
     except UnidentifiedImageError:
         raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
     except (OSError, ValueError, SyntaxError) as error:

@@ -12,13 +12,14 @@ crash it stays, and the run that goes on takes it as it is.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -31,7 +32,7 @@ from gendist.atomic import new_folder
 from gendist.blocks import Blocks, reduce
 from gendist.data.dataset import Dataset, Part
 from gendist.data.survey import Summary, summarize
-from gendist.protocols import Block, UserError, is_labelled
+from gendist.protocols import Block, LabelCounts, UserError, is_labelled
 
 FORMAT = 2  # of the files; part of the key
 ROWS_AT_ONCE = 1 << 16
@@ -62,6 +63,20 @@ class RowSet:
         assert x is not None
         assert rows is not None
         return Block(x, rows, weights, evidence)
+
+    def label_counts(self) -> LabelCounts:
+        """What the rows say of their classes; of rows with evidence alone."""
+        evidence, weights = self.evidence, self.weights
+        assert evidence is not None
+
+        def of(start: int) -> LabelCounts:
+            some = torch.from_numpy(evidence[start : start + ROWS_AT_ONCE].copy())
+            ones = torch.ones(len(some), dtype=torch.float64)
+            return LabelCounts.of(
+                some, ones if weights is None else torch.from_numpy(weights[start : start + ROWS_AT_ONCE].copy()).double()
+            )
+
+        return functools.reduce(LabelCounts.merge, map(of, range(0, self.num_rows, ROWS_AT_ONCE)))
 
     def labelled(self) -> Tensor:
         """(L,) int64: the places of the rows of which something is known, in ascending order."""
@@ -123,14 +138,7 @@ class RowsOnDisk:
 
     def _write(self, part: Part, fingerprint: bytes, folder: Path, alive: Callable[[], None]) -> None:
         folder.mkdir()
-        plain = Dataset(
-            self.dataset.source,
-            self.dataset.config,
-            self.dataset.schema,
-            self.dataset.leaves,
-            self.dataset.make_blocks,
-            self.dataset.labels,
-        )
+        plain = replace(self.dataset, transforms=None)
         summary = _written(plain.blocks(self.num_latents, part, self.seed, keep=False), self._transformed, folder, alive)
         if summary.fingerprint != fingerprint:
             raise UserError(

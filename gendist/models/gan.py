@@ -32,7 +32,7 @@ from gendist.models.ops.semi_supervised_elbo import check_classes_are_seen
 from gendist.models.ops.sums import total_weight, weighted_sum
 from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, tile_of
 from gendist.noise import Noise
-from gendist.protocols import Block, Draw, Loss, Phase, SampleAddress, UserError, as_tensor, is_labelled
+from gendist.protocols import Block, Draw, LabelCounts, Loss, Phase, SampleAddress, UserError, as_tensor
 
 DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
@@ -299,17 +299,15 @@ class GenerativeAdversarialNetwork:
             draws |= dict.fromkeys([*of_real, *of_fake, *of_other], Draw("uniform", width))
         return draws
 
-    def check_labels(self, evidence_NC: Tensor, weights_N: Tensor) -> None:
+    def check_labels(self, counts: LabelCounts) -> None:
         """UserError where rows like these could not be trained on: with a condition a label is missing, or a class is never
         seen."""
-        has_weight_N, labelled_N = weights_N > 0, is_labelled(evidence_NC)
-        if self.conditions and (num_unlabelled := int((has_weight_N & ~labelled_N).sum())):
+        if self.conditions and counts.num_unlabelled:
             raise UserError(
-                f"data.label: {num_unlabelled} of {len(weights_N)} rows have no label, and model.labels: condition needs that "
-                "of every row; leave such rows out, or choose semi_supervised, which learns from both"
+                f"data.label: {counts.num_unlabelled} of {counts.num_rows} rows have no label, and model.labels: condition "
+                "needs that of every row; leave such rows out, or choose semi_supervised, which learns from both"
             )
-        weight_C = (torch.softmax(evidence_NC, 1) * torch.where(labelled_N, weights_N, 0.0)[:, None]).sum(0)
-        check_classes_are_seen(weight_C, self.labels)
+        check_classes_are_seen(counts.weights, self.labels)
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
         """The weights of rows are those of the data: samples of the generator count once each."""

@@ -32,7 +32,7 @@ from gendist.models.ops.tiles import TILE, evaluating, map_in_tiles, tile_of
 from gendist.models.ops.vae_config import VariationalAutoencoderConfig
 from gendist.models.ops.vae_objective import Losses, losses
 from gendist.noise import Noise, derived_seed
-from gendist.protocols import Block, Draw, Loss, Phase, SampleAddress, UserError, as_tensor, is_labelled
+from gendist.protocols import Block, Draw, LabelCounts, Loss, Phase, SampleAddress, UserError, as_tensor
 
 TRAINING = Phase("autoencoder", "autoencoder")
 IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
@@ -470,14 +470,12 @@ class VariationalAutoencoder:
     def draws(self, phase: Phase) -> Mapping[str, Draw]:
         return self.validation_draws()
 
-    def check_labels(self, evidence_NC: Tensor, weights_N: Tensor) -> None:
+    def check_labels(self, counts: LabelCounts) -> None:
         """UserError where rows like these could not be trained on: a class is never seen, or a label is missing that nothing
         guesses."""
-        labelled_N = is_labelled(evidence_NC) & (weights_N > 0)
         if self.config.classifier is None:
-            semi_supervised_elbo.check_all_are_labelled(int((weights_N > 0).sum() - labelled_N.sum()), len(weights_N))
-        weight_C = (torch.softmax(evidence_NC, 1) * torch.where(labelled_N, weights_N, 0.0)[:, None]).sum(0)
-        semi_supervised_elbo.check_classes_are_seen(weight_C, self.labels)
+            semi_supervised_elbo.check_all_are_labelled(counts.num_unlabelled, counts.num_rows)
+        semi_supervised_elbo.check_classes_are_seen(counts.weights, self.labels)
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
         """The bound is a mean over all rows, the classifier's cross-entropy one over those that are labelled."""

@@ -5,9 +5,9 @@ Nothing that is queued can be wrong (it was checked before), and what fails all 
 frees its rows at once. Nobody starves: as soon as the oldest of all that wait may leave, it leaves next. A large request is
 queued chunk by chunk, the next when the one before is taken, so that between two of its chunks everybody else has a turn.
 
-One thread computes, one batch at a time. Between it and the event loop a batch goes to and fro for 0.1 to 0.2 ms, which is more
-than a small mixture takes for a sample. So works that nothing can join go several at a time where they are known to be quick,
-and one that finds nobody before it is computed on the loop, which the thread would only have kept from its other requests.
+One thread computes, one batch at a time. To it and back a batch takes 0.1 to 0.2 ms, more than a small mixture takes for a
+sample, and meanwhile thread and event loop wait for each other's turn. So what nothing can join and what is known to be quick
+is computed on the loop, when the thread has nothing to do: never is more than one thing computed at a time.
 """
 
 from __future__ import annotations
@@ -18,39 +18,20 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 from gendist.serve.limits import Limits
+from gendist.serve.waiting import Lately, Queue, Waiting, Work
 
-T = TypeVar("T")
+__all__ = ["Batcher", "Busy", "Closed", "Left", "Reason", "Work", "is_admitted", "why_leave"]
 
 Reason = Literal["full", "waited", "complete", "alone"]
 Compute = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
 
-QUICK_S = 0.001  # of the processor, up to which a work is computed on the event loop
-HOP_S = 0.002  # that works which nothing can join may take together on one way to the thread and back
+QUICK_S = 0.002  # that a work may keep the event loop from its requests
 SHARE = 0.125  # of what is measured in what is expected from then on
-MOST_KINDS = 4_096  # of work, of which something is remembered
-
-
-@dataclass(frozen=True, eq=False)
-class Work:
-    """What a request, or a chunk of one, asks for.
-
-    key        works of one key may be computed in one call; None: it is computed by itself
-    num_rows   that come out of it
-    num_bytes  of what goes in and comes out
-    payload    for whoever computes
-    cost       works of one cost take about as long; None: nobody knows how long it takes
-    """
-
-    key: Hashable
-    num_rows: int
-    num_bytes: int
-    payload: Any
-    cost: Hashable = None
 
 
 @dataclass(frozen=True)
@@ -106,70 +87,6 @@ def why_leave(num_rows: int, num_works: int, usual: int, waited_s: float, limits
     return "waited" if waited_s >= limits.target_wait_s else None
 
 
-@dataclass(eq=False)
-class _Waiting:
-    """A work in the queue; its number tells who came first."""
-
-    number: int
-    work: Work
-    since: float
-    result: asyncio.Future[Any] = field(repr=False)
-
-
-@dataclass(eq=False)
-class _Lane:
-    """The works of one key that wait, in the order in which they came."""
-
-    waiting: OrderedDict[int, _Waiting] = field(default_factory=OrderedDict)
-    num_rows: int = 0
-
-
-class _Queue:
-    """What waits: in order of arrival, and by key. Each step takes the same time, however many wait."""
-
-    def __init__(self) -> None:
-        self.all: OrderedDict[int, _Waiting] = OrderedDict()
-        self.lanes: dict[Hashable, _Lane] = {}
-        self.num_rows = self.num_bytes = 0
-
-    def add(self, waiting: _Waiting) -> None:
-        lane = self.lanes.setdefault(waiting.work.key, _Lane())
-        self.all[waiting.number] = lane.waiting[waiting.number] = waiting
-        lane.num_rows += waiting.work.num_rows
-        self.num_rows += waiting.work.num_rows
-        self.num_bytes += waiting.work.num_bytes
-
-    def discard(self, waiting: _Waiting) -> None:
-        """Take it out, if it is there."""
-        if self.all.pop(waiting.number, None) is None:
-            return
-        key = waiting.work.key
-        lane = self.lanes[key]
-        del lane.waiting[waiting.number]
-        lane.num_rows -= waiting.work.num_rows
-        self.num_rows -= waiting.work.num_rows
-        self.num_bytes -= waiting.work.num_bytes
-        if not lane.waiting:
-            del self.lanes[key]
-
-
-class _Lately(Generic[T]):
-    """A number for each of the kinds of work that came last."""
-
-    def __init__(self, otherwise: T) -> None:
-        self._numbers: OrderedDict[Hashable, T] = OrderedDict()
-        self._otherwise = otherwise
-
-    def __getitem__(self, kind: Hashable) -> T:
-        return self._numbers.get(kind, self._otherwise)
-
-    def __setitem__(self, kind: Hashable, number: T) -> None:
-        self._numbers[kind] = number
-        self._numbers.move_to_end(kind)
-        if len(self._numbers) > MOST_KINDS:
-            self._numbers.popitem(last=False)
-
-
 class Batcher:
     """One queue and one thread that computes, of one event loop. Not to be called from other threads."""
 
@@ -182,13 +99,13 @@ class Batcher:
         self._compute = compute
         self._limits = limits
         self._watch = watch
-        self._queue = _Queue()
+        self._queue = Queue()
         self._ready: OrderedDict[Hashable, None] = OrderedDict()  # keys whose works may leave, unless some have given up since
-        self._seconds = _Lately(math.inf)  # of the processor, by cost: an interruption by others says nothing of a work
-        self._usual = _Lately(1)  # by key, how many waited when a batch left
+        self._seconds = Lately(math.inf)  # that a work takes, by cost
+        self._usual = Lately(1)  # by key, how many waited when a batch left
         self._seconds_per_row = 0.0
         self._number = 0
-        self._batch: list[_Waiting] = []  # that the thread has
+        self._batch: list[Waiting] = []  # that the thread has
         self._batch_since = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -224,13 +141,13 @@ class Batcher:
         waiting_rows, waiting_bytes = self._queue.num_rows, self._queue.num_bytes
         if not is_continued and not is_admitted(work.num_rows, work.num_bytes, waiting_rows, waiting_bytes, self._limits):
             raise Busy(self._retry_after_s())
-        if work.key is None and not self._batch and not self._queue.all and self._seconds[work.cost] <= QUICK_S:
+        if self._is_quick(work) and not self._batch and not self._queue.all and not is_continued:
             return self._at_once(work)
         if self._loop is None:
             self._start()
         assert self._loop is not None
         self._number += 1
-        waiting = _Waiting(self._number, work, time.monotonic(), self._loop.create_future())
+        waiting = Waiting(self._number, work, time.monotonic(), self._loop.create_future())
         self._queue.add(waiting)
         if self._why_leave(work.key, waiting.since) is not None:
             self._ready[work.key] = None
@@ -262,11 +179,15 @@ class Batcher:
 
     def _at_once(self, work: Work) -> Any:
         results, seconds = self._computed(None, [work])
-        self._learn_seconds(work.cost, seconds)
+        self._learn([work], seconds)
         self._watch(Left(None, "alone", 1, work.num_rows, 0.0))
         if isinstance(results[0], BaseException):
             raise results[0]
         return results[0]
+
+    def _is_quick(self, work: Work) -> bool:
+        """Whether it may keep the event loop from its requests for so long as it takes."""
+        return work.key is None and self._seconds[work.cost] <= QUICK_S
 
     def _next_batch(self) -> None:
         """Give the thread the next batch, where it has none and there is one that may leave; else see to it that somebody comes
@@ -274,18 +195,21 @@ class Batcher:
         if self._batch or self._is_closed or not self._queue.all:
             return
         now = time.monotonic()
-        oldest = next(iter(self._queue.all.values()))
+        oldest = self._queue.oldest
         key, reason = oldest.work.key, self._why_leave(oldest.work.key, now)
         while reason is None and self._ready:
             key = next(iter(self._ready))
             reason = self._why_leave(key, now)
             if reason is None:
                 del self._ready[key]
-        if reason is not None:
+        if reason is None:
+            if self._timer is None:
+                assert self._loop is not None
+                self._timer = self._loop.call_later(oldest.since + self._limits.target_wait_s - now, self._after_wait)
+        elif self._is_quick(self._queue.lanes[key].oldest.work):
+            self._leave_to_loop(self._queue.lanes[key].oldest, now)
+        else:
             self._leave(key, reason, now)
-        elif self._timer is None:
-            assert self._loop is not None
-            self._timer = self._loop.call_later(oldest.since + self._limits.target_wait_s - now, self._after_wait)
 
     def _after_wait(self) -> None:
         self._timer = None
@@ -297,17 +221,14 @@ class Batcher:
             return None
         if key is None:
             return "alone"
-        oldest = next(iter(lane.waiting.values()))
-        return why_leave(lane.num_rows, len(lane.waiting), self._usual[key], now - oldest.since, self._limits)
+        return why_leave(lane.num_rows, len(lane.waiting), self._usual[key], now - lane.oldest.since, self._limits)
 
     def _leave(self, key: Hashable, reason: Reason, now: float) -> None:
         num_waiting = len(self._queue.lanes[key].waiting)
         # It rises at once and falls by halves: one request alone soon waits for nobody.
         self._usual[key] = max(num_waiting, (self._usual[key] + num_waiting) // 2)
         self._batch, self._batch_since = self._taken(key), now
-        self._ready.pop(key, None)
-        if self._why_leave(key, now) is not None:
-            self._ready[key] = None  # after the others
+        self._look_again(key, now)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -315,15 +236,30 @@ class Batcher:
         self._to_thread.put((key, works))
         self._watch(Left(key, reason, len(works), sum(work.num_rows for work in works), now - self._batch[0].since))
 
-    def _taken(self, key: Hashable) -> list[_Waiting]:
-        """The oldest of the key, and what fits beside it of those that came next: in `batch_rows` rows or, where nothing can be
-        joined, in `HOP_S` of the thread."""
-        batch: list[_Waiting] = []
-        rows, seconds = 0, 0.0
+    def _leave_to_loop(self, oldest: Waiting, now: float) -> None:
+        """It is computed here; requests that have come meanwhile are read before the next."""
+        self._queue.discard(oldest)
+        self._look_again(None, now)
+        results, seconds = self._computed(None, [oldest.work])
+        self._learn([oldest.work], seconds)
+        _tell(oldest.result, results[0])
+        assert self._loop is not None
+        self._loop.call_soon(self._next_batch)
+        self._watch(Left(None, "alone", 1, oldest.work.num_rows, now - oldest.since))
+
+    def _look_again(self, key: Hashable, now: float) -> None:
+        """Some of the key have left. The others come after those of other keys, where both may leave."""
+        self._ready.pop(key, None)
+        if self._why_leave(key, now) is not None:
+            self._ready[key] = None
+
+    def _taken(self, key: Hashable) -> list[Waiting]:
+        """The oldest of the key, and what fits beside it of those that came next."""
+        batch: list[Waiting] = []
+        rows = 0
         for each in self._queue.lanes[key].waiting.values():
             rows += each.work.num_rows
-            seconds += self._seconds[each.work.cost]
-            if batch and (seconds > HOP_S if key is None else rows > self._limits.batch_rows):
+            if batch and (key is None or rows > self._limits.batch_rows):
                 break
             batch.append(each)
         for each in batch:
@@ -331,24 +267,19 @@ class Batcher:
         return batch
 
     def _done(self, results: Sequence[Any], seconds: float) -> None:
-        """The thread has computed its batch, in so many seconds of the processor."""
+        """The thread has computed its batch."""
         batch, self._batch = self._batch, []
-        rows = sum(each.work.num_rows for each in batch)
-        per_row = (time.monotonic() - self._batch_since) / max(rows, 1)
-        self._seconds_per_row += (SHARE if self._seconds_per_row else 1.0) * (per_row - self._seconds_per_row)
+        self._learn([each.work for each in batch], seconds)
         for each, result in zip(batch, results, strict=True):
-            if each.work.key is None:
-                self._learn_seconds(each.work.cost, seconds / len(batch))
-            if each.result.done():  # nobody waits any more
-                continue
-            if isinstance(result, BaseException):
-                each.result.set_exception(_of_one(result))
-            else:
-                each.result.set_result(result)
+            _tell(each.result, result)
         self._next_batch()
 
-    def _learn_seconds(self, cost: Hashable, seconds: float) -> None:
-        if cost is not None:
+    def _learn(self, works: Sequence[Work], seconds: float) -> None:
+        """They have taken so long."""
+        per_row = seconds / max(1, sum(work.num_rows for work in works))
+        self._seconds_per_row += (SHARE if self._seconds_per_row else 1.0) * (per_row - self._seconds_per_row)
+        cost = works[0].cost
+        if works[0].key is None and cost is not None:
             before = self._seconds[cost]
             self._seconds[cost] = seconds if before == math.inf else before + SHARE * (seconds - before)
 
@@ -361,22 +292,32 @@ class Batcher:
     def _run(self) -> None:
         assert self._loop is not None
         while (batch := self._to_thread.get()) is not None:
-            results, seconds = self._computed(*batch)
             try:
-                self._loop.call_soon_threadsafe(self._done, results, seconds)
+                self._loop.call_soon_threadsafe(self._done, *self._computed(*batch))
             except RuntimeError:  # the loop is closed, and nobody waits
                 return
+            batch = None  # which may hold much, while this waits for the next
 
     def _computed(self, key: Hashable, works: Sequence[Work]) -> tuple[Sequence[Any], float]:
-        """One result for each work, whatever `compute` does, and the seconds of the processor that it took."""
-        began = time.thread_time()
+        """One result for each work, whatever `compute` does, and the seconds that it took."""
+        began = time.monotonic()
         try:
             results = self._compute(key, [work.payload for work in works])
             if len(results) != len(works):
                 raise RuntimeError(f"{len(results)} results of {len(works)} works")
         except BaseException as error:
             results = [error] * len(works)
-        return results, time.thread_time() - began
+        return results, time.monotonic() - began
+
+
+def _tell(future: asyncio.Future[Any], result: Any) -> None:
+    """Whoever waits for it, if anybody does."""
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(_of_one(result))
+    else:
+        future.set_result(result)
 
 
 def _of_one(error: BaseException) -> Exception:

@@ -31,7 +31,7 @@ class Checks:
 
     def checked(self, call: Call, limits: Limits) -> Call:
         """The call, with arrays as the model takes them. `InvalidCall` where it has no answer."""
-        if reason := self._model.not_offered.get(call.verb):
+        if reason := self._trial.not_offered.get(call.verb):
             raise InvalidCall(f"{call.verb} is not offered: {reason}", "verb", ", ".join(self._trial.options))
         if isinstance(call, SampleCall):
             self._check_sample(call, limits)
@@ -133,7 +133,7 @@ class Checks:
             bad_N = ~np.isfinite(z).reshape(len(z), -1).all(1)
             raise InvalidCall(f"z has a missing or infinite entry in row {int(bad_N.argmax())}", "z", "finite numbers")
         if z.ndim == 1 and is_discrete and width is not None:
-            in_range_N = (z >= 0) & (z < width) & (z == np.floor(z))
+            in_range_N = np.isin(z, np.arange(width))
             if not bool(in_range_N.all()):
                 row = int((~in_range_N).argmax())
                 raise InvalidCall(f"z is {z[row]} in row {row}", "z", f"whole numbers, 0 to {width - 1}")
@@ -164,7 +164,8 @@ def _sequences(values: Any) -> list[Any]:
 def _check_whole(field: str, value: Any, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InvalidCall(f"{field}: {str(value)[:80]!r} is no whole number", field, f"{least} to {most}")
-    if not least <= value <= most:
-        said = str(value) if abs(value) <= 10 * MAX_SEED else "far"  # Python puts no number of 5,000 digits into words
+    number = int(value)
+    if not least <= number <= most:
+        said = str(number) if abs(number) <= 10 * MAX_SEED else "far"  # Python puts no number of 5,000 digits into words
         raise InvalidCall(f"{field} {said} is out of range; allowed are {least} to {most}", field, f"{least} to {most}")
-    return int(value)
+    return number

@@ -68,8 +68,7 @@ class HostedModel:
     def why_not(self, verb: str) -> str | None:
         """The reason why a verb is not offered, or None."""
         assert verb in VERBS
-        reason: str | None = self.model.not_offered.get(verb)
-        return reason
+        return self.trial.not_offered.get(verb)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -121,7 +120,7 @@ class HostedModel:
                 }
                 for verb, options in self.trial.options.items()
             },
-            "not_offered": dict(self.model.not_offered),
+            "not_offered": dict(self.trial.not_offered),
             "chunk_rows": self.chunk_rows,
             "num_bytes": self.num_bytes,
         }

@@ -39,7 +39,8 @@ class Trial:
     joined         requests of it may be computed together
     takes_missing  x may have missing entries
     needs_given    `given` must be said
-    options        which of `OPTIONS` each verb has
+    options        which of `OPTIONS` each verb that is offered has
+    not_offered    the reasons for the others
     length         of a sequence where nobody says, in steps; None of a model of rows
     """
 
@@ -47,6 +48,7 @@ class Trial:
     takes_missing: frozenset[str]
     needs_given: frozenset[str]
     options: Mapping[str, tuple[str, ...]]
+    not_offered: Mapping[str, str]
     length: int | None
 
 
@@ -59,7 +61,10 @@ def try_out(model: Any) -> Trial:
 def _try_out(model: Any) -> Trial:
     within = taken_apart(model)[0]
     takes_sequences = getattr(type(within), "takes_sequences", False)
-    offered = [verb for verb in VERBS if verb not in model.not_offered]
+    not_offered = dict(model.not_offered)
+    if not model.labels:
+        not_offered.setdefault("classify", "it is fitted without labels")
+    offered = [verb for verb in VERBS if verb not in not_offered]
     options = {verb: tuple(name for name in OPTIONS if name in signature(getattr(within, verb)).parameters) for verb in offered}
     conditions = getattr(model, "conditions", model.labels)
     try:
@@ -84,14 +89,15 @@ def _try_out(model: Any) -> Trial:
         joined.add("sample")
         rows = {"decode": _latents(within, sum(SIZES))}
         for verb in set(offered) & set(INDEPENDENT):
-            own = {"given": conditions[0]} if verb in needs_given else {}
+            # Without a label it is the mean over all, of what comes with one.
+            own = {"given": conditions[0]} if conditions and "given" in options[verb] else {}
             x_ND = rows.get(verb)
             if x_ND is None:
                 x_ND = rows["encode"] = model.sample(sum(SIZES), seed=SEED)
             if _together_is_the_same(model, verb, x_ND, own):
                 joined.add(verb)
     length = model.sample(0).shape[1] if takes_sequences else None
-    return Trial(frozenset(joined), frozenset(takes_missing), frozenset(needs_given), options, length)
+    return Trial(frozenset(joined), frozenset(takes_missing), frozenset(needs_given), options, not_offered, length)
 
 
 def latent_width(model: Any) -> int | None:

@@ -143,3 +143,14 @@ def test_a_machine_that_reads_other_rows_is_told(cache):
         pass
     (folder,) = cache.glob("gendist-rows-*")
     assert [path for path in folder.iterdir() if path.is_dir()] == [], "nothing half-made stays"
+
+
+def test_label_counts_are_those_of_the_labels():
+    dataset = dataset_of(given := data(), weight="w", label="y")
+    with on_disk(dataset).opened() as opened:
+        counts = [opened[part].label_counts() for part in PARTS]
+    whole = counts[0].merge(counts[1])
+    labels, weights = given["y"], given["w"]
+    assert (whole.num_rows, whole.num_unlabelled) == (len(labels), sum(label is None for label in labels))
+    expected = [weights[labels == label].sum() for label in dataset.labels]
+    np.testing.assert_allclose(whole.weights.numpy(), expected, rtol=1e-6)

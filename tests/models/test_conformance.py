@@ -25,7 +25,7 @@ from gendist.em.convergence import fell
 from gendist.figures import Figure
 from gendist.noise import Noise
 from gendist.pictures import figure_bytes
-from gendist.protocols import VERBS, Block, DeepModel, Draw, GenerativeModel, Phase, StatisticsModel, UserError
+from gendist.protocols import VERBS, Block, DeepModel, Draw, GenerativeModel, Phase, SampleAddress, StatisticsModel, UserError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -134,6 +134,15 @@ def test_a_sample_is_a_window_on_an_endless_one(case):
     assert not torch.equal(case.model.sample(100, seed=4), whole)
     assert len(case.model.sample(0)) == 0
     assert bool(whole.isfinite().all())
+
+
+def test_samples_made_together_are_those_made_one_by_one(case):
+    if not hasattr(case.model, "sample_together"):
+        return
+    addresses = [SampleAddress(*each) for each in ((1, 3), (40, 3, 40), (0, 1), (3, 2**64 - 1, 10**15), (70, 3))]
+    alone = [case.model.sample(each.num_samples, seed=each.seed, offset=each.offset) for each in addresses]
+    for each, own in zip(case.model.sample_together(addresses), alone, strict=True):
+        assert torch.equal(each, own)
 
 
 def test_global_random_state_is_neither_read_nor_written(case):

@@ -14,7 +14,7 @@ from torch import nn
 import gendist
 from gendist.models.gan import DISCRIMINATOR, GENERATOR, PENALTY, GenerativeAdversarialNetwork
 from gendist.models.ops import adversarial, semi_supervised
-from gendist.protocols import Block, Phase, UserError
+from gendist.protocols import Block, LabelCounts, Phase, UserError
 
 LABELS = ("a", "b", "c")
 SEMI = {"labels": "semi_supervised", "penalty": "none"}
@@ -125,7 +125,7 @@ def test_a_row_of_weight_0_needs_no_label_and_is_no_row():
     whole = batch_of([0, -1, 2, 1], weights=torch.tensor([1.0, 0.0, 2.0, 1.0]))
     keep = torch.tensor([0, 2, 3])
     without = Block(whole.x[keep], whole.rows[keep], whole.weights[keep], whole.evidence[keep])
-    model.check_labels(whole.evidence, whole.weights)
+    model.check_labels(LabelCounts.of(whole.evidence, whole.weights))
     for phase in (DISCRIMINATOR, GENERATOR):
         noise = noise_of(model, phase, 4)
         first = model.loss(phase, whole, noise, 0).terms
@@ -378,7 +378,7 @@ def test_mistakes_are_one_line(call, match):
 
 def check(classes: list[int], weights: torch.Tensor | None = None, **fields: Any) -> None:
     weights = torch.ones(len(classes)) if weights is None else weights
-    small(**fields).check_labels(evidence_of(torch.tensor(classes)).double(), weights.double())
+    small(**fields).check_labels(LabelCounts.of(evidence_of(torch.tensor(classes)).double(), weights.double()))
 
 
 def test_labels_that_suffice_are_accepted():

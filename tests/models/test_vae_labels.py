@@ -22,7 +22,7 @@ from gendist.models.ops import semi_supervised_elbo
 from gendist.models.vae import VariationalAutoencoder, VariationalAutoencoderConfig
 from gendist.noise import Noise
 from gendist.one_thread import one_thread
-from gendist.protocols import Block, UserError
+from gendist.protocols import Block, LabelCounts, UserError
 from gendist.transformed import Transformed
 
 LABELS = ("a", "b", "c")
@@ -37,6 +37,14 @@ def small(x_shape=(4, 3), labels=LABELS, **fields) -> VariationalAutoencoder:
 
 def x_of(num_rows: int, width: int = 12) -> torch.Tensor:
     return Noise(1, "x").uniform(0, num_rows, width).float()
+
+
+def counts_of(evidence_NC: torch.Tensor, without: int | None = None) -> LabelCounts:
+    """Of rows of weight 1, but for one that has none."""
+    weights_N = torch.ones(len(evidence_NC))
+    if without is not None:
+        weights_N[without] = 0.0
+    return LabelCounts.of(evidence_NC, weights_N)
 
 
 def evidence_of(*rows: str | list[float] | None) -> torch.Tensor:
@@ -296,10 +304,16 @@ def test_saved_and_loaded_with_any_labels(labels):
         (lambda: small().elbo(x_of(2), given=np.array([["a"], ["b"]])), r"labels of shape \(2, 1\)"),
         (lambda: small().elbo(x_of(2), given=[["a"], ["b"]]), r"\['a'\]; the labels are a, b, c"),
         (lambda: small(labels=()).sample(200, given=np.zeros((200, 1))), "without labels"),
-        (lambda: small().check_labels(MIXED, torch.ones(8)), "3 of 8 rows have no label.* model.classifier"),
+        (lambda: small().check_labels(counts_of(MIXED)), "3 of 8 rows have no label.* model.classifier"),
         (lambda: small().loss(vae.TRAINING, batch_of(MIXED), noise_of(small(), 8), 0), "3 of 8 rows .* model.classifier"),
-        (lambda: small(**CLASSIFIER).check_labels(evidence_of("a", "c", None), torch.ones(3)), "the label b, and nothing"),
-        (lambda: small(**CLASSIFIER).check_labels(MIXED, torch.tensor([1, 1, 0, 1, 1, 1, 1, 1.0])), "the label c, and nothing"),
+        (
+            lambda: small(**CLASSIFIER).check_labels(counts_of(evidence_of("a", "c", None))),
+            "the label b, and nothing",
+        ),
+        (
+            lambda: small(**CLASSIFIER).check_labels(counts_of(MIXED, without=2)),
+            "the label c, and nothing",
+        ),
     ],
 )
 def test_mistakes_are_one_line(call, match):
@@ -314,7 +328,7 @@ def test_what_is_not_offered_depends_on_the_labels():
     assert "model.classifier" in conditional.not_offered["classify"]
     assert "classify" not in both.not_offered
     assert [hasattr(model, "classify") for model in (plain, conditional, both)] == [False, False, True]
-    both.check_labels(MIXED, torch.ones(len(MIXED)))
+    both.check_labels(counts_of(MIXED))
 
 
 def few_labels(num_labelled: int) -> pa.Table:
