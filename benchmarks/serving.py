@@ -164,7 +164,11 @@ def await_answer(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def closed_loops(port: int, path: str, seconds: float) -> Measured:
-    return {connections: client(port, path, connections=connections, seconds=seconds) for connections in CONCURRENCY}
+    measured = {}
+    for connections in CONCURRENCY:
+        measured[connections] = client(port, path, connections=connections, seconds=seconds)
+        print(f"  {path}  {connections}: {cell(measured[connections], 1)}", file=sys.stderr, flush=True)
+    return measured
 
 
 def client(port: int, path: str, **order: Any) -> dict[str, Any]:
@@ -173,6 +177,9 @@ def client(port: int, path: str, **order: Any) -> dict[str, Any]:
     done = subprocess.run(words, input=json.dumps(order), capture_output=True, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout)
     assert not measured["failures"], f"{path}: {measured['failures']}"
+    assert measured["requests"], (
+        f"{path}: nothing was answered in {order['seconds']} s; the machine is busy, or --seconds too few"
+    )
     return measured
 
 

@@ -5,8 +5,8 @@
 
 Each request has the next seed. With "rate" (a second), requests arrive at random (Poisson) and their latency counts from when
 they were to begin, also where no connection was free. One thread with epoll and whole requests made beforehand, so that little
-of the machine is taken from the server. Prints {"requests", "failures", "seconds", "p50_s", "p99_s", "bytes"} of what began
-after "warmup_s".
+of the machine is taken from the server. Prints {"requests", "failures", "seconds", "p50_s", "p99_s", "bytes"}: in a closed loop
+of what was answered after "warmup_s", else of what began after them.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ class Load:
             f"Content-Length: {len(body)}\r\n\r\n{body}"
         ).encode()
 
-    def answered(self, timeout: float, from_s: float) -> list[Connection]:
-        """The connections that are free again; what began after `from_s` is counted."""
+    def answered(self, timeout: float, from_s: float, began_s: float = 0.0) -> list[Connection]:
+        """The connections that are free again; what is answered after `from_s`, and began after `began_s`, is counted."""
         free = []
         for key, _ in self.selector.select(timeout):
             connection = key.data
@@ -91,8 +91,9 @@ class Load:
                 free.append(self.open())
                 continue
             free.append(connection)
-            if connection.began >= from_s:
-                self.latencies.append(time.perf_counter() - connection.began)
+            now = time.perf_counter()
+            if now >= from_s and connection.began >= began_s:
+                self.latencies.append(now - connection.began)
                 self.statuses[connection.answer[9:12].decode()] += 1
                 self.num_bytes = len(connection.answer)
         return free
@@ -124,7 +125,7 @@ class Load:
             while late and (free or num_busy < MOST_CONNECTIONS):
                 (free.pop() if free else self.open()).send(self.request(), late.popleft())
                 num_busy += 1
-            done = self.answered(max(arrival - time.perf_counter(), 0.0) if arrival < until else 1.0, from_s)
+            done = self.answered(max(arrival - time.perf_counter(), 0.0) if arrival < until else 1.0, from_s, from_s)
             free += done
             num_busy -= len(done)
         return seconds
