@@ -4,9 +4,9 @@
 
 Clients in a process of their own on the same machine, over loopback, in a closed loop of 1, 8, 32 and 128 connections; each
 asks for 16 rows and takes .npy. Beside them what the model alone draws in as many processes of one thread as there are
-replicas, which is the limit, and an empty deployment behind the same proxy. Then arrivals at random (Poisson) at 70 % of the rate of 32
-connections. LitServe and FastAPI where they are installed; the former's workers are as many as replicas, the latter is shown
-with one process and with as many.
+replicas, which is the limit, and an empty deployment behind the same proxy. Then arrivals at random (Poisson) at 70 % of the
+rate of 32 connections. LitServe and FastAPI where they are installed; the former's workers are as many as replicas, the latter
+is shown with one process and with as many.
 """
 
 from __future__ import annotations
