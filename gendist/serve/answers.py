@@ -7,7 +7,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from typing import Any
 
 from starlette.types import Receive, Send
@@ -92,6 +92,10 @@ class Line:
     async def send(self, send: Send, headers: Headers, encoder: Encoder, works: Iterator[Work]) -> None:
         """Answer with what these works come to. The first is computed before anything is sent, so that what is wrong with the
         request is told by the status; the next is queued while the one before is sent, and no other."""
+        with closing(encoder):
+            await self._send(send, headers, encoder, works)
+
+    async def _send(self, send: Send, headers: Headers, encoder: Encoder, works: Iterator[Work]) -> None:
         first: Mapping[str, Values] = await self.result(next(works))
         ahead = next(works, None)
         head = encoder.begin(first)

@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from gendist.serve.limits import Limits
 from gendist.serve.waiting import Lately, Queue, Waiting, Work
@@ -31,6 +31,7 @@ Reason = Literal["full", "waited", "complete", "alone"]
 Compute = Callable[[Hashable, Sequence[Any]], Sequence[Any]]
 
 QUICK_S = 0.002  # that a work may keep the event loop from its requests
+CROWDED = 4.0  # so many times longer it may take on a processor that others want, too
 SHARE = 0.125  # of what is measured in what is expected from then on
 
 
@@ -49,6 +50,13 @@ class Left:
     num_works: int
     num_rows: int
     oldest_wait_s: float
+
+
+class _Took(NamedTuple):
+    """How long a computation took: seconds that passed, and those of them that the processor was at it."""
+
+    seconds: float
+    of_processor: float
 
 
 class Busy(Exception):
@@ -178,8 +186,8 @@ class Batcher:
     # On the event loop
 
     def _at_once(self, work: Work) -> Any:
-        results, seconds = self._computed(None, [work])
-        self._learn([work], seconds)
+        results, took = self._computed(None, [work])
+        self._learn([work], took)
         self._watch(Left(None, "alone", 1, work.num_rows, 0.0))
         if isinstance(results[0], BaseException):
             raise results[0]
@@ -240,8 +248,8 @@ class Batcher:
         """It is computed here; requests that have come meanwhile are read before the next."""
         self._queue.discard(oldest)
         self._look_again(None, now)
-        results, seconds = self._computed(None, [oldest.work])
-        self._learn([oldest.work], seconds)
+        results, took = self._computed(None, [oldest.work])
+        self._learn([oldest.work], took)
         _tell(oldest.result, results[0])
         assert self._loop is not None
         self._loop.call_soon(self._next_batch)
@@ -266,22 +274,21 @@ class Batcher:
             self._queue.discard(each)
         return batch
 
-    def _done(self, results: Sequence[Any], seconds: float) -> None:
+    def _done(self, results: Sequence[Any], took: _Took) -> None:
         """The thread has computed its batch."""
         batch, self._batch = self._batch, []
-        self._learn([each.work for each in batch], seconds)
+        self._learn([each.work for each in batch], took)
         for each, result in zip(batch, results, strict=True):
             _tell(each.result, result)
         self._next_batch()
 
-    def _learn(self, works: Sequence[Work], seconds: float) -> None:
-        """They have taken so long."""
-        per_row = seconds / max(1, sum(work.num_rows for work in works))
+    def _learn(self, works: Sequence[Work], took: _Took) -> None:
+        per_row = took.seconds / max(1, sum(work.num_rows for work in works))
         self._seconds_per_row += (SHARE if self._seconds_per_row else 1.0) * (per_row - self._seconds_per_row)
         cost = works[0].cost
         if works[0].key is None and cost is not None:
-            before = self._seconds[cost]
-            self._seconds[cost] = seconds if before == math.inf else before + SHARE * (seconds - before)
+            before, now = self._seconds[cost], max(took.of_processor, took.seconds / CROWDED)
+            self._seconds[cost] = now if before == math.inf else before + SHARE * (now - before)
 
     def _retry_after_s(self) -> float:
         """When what waits should be computed, from the rate of late."""
@@ -298,16 +305,16 @@ class Batcher:
                 return
             batch = None  # which may hold much, while this waits for the next
 
-    def _computed(self, key: Hashable, works: Sequence[Work]) -> tuple[Sequence[Any], float]:
-        """One result for each work, whatever `compute` does, and the seconds that it took."""
-        began = time.monotonic()
+    def _computed(self, key: Hashable, works: Sequence[Work]) -> tuple[Sequence[Any], _Took]:
+        """One result for each work, whatever `compute` does, and how long it took."""
+        began, of_processor = time.monotonic(), time.thread_time()
         try:
             results = self._compute(key, [work.payload for work in works])
             if len(results) != len(works):
                 raise RuntimeError(f"{len(results)} results of {len(works)} works")
         except BaseException as error:
             results = [error] * len(works)
-        return results, time.monotonic() - began
+        return results, _Took(time.monotonic() - began, time.thread_time() - of_processor)
 
 
 def _tell(future: asyncio.Future[Any], result: Any) -> None:

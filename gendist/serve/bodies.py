@@ -85,7 +85,7 @@ class Room:
     """For bodies: as many bytes as may wait in the queue, over all requests, from when they arrive until they are answered."""
 
     def __init__(self, limits: Limits) -> None:
-        self._left = limits.queue_bytes
+        self._limit, self.num_bytes = limits.queue_bytes, 0
 
     @contextmanager
     def for_body(self) -> Iterator[Callable[[int], None]]:
@@ -94,15 +94,15 @@ class Room:
 
         def take(num_bytes: int) -> None:
             nonlocal taken
-            if taken and num_bytes > self._left:  # the first bytes of a request are in memory already
+            if taken and self.num_bytes + num_bytes > self._limit:  # the first bytes of a request are in memory already
                 raise Problem(429, "too many bodies are on their way", headers={"retry-after": "1", "connection": "close"})
             taken += num_bytes
-            self._left -= num_bytes
+            self.num_bytes += num_bytes
 
         try:
             yield take
         finally:
-            self._left += taken
+            self.num_bytes -= taken
 
 
 async def body_of(scope: Scope, receive: Receive, limits: Limits, take: Callable[[int], None]) -> bytes:

@@ -96,6 +96,10 @@ class Encoder(Protocol):
 
     def rows(self, chunk: Mapping[str, Values]) -> bytes: ...
     def end(self) -> bytes: ...
+    def close(self) -> None:
+        """Whether or not the end was reached."""
+        ...
+
     def num_bytes(self, first: Mapping[str, Values]) -> int | None:
         """Of the whole body, where they are known before it is made."""
         ...
@@ -107,12 +111,17 @@ def encoder_of(format_: str, described: Described) -> Encoder:
     return encoder
 
 
-class _Whole:
+class _Closed:
+    def close(self) -> None:
+        pass
+
+
+class _Whole(_Closed):
     def slices(self, chunk: Mapping[str, Values]) -> Iterator[Mapping[str, Values]]:
         yield chunk
 
 
-class _Sliced:
+class _Sliced(_Closed):
     """Of formats whose bytes do not tell where rows were cut."""
 
     _described: Described
@@ -281,6 +290,11 @@ class NpzEncoder(_Whole):
                 np.lib.format.write_array(inside, array, allow_pickle=False)
         self._archive.close()
         return self._sink.taken()
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+        self._archive.close()
 
     def num_bytes(self, first: Mapping[str, Values]) -> int | None:
         return None

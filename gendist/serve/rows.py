@@ -81,7 +81,7 @@ class RowReader:
     def _by_name(self, row: Any, where: str) -> list[Any]:
         names = self.schema.feature_names
         if not isinstance(row, dict):
-            raise self._refused(f"{where} is no object, as others are")
+            raise Problem(422, f"{where} is no object, as others are", where, f"all of {listing(names)}")
         if row.keys() != set(names):
             unknown = [name for name in row if name not in names]
             missing = [name for name in names if name not in row]
@@ -239,7 +239,7 @@ def array_of_npy(body: bytes, where: str) -> Array:
         version = np.lib.format.read_magic(stream)
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, is_fortran, dtype = read(stream)
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except Exception as error:  # of a header that is none, it is whatever Python's tokenizer raises
         raise Problem(400, f"the body is no .npy file ({type(error).__name__})", where, needs) from None
     if dtype.kind not in "buif" or dtype.hasobject:
         raise Problem(422, f"an array of {dtype}", where, needs)

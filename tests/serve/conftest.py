@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from live_server import running
+from served import Served, serving
 
 import gendist
 from gendist.artifact import Artifact, save
@@ -112,7 +112,13 @@ def hosted(artifacts: dict[str, Path]) -> dict[str, HostedModel]:
 
 
 @pytest.fixture(scope="session")
-def url(hosted: dict[str, HostedModel]) -> Iterator[str]:
-    """Of a server of all of them."""
-    with running(http_app(hosted)) as url:
-        yield url
+def server(hosted: dict[str, HostedModel]) -> Iterator[Served]:
+    """All of them behind HTTP on this machine."""
+    with serving(http_app(hosted)) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def url(server: Served) -> str:
+    """Of this server."""
+    return str(server.client.base_url).rstrip("/")

@@ -31,9 +31,9 @@ def work(payload: Any = None, key: Hashable = "model", num_rows: int = 1, num_by
 
 
 class Served:
-    """A batcher, and what it did. compute is held until `go` is called where `held`."""
+    """A batcher, and what it did."""
 
-    def __init__(self, compute: Callable[[Any], Any] = lambda payload: payload, held: bool = False, **limits: Any) -> None:
+    def __init__(self, compute: Callable[[Any], Any] = lambda payload: payload, **limits: Any) -> None:
         self.batches: list[list[Any]] = []
         self.threads: list[str] = []
         self.left: list[Left] = []
@@ -41,8 +41,7 @@ class Served:
         self._each = compute
         self.began = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        if not held:
-            self._gate.set()
+        self._gate.set()
         self.batcher = Batcher(self._compute, Limits(**{"target_wait_s": NEVER_S, **limits}), self.left.append)
 
     def _compute(self, key: Hashable, payloads: Sequence[Any]) -> Sequence[Any]:
@@ -59,7 +58,9 @@ class Served:
         return [asyncio.create_task(self.batcher.result(each, **options)) for each in works]
 
     async def occupied(self) -> asyncio.Task[Any]:
-        """A task whose work the thread is at, so that what comes next waits."""
+        """A task whose work the thread is at until `go`, so that what comes next waits."""
+        self._gate.clear()
+        self.began.clear()
         (task,) = self.ask(work("first", key="first"))
         await self.began.wait()
         return task
@@ -145,7 +146,7 @@ async def test_ray_66140_a_computation_that_breaks_fails_its_batch_and_not_the_q
 
 @on_a_loop
 async def test_litserve_340_a_request_that_fails_fails_alone():
-    served = Served(lambda payload: ValueError("a bad one") if payload == "bad" else payload, held=True)
+    served = Served(lambda payload: ValueError("a bad one") if payload == "bad" else payload)
     first = await served.occupied()
     tasks = served.ask(work("a"), work("bad"), work("b"))
     await settle()
@@ -158,7 +159,7 @@ async def test_litserve_340_a_request_that_fails_fails_alone():
 
 @on_a_loop
 async def test_litserve_165_whoever_hangs_up_while_queued_frees_its_rows_at_once():
-    served = Served(held=True, queue_rows=10)
+    served = Served(queue_rows=10)
     first = await served.occupied()
     gone, stays = served.ask(work("gone", num_rows=6), work("stays", num_rows=4))
     await settle()
@@ -177,7 +178,7 @@ async def test_litserve_165_whoever_hangs_up_while_queued_frees_its_rows_at_once
 
 @on_a_loop
 async def test_ray_50046_whoever_hangs_up_while_computed_does_no_harm():
-    served = Served(held=True)
+    served = Served()
     first = await served.occupied()
     neighbour, gone = served.ask(work("neighbour"), work("gone"))
     await settle()
@@ -193,7 +194,7 @@ async def test_ray_50046_whoever_hangs_up_while_computed_does_no_harm():
 
 @on_a_loop
 async def test_ray_43288_a_batch_that_never_fills_leaves_after_the_wait():
-    served = Served(held=True, batch_rows=100, target_wait_s=0.01)
+    served = Served(batch_rows=100, target_wait_s=0.01)
     first = await served.occupied()
     tasks = served.ask(*(work(i) for i in range(4)))  # four come together
     await settle()
@@ -217,7 +218,7 @@ async def test_a_client_alone_never_waits():
 
 @on_a_loop
 async def test_clients_that_have_gone_are_soon_not_waited_for():
-    served = Served(held=True, batch_rows=100, target_wait_s=0.001)
+    served = Served(batch_rows=100, target_wait_s=0.001)
     first = await served.occupied()
     tasks = served.ask(*(work(i) for i in range(16)))
     await settle()
@@ -230,7 +231,7 @@ async def test_clients_that_have_gone_are_soon_not_waited_for():
 
 @on_a_loop
 async def test_a_batch_is_counted_in_rows():
-    served = Served(held=True, batch_rows=10, target_wait_s=0.0)
+    served = Served(batch_rows=10, target_wait_s=0.0)
     first = await served.occupied()
     tasks = served.ask(*(work(rows, num_rows=rows) for rows in (4, 4, 4, 25, 1, 9, 1)))
     await settle()
@@ -242,7 +243,7 @@ async def test_a_batch_is_counted_in_rows():
 
 @on_a_loop
 async def test_only_works_of_one_key_are_joined():
-    served = Served(held=True)
+    served = Served()
     first = await served.occupied()
     tasks = served.ask(*(work((key, i), key) for i in range(3) for key in ("a", "b", None)))
     await settle()
@@ -254,7 +255,7 @@ async def test_only_works_of_one_key_are_joined():
 
 @on_a_loop
 async def test_a_full_batch_overtakes_one_that_still_waits_and_the_other_is_not_forgotten():
-    served = Served(held=True, batch_rows=4, target_wait_s=0.2)
+    served = Served(batch_rows=4, target_wait_s=0.2)
     first = await served.occupied()
     early = served.ask(work("early", "slow"), work("early", "slow"))
     await settle()
@@ -267,6 +268,26 @@ async def test_a_full_batch_overtakes_one_that_still_waits_and_the_other_is_not_
     assert not waits.done()
     assert await waits == "waits"
     assert [(left.key, left.reason) for left in served.left[2:]] == [("busy", "full"), ("slow", "waited")]
+
+
+@pytest.mark.parametrize("key", [None, "other"])
+@on_a_loop
+async def test_one_that_waits_is_not_forgotten_when_whoever_was_ready_has_gone(key):
+    served = Served(batch_rows=4)
+    first = await served.occupied()
+    early = served.ask(work("early", "slow"), work("early", "slow"))
+    await settle()
+    served.go()
+    await asyncio.gather(first, *early)  # so two are expected of this key
+    first = await served.occupied()
+    (waits,), gone = served.ask(work("waits", "slow")), served.ask(work("gone", key, num_rows=4))
+    await settle()
+    gone[0].cancel()
+    await settle()
+    served.go()
+    await first
+    assert not waits.done()
+    assert await asyncio.gather(waits, *served.ask(work("other", "slow"))) == ["waits", "other"]
 
 
 @pytest.mark.parametrize("key", ["model", None, "other"])
@@ -294,7 +315,7 @@ async def test_a_request_of_many_chunks_shares_with_small_ones(key):
 
 @on_a_loop
 async def test_works_that_nothing_can_join_are_computed_on_the_loop_once_they_are_known_to_be_quick():
-    served = Served(held=True)
+    served = Served()
     first = await served.occupied()
     tasks = served.ask(*(work(i, None, cost="quick") for i in range(3)), work("joined"), work(3, None, cost="quick"))
     await settle()
@@ -320,7 +341,7 @@ async def test_a_quick_work_that_finds_nobody_before_it_is_computed_on_the_loop(
 
 @on_a_loop
 async def test_a_slow_work_is_not_computed_on_the_loop():
-    served = Served(lambda _: time.sleep(0.01))
+    served = Served(lambda _: time.sleep(0.05))
     for _ in range(3):
         await served.batcher.result(work(0, None, cost="slow"))
     assert set(served.threads) == {"model"}
@@ -360,7 +381,7 @@ async def test_what_fails_on_the_loop_fails_alone():
 @pytest.mark.parametrize("limits", [{"queue_rows": 10}, {"queue_bytes": 80}])
 @on_a_loop
 async def test_past_its_bound_the_queue_says_when_to_come_again(limits):
-    served = Served(held=True, **limits)
+    served = Served(**limits)
     first = await served.occupied()
     tasks = served.ask(*(work(i) for i in range(12)))
     await settle()
@@ -376,7 +397,7 @@ async def test_past_its_bound_the_queue_says_when_to_come_again(limits):
 
 @on_a_loop
 async def test_a_work_larger_than_the_queue_is_admitted_when_nothing_waits():
-    served = Served(held=True, queue_rows=10)
+    served = Served(queue_rows=10)
     first = await served.occupied()
     (large,) = served.ask(work("large", num_rows=1000))
     await settle()
@@ -389,7 +410,7 @@ async def test_a_work_larger_than_the_queue_is_admitted_when_nothing_waits():
 
 @on_a_loop
 async def test_a_computation_that_hangs_lets_its_requests_go_and_tells_how_long_it_has_hung():
-    served = Served(held=True, time_limit_s=0.05)
+    served = Served(time_limit_s=0.05)
     first = await served.occupied()
     (behind,) = served.ask(work("behind"))
     for task in (first, behind):
@@ -405,7 +426,7 @@ async def test_a_computation_that_hangs_lets_its_requests_go_and_tells_how_long_
 
 @on_a_loop
 async def test_whoever_waits_is_told_that_it_closes():
-    served = Served(held=True)
+    served = Served()
     first = await served.occupied()
     (queued,) = served.ask(work("queued"))
     await settle()

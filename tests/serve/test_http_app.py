@@ -1,0 +1,424 @@
+"""The application as a client meets it, on uvicorn and, where a message must wait for another, as ASGI."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import threading
+
+import httpx
+import numpy as np
+import pytest
+from served import TIMEOUT_S, serving, until
+
+import gendist
+from gendist.bulk import sample
+from gendist.protocols import VERBS
+from gendist.serve.hosted_model import HostedModel, SampleCall
+from gendist.serve.http_app import http_app
+from gendist.serve.limits import Limits
+
+SAMPLE = "/models/gmm/sample"
+FORMATS = ["json", "npy", "npz", "arrow", "ndjson"]
+JSON = {"content-type": "application/json"}
+
+
+class Watched(HostedModel):
+    """Notes what it computes; of seed 666 it waits for leave, and from row `fails_at` on it fails."""
+
+    def __init__(self, path) -> None:
+        super().__init__("gmm", path)
+        self.calls: list[SampleCall] = []
+        self.leave, self.fails_at = threading.Event(), None
+
+    def answer(self, call):
+        self.calls.append(call)
+        if call.seed == 666:
+            assert self.leave.wait(TIMEOUT_S)
+        if self.fails_at is not None and call.offset >= self.fails_at:
+            raise RuntimeError("a failure of the test's")
+        return super().answer(call)
+
+
+@pytest.fixture
+def watched(artifacts) -> Watched:
+    return Watched(artifacts["gmm"])
+
+
+# Answers
+
+
+def test_the_models_and_what_they_are(server, hosted):
+    models = server.get("/models").json()["models"]
+    assert [model["name"] for model in models] == list(hosted)
+    for model in models:
+        assert set(model["verbs"]) | set(model["not_offered"]) == set(VERBS)
+        one = server.get(f"/models/{model['name']}").json()
+        assert {key: value for key, value in one.items() if key != "figures"} == model
+        for verb, reason in model["not_offered"].items():
+            answer = server.post(f"/models/{model['name']}/{verb}", json={"x": [[0.0]]})
+            assert answer.status_code == 405
+            assert reason in answer.json()["error"]
+            assert "allow" in answer.headers
+
+
+def test_parts_of_a_sample_are_the_sample(server, hosted):
+    for name in hosted:
+        bodies = [{"num_samples": n, "offset": o, "seed": 9} for n, o in ((100, 0), (40, 0), (60, 40))]
+        whole, *parts = (
+            np.load(io.BytesIO(server.post(f"/models/{name}/sample?format=npy", json=body).content)) for body in bodies
+        )
+        assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+@pytest.mark.parametrize("name", ["gmm", "hmm", "naive_bayes", "vae_of_images"])
+def test_large_samples_are_streamed_and_are_the_files_of_gendist_sample(server, hosted, artifacts, name, tmp_path):
+    num_samples = 2 * hosted[name].chunk_rows + 3
+    sample(artifacts[name], num_samples, tmp_path / "x.npy", seed=4, offset=5)
+    body = {"num_samples": num_samples, "seed": 4, "offset": 5}
+    answer = server.post(f"/models/{name}/sample?format=npy", json=body)
+    assert answer.content == (tmp_path / "x.npy").read_bytes()
+    x = np.load(tmp_path / "x.npy")
+    streamed = server.post(f"/models/{name}/sample", json=body)
+    assert streamed.headers.get("transfer-encoding") == "chunked"
+    content = streamed.json()
+    if name != "naive_bayes":
+        assert content["x"] == x.tolist()
+    assert len(content["x"]) == num_samples
+    lines = server.post(f"/models/{name}/sample?format=ndjson", json=body).content.splitlines()
+    assert len(lines) == num_samples * (x.shape[1] if x.ndim == 3 else 1)
+    archive = np.load(io.BytesIO(server.post(f"/models/{name}/sample?format=npz", json=body).content))
+    assert archive["x"].tobytes() == x.tobytes()
+
+
+def test_a_seed_that_is_drawn_makes_the_same_again(server):
+    first = server.post(SAMPLE, json={"num_samples": 3}).json()
+    assert 0 <= first["seed"] < 2**53
+    assert server.post(SAMPLE, json={"num_samples": 3}).json()["x"] != first["x"]
+    for seed in (first["seed"], str(first["seed"])):
+        assert server.post(SAMPLE, json={"num_samples": 3, "seed": seed}).json() == first
+
+
+def test_a_body_is_not_needed(server):
+    assert server.post(SAMPLE).json()["num_samples"] == 1
+
+
+def test_labels_by_their_text(server, artifacts):
+    model = gendist.load(artifacts["labelled_vae"])
+    for given in (2, "2"):
+        content = server.post("/models/labelled_vae/sample", json={"num_samples": 5, "seed": 1, "given": given}).json()
+        assert content["x"] == model.sample(5, seed=1, given=2).tolist()
+        assert content["label"] == [2] * 5
+    x, labels = model.sample(3, seed=1), [0, 2, 1]
+    said = server.post("/models/labelled_vae/encode", json={"x": x.tolist(), "given": labels}).json()["encode"]
+    assert said == model.encode(x, given=labels).tolist()
+
+
+def test_options_of_verbs(server, artifacts):
+    model = gendist.load(artifacts["labelled_vae"])
+    x = model.sample(4, seed=1)
+    body = {"x": x.tolist(), "seed": 3, "offset": 7, "num_samples": 5}
+    said = server.post("/models/labelled_vae/log_prob_bound", json=body).json()
+    assert said["log_prob_bound"] == model.log_prob_bound(x, num_samples=5, seed=3, offset=7).tolist()
+    stream = io.BytesIO()
+    np.save(stream, x.numpy())
+    in_query = {key: value for key, value in body.items() if key != "x"}
+    binary = {"content": stream.getvalue(), "headers": {"content-type": "application/x-npy"}, "params": in_query}
+    assert server.post("/models/labelled_vae/log_prob_bound", **binary).json() == said
+
+
+def test_figures(server):
+    names = server.get("/models/vae_of_images").json()["figures"]
+    assert names
+    figure = server.get(f"/models/vae_of_images/figures/{names[0]}", params={"seed": 1})
+    assert figure.headers["content-type"] == "image/png"
+    assert figure.content.startswith(b"\x89PNG")
+    missing = server.get("/models/vae_of_images/figures/none")
+    assert missing.status_code == 404
+    assert names[0] in missing.json()["allowed"]
+
+
+def test_the_document_describes_every_route(server):
+    document = server.get("/openapi.json").json()
+    assert {f"/models/{{name}}/{verb}" for verb in VERBS} <= set(document["paths"])
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            for content in operation.get("requestBody", {}).get("content", {}).items():
+                assert content[0] != "application/json" or "example" in content[1], path
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    assert response["content"]["application/json"]["example"].keys() == {"error", "field", "allowed"}
+
+
+def test_health(server):
+    assert server.get("/healthz").json() == {"status": "alive"}
+    assert server.get("/readyz").json()["status"] == "ready"
+    assert server.get("/docs").status_code == 404
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "status", "field"),
+    [
+        ("/models/nobody/sample", b"{}", 404, "name"),
+        ("/models/gmm/dream", b"{}", 404, "verb"),
+        ("/nowhere", b"{}", 404, "path"),
+        (SAMPLE, b"{", 400, "body"),
+        (SAMPLE, b"[1]", 422, "body"),
+        (SAMPLE, b'{"seed": NaN}', 400, "body"),
+        (SAMPLE, b"[" * 100_000, 400, "body"),
+        (SAMPLE, b'{"seed": %s}' % (b"9" * 5000), 400, "body"),
+        (SAMPLE, b'{"seed": 1, "seed": 2}', 422, "seed"),
+        (SAMPLE, b'{"seed": 18446744073709551616}', 422, "seed"),
+        (SAMPLE, b'{"seed": "18446744073709551616"}', 422, "seed"),
+        (SAMPLE, b'{"seed": -1}', 422, "seed"),
+        (SAMPLE, b'{"seed": 1.5}', 422, "seed"),
+        (SAMPLE, b'{"seed": true}', 422, "seed"),
+        (SAMPLE, b'{"num_samples": 0}', 422, "num_samples"),
+        (SAMPLE, b'{"num_samples": 1000000000000}', 422, "num_samples"),
+        (SAMPLE, b'{"num_samples": null}', 422, "num_samples"),
+        (SAMPLE, b'{"offset": 1e400}', 422, "offset"),
+        (SAMPLE, b'{"offset": 9007199254740993}', 422, "offset"),
+        (SAMPLE, b'{"given": "nobody"}', 422, "given"),
+        (SAMPLE, b'{"given": [0]}', 422, "given"),
+        (SAMPLE, b'{"length": 3}', 422, "length"),
+        (SAMPLE, b'{"sead": 3}', 422, "sead"),
+        (SAMPLE + "?format=xml", b"{}", 406, "format"),
+        (SAMPLE + "?seed=3", b"{}", 422, "seed"),
+        (SAMPLE + "?format=npy&format=json", b"{}", 422, "format"),
+        (SAMPLE + "?%", b"{}", 400, "query"),
+        (SAMPLE + "?format=png", b'{"num_samples": 100000}', 422, "num_samples"),
+        ("/models/hmm/sample", b'{"num_samples": 100000, "length": 100}', 422, "num_samples"),
+        ("/models/gmm/log_prob", b"{}", 422, "x"),
+        ("/models/gmm/log_prob", b'{"x": []}', 422, "x"),
+        ("/models/gmm/log_prob", b'{"x": [1, 2]}', 422, "x"),
+        ("/models/gmm/log_prob", b'{"x": [[1, 2], [3]]}', 422, "x"),
+        ("/models/gmm/log_prob", b'{"x": [[1, 2, 3]]}', 422, "x"),
+        ("/models/gmm/log_prob", b'{"x": [[1, "2"]]}', 422, "x[0][1]"),
+        ("/models/gmm/log_prob", b'{"x": [[1, null], [{}, 2]]}', 422, "x[1][0]"),
+        ("/models/gmm/log_prob", b'{"x": [[1, 1e76]]}', 422, "x[0][1]"),
+        ("/models/gmm/log_prob", b'{"x": [[1, 1e400]]}', 422, "x[0][1]"),
+        ("/models/gmm/log_prob", b'{"x": [{"a": 1}]}', 422, "x[0]"),
+        ("/models/gmm/log_prob", b'{"x": [{"a": 1, "b": 2, "c": 3}]}', 422, "x[0]"),
+        ("/models/gmm/log_prob", b'{"x": [{"a": 1, "b": 2, "b": 3}]}', 422, "b"),
+        ("/models/gmm/log_prob", b'{"x": [{"a": 1, "b": 2}, [1, 2]]}', 422, "x[1]"),
+        ("/models/gmm/log_prob", b'{"x": [[1, 2]], "seed": 3}', 422, "seed"),
+        ("/models/gmm/decode", b'{"z": [[1, 2, 3]]}', 422, "z"),
+        ("/models/gmm/decode", b'{"z": [5]}', 422, "z"),
+        ("/models/gmm/decode", b'{"z": [[null, 1]]}', 422, "z"),
+        ("/models/naive_bayes/log_prob", b'{"x": [[1, 2]]}', 422, "x[0][0]"),
+        ("/models/naive_bayes/log_prob", b'{"x": [["red"]]}', 422, "x"),
+        ("/models/vae_of_images/encode", b'{"x": [[[1, 2], [3, 4]]]}', 422, "x"),
+        ("/models/vae_of_images/elbo", b'{"x": [[%s]]}' % b",".join([b"2"] * 24), 422, "x"),
+        ("/models/labelled_vae/encode", b'{"x": [[1, 2, 3, 4]], "given": [1, 2]}', 422, "given"),
+        ("/models/labelled_vae/encode", b'{"x": [[1, 2, 3, 4]], "given": 7}', 422, "given"),
+        ("/models/hmm/log_prob", b'{"x": [[1, 2]]}', 422, "x"),
+        ("/models/hmm/log_prob", b'{"x": [[]]}', 422, "x"),
+        ("/models/hmm/log_prob", b'{"x": [[[1, 2]], [[1]]]}', 422, "x"),
+    ],
+)
+def test_mistakes_are_told_with_the_field(server, path, content, status, field):
+    answer = server.post(path, content=content, headers=JSON)
+    assert answer.status_code == status, answer.text
+    problem = answer.json()
+    assert problem.keys() == {"error", "field", "allowed"}
+    assert problem["field"] == field
+    assert len(problem["error"].splitlines()) == 1
+    assert len(answer.content) < 2_000
+
+
+def test_bodies_of_other_types(server):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/x-npy"):
+        answer = server.post(SAMPLE, content=b"{}", headers={"content-type": kind})
+        assert (answer.status_code, answer.json()["field"]) == (415, "content-type")
+    compressed = server.post(SAMPLE, content=b"{}", headers={**JSON, "content-encoding": "gzip"})
+    assert compressed.status_code == 415
+    assert server.get(SAMPLE).status_code == 405
+    assert server.get(SAMPLE).headers["allow"] == "POST"
+
+
+def test_bodies_that_are_too_large(hosted):
+    limits = Limits(max_body_bytes=1000)
+    with serving(http_app({"gmm": hosted["gmm"]}, limits)) as server:
+        large = b'{"seed": %s}' % (b" " * 2000)
+        assert server.post(SAMPLE, content=large, headers=JSON).status_code == 413
+
+        def parts():
+            for _ in range(100):
+                yield large
+
+        answer = server.post(SAMPLE, content=parts(), headers=JSON)
+        assert answer.status_code == 413
+        assert server.post(SAMPLE, json={}).status_code == 200
+
+
+def test_a_slow_body_is_cut_off(hosted):
+    with serving(http_app({"gmm": hosted["gmm"]}, Limits(time_limit_s=0.2))) as server:
+        with server.connected() as slow:
+            slow.sendall(b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" % SAMPLE.encode())
+            slow.sendall(b"content-length: 100\r\n\r\n{")
+            head = slow.recv(10_000)
+        assert head.startswith(b"HTTP/1.1 408")
+        assert server.post(SAMPLE, json={}).status_code == 200
+
+
+async def _asked(app, sent, messages, headers=(), body_path=SAMPLE, query=b""):
+    """The application, as a server calls it. messages: what the client sends, the last over and over."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+        "path": body_path, "raw_path": body_path.encode(), "query_string": query, "root_path": "",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json"), *headers],
+        "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 1),
+    }  # fmt: skip
+    waiting = iter(messages)
+
+    async def receive():
+        message = next(waiting, None)
+        if message is None:
+            await asyncio.Event().wait()
+        return message
+
+    await asyncio.wait_for(app(scope, receive, sent), TIMEOUT_S)
+
+
+async def _answered(app, headers):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    await _asked(app, send, [{"type": "http.request", "body": b"{}"}], headers)
+    return sent
+
+
+def test_a_body_shorter_than_its_content_length(watched):
+    start, body = asyncio.run(_answered(http_app({"gmm": watched}), [(b"content-length", b"9")]))
+    assert start["status"] == 400
+    assert "9" in json.loads(body["body"])["error"]
+    assert not watched.calls
+
+
+# Streams
+
+
+def test_one_chunk_is_computed_ahead_of_the_client_and_no_more(watched):
+    num_chunks, computed_at = 6, []
+
+    async def asked():
+        app = http_app({"gmm": watched})
+
+        async def send(message):
+            if message["type"] == "http.response.body" and len(message["body"]) > 1000:
+                await asyncio.sleep(0)
+                until_quiet = asyncio.get_running_loop().time() + 0.05
+                while asyncio.get_running_loop().time() < until_quiet:
+                    await asyncio.sleep(0.005)
+                computed_at.append(len(watched.calls))
+
+        body = json.dumps({"num_samples": num_chunks * watched.chunk_rows, "seed": 1}).encode()
+        await _asked(app, send, [{"type": "http.request", "body": body}], query=b"format=npy")
+
+    asyncio.run(asked())
+    # While part i (from 1) is taken, chunk i + 1 is computed, and not i + 2.
+    assert computed_at == [min(i + 1, num_chunks) for i in range(1, num_chunks + 1)]
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_failure_on_the_way_cuts_the_answer_off(watched, format_, caplog):
+    watched.fails_at = 2 * watched.chunk_rows
+    with serving(http_app({"gmm": watched})) as server:
+        body = {"num_samples": 4 * watched.chunk_rows, "seed": 1}
+        with pytest.raises(httpx.RemoteProtocolError):
+            server.post(SAMPLE, params={"format": format_}, json=body)
+        watched.fails_at = 0
+        failed = server.post(SAMPLE, params={"format": format_}, json=body)
+        assert failed.status_code == 500  # nothing was sent yet
+        assert "test's" not in failed.text
+
+
+# Clients that hang up
+
+
+def _request(path, body, query=""):
+    content = json.dumps(body).encode()
+    head = f"POST {path}{query} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return head.encode() + b"content-length: %d\r\n\r\n" % len(content) + content
+
+
+def test_who_hangs_up_frees_the_queue(watched):
+    with serving(http_app({"gmm": watched})) as server:
+        blocking = server.connected()
+        blocking.sendall(_request(SAMPLE, {"seed": 666}))
+        until(lambda: len(watched.calls) == 1, "the thread computes")
+        others = [server.connected() for _ in range(5)]
+        for i, each in enumerate(others):
+            each.sendall(_request(SAMPLE, {"seed": i, "num_samples": 10}))
+        until(lambda: server.batcher.num_rows == 50, "five requests wait")
+        for each in others:
+            each.close()
+        until(lambda: server.batcher.num_rows == server.batcher.num_bytes == 0, "nobody waits")
+        blocking.close()
+        watched.leave.set()
+        assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
+        assert {call.seed for call in watched.calls} == {666, 1}
+
+
+def test_who_hangs_up_in_a_stream_ends_it(watched):
+    num_chunks = 2000
+    limits = Limits(max_rows=num_chunks * watched.chunk_rows)
+    with serving(http_app({"gmm": watched}, limits)) as server:
+        client = server.connected()
+        client.sendall(_request(SAMPLE, {"seed": 1, "num_samples": limits.max_rows}, "?format=npy"))
+        client.recv(1000)
+        client.close()
+        text = 'gendist_requests_total{model="gmm",status="499",verb="sample"} 1.0'
+        until(lambda: text in server.get("/metrics").text, "the request is given up")
+        assert server.batcher.num_rows == server.batcher.num_bytes == 0
+        assert len(watched.calls) < num_chunks
+        assert server.post(SAMPLE, json={"seed": 2}).status_code == 200
+
+
+def test_the_queue_is_full(watched):
+    with serving(http_app({"gmm": watched}, Limits(queue_rows=10))) as server:
+        blocking = server.connected()
+        blocking.sendall(_request(SAMPLE, {"seed": 666}))
+        until(lambda: len(watched.calls) == 1, "the thread computes")
+        waiting = server.connected()
+        waiting.sendall(_request(SAMPLE, {"seed": 1, "num_samples": 10}))
+        until(lambda: server.batcher.num_rows == 10, "one waits")
+        refused = server.post(SAMPLE, json={"num_samples": 1})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json().keys() == {"error", "field", "allowed"}
+        watched.leave.set()
+        assert waiting.recv(100).startswith(b"HTTP/1.1 200")
+        blocking.close()
+        waiting.close()
+
+
+def test_what_takes_too_long_and_a_thread_that_is_stuck(watched):
+    with serving(http_app({"gmm": watched}, Limits(time_limit_s=0.2))) as server:
+        late = server.post(SAMPLE, json={"seed": 666})
+        assert late.status_code == 504
+        until(lambda: server.get("/healthz").status_code == 503, "it is told")
+        watched.leave.set()
+        until(lambda: server.get("/healthz").status_code == 200, "it is over")
+        assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
+
+
+def test_too_many_bodies_at_once(watched):
+    limits = Limits(queue_bytes=50_000)
+    with serving(http_app({"gmm": watched}, limits)) as server:
+        first = server.connected()
+        first.sendall(
+            _request(SAMPLE, {"seed": 1})[:-1].replace(b"content-length: 11", b"content-length: 49000") + b" " * 40_000
+        )
+        until(lambda: server.app.state.server.room.num_bytes >= 40_000, "the first body is on its way")
+        second = server.post(SAMPLE, content=[b"{" + b" " * 9_000, b" " * 9_000 + b"}"], headers=JSON)
+        assert second.status_code == 429
+        first.close()
+        until(lambda: server.app.state.server.room.num_bytes == 0, "its room is free")
+        assert server.post(SAMPLE, json={}).status_code == 200
