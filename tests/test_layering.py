@@ -61,7 +61,8 @@ ALLOWED = {
     "gendist.run": (),
     "gendist.tracking": ("gendist.run",),
     "gendist.folder_lock": ("gendist.protocols",),
-    "gendist.pictures": ("gendist.data.schema", "gendist.figures"),
+    "gendist.pictures": ("gendist.data.schema", "gendist.figures", "gendist.plots"),
+    "gendist.plots": ("gendist.figures",),
 }
 
 

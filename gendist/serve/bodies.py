@@ -82,7 +82,8 @@ class DataOptions(BaseModel):
 
 
 class Room:
-    """For bodies: as many bytes as may wait in the queue, over all requests, from when they arrive until they are answered."""
+    """For bodies: as many bytes as may wait in the queue, over all requests, from when they arrive until they are answered. One
+    that is larger has room when it is alone."""
 
     def __init__(self, limits: Limits) -> None:
         self._limit, self.num_bytes = limits.queue_bytes, 0
@@ -94,7 +95,7 @@ class Room:
 
         def take(num_bytes: int) -> None:
             nonlocal taken
-            if taken and self.num_bytes + num_bytes > self._limit:  # the first bytes of a request are in memory already
+            if self.num_bytes > taken and self.num_bytes + num_bytes > self._limit:
                 raise Problem(429, "too many bodies are on their way", headers={"retry-after": "1", "connection": "close"})
             taken += num_bytes
             self.num_bytes += num_bytes

@@ -23,6 +23,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -111,6 +112,8 @@ class Client:
         max_retries  of a request
         http         an httpx.Client with settings of its own, such as proxies or certificates
         """
+        if not url.startswith(("http://", "https://")):
+            raise UserError(f"url {url!r}: an address such as http://127.0.0.1:8000 is needed")
         self._http = http or httpx.Client(follow_redirects=False)
         self._url = url.rstrip("/")
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
@@ -164,9 +167,9 @@ class Client:
         answer = self._post(name, "sample", NPZ, json=body)
         with np.load(io.BytesIO(answer.content), allow_pickle=False) as arrays:
             parts = {key: arrays[key] for key in arrays.files}
-        columns = tuple(self._described_by(answer, name)["columns"])
+        columns = tuple(self._described_by(answer.digest, name)["columns"])
         return Samples(
-            parts["x"], parts.get(LABEL), parts.get(STATE), body["seed"], offset, columns, _digest(answer)
+            parts["x"], parts.get(LABEL), parts.get(STATE), body["seed"], offset, columns, answer.digest
         )  # fmt: skip
 
     def sample_chunks(
@@ -191,12 +194,13 @@ class Client:
                     if digest not in (None, _digest(answer)):
                         raise ServerError(f"{name} is another model now than when the samples began; begin anew")
                     digest = _digest(answer)
-                    description = self._described_by(answer, name)
-                    for batch in pa.ipc.open_stream(io.BufferedReader(_Body(answer))):
+                    description = self._described_by(digest, name)
+                    content = _Body(answer, deadline)
+                    for batch in pa.ipc.open_stream(io.BufferedReader(content)):
                         chunk = samples_of(pa.table(batch), description, length, body["seed"], offset + done, digest)
                         done, failures = done + len(chunk.x), 0
                         yield chunk
-                        deadline = time.monotonic() + self._timeout_s
+                        deadline = content.deadline = time.monotonic() + self._timeout_s
                 if done < num_samples:
                     raise _Again(ServerError(f"the answer broke off after {done} of {num_samples} rows"))
             except (httpx.TransportError, pa.ArrowException, OSError) as error:
@@ -286,20 +290,19 @@ class Client:
 
     # Requests
 
-    def _get(self, path: str, accept: str = JSON, params: Mapping[str, str] | None = None) -> httpx.Response:
+    def _get(self, path: str, accept: str = JSON, params: Mapping[str, str] | None = None) -> _Answer:
         return self._whole("GET", path, accept, params=params)
 
-    def _post(self, name: str, verb: str, accept: str, **request: Any) -> httpx.Response:
+    def _post(self, name: str, verb: str, accept: str, **request: Any) -> _Answer:
         return self._whole("POST", _path(name, verb), accept, **request)
 
-    def _whole(self, method: str, path: str, accept: str, **request: Any) -> httpx.Response:
+    def _whole(self, method: str, path: str, accept: str, **request: Any) -> _Answer:
         """The answer, repeated where that may help until there is one."""
         deadline, failures = time.monotonic() + self._timeout_s, 0
         while True:
             try:
                 with self._sent(method, path, deadline, accept, **request) as answer:
-                    answer.read()
-                    return answer
+                    return _Answer(_digest(answer), _Body(answer, deadline).readall())
             except httpx.TransportError as error:
                 failures = self._pause(_Again(_unreachable(self._url, error)), failures, deadline)
             except _Again as again:
@@ -329,16 +332,31 @@ class Client:
         time.sleep(pause_s)
         return failures + 1
 
-    def _described_by(self, answer: httpx.Response, name: str) -> dict[str, Any]:
+    def _described_by(self, digest: str, name: str) -> dict[str, Any]:
         """What the server says of the model that made the answer."""
         description = self._known(name)
-        return description if description["digest"] == _digest(answer) else self.model(name)
+        return description if description["digest"] == digest else self.model(name)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """digest: of the model that made it, where one did."""
+
+    digest: str
+    content: bytes
+
+    def json(self) -> Any:
+        try:
+            return json.loads(self.content)
+        except ValueError as error:
+            raise ServerError(f"an answer that is no JSON ({error}); is it a gendist server?") from error
 
 
 class _Body(io.RawIOBase):
-    """The body of an answer, as a file that is read while it comes."""
+    """The body of an answer, as a file that is read while it comes, until the deadline."""
 
-    def __init__(self, answer: httpx.Response) -> None:
+    def __init__(self, answer: httpx.Response, deadline: float) -> None:
+        self.deadline = deadline
         self._parts = answer.iter_bytes()
         self._left = memoryview(b"")
 
@@ -347,6 +365,8 @@ class _Body(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._left:
+            if time.monotonic() > self.deadline:
+                raise httpx.ReadTimeout("the answer takes too long")
             part = next(self._parts, None)
             if part is None:
                 return 0

@@ -54,7 +54,7 @@ def document(limits: Limits) -> Json:
     name = _parameter("name", "path", {"type": "string"}, "Of a model, as GET /models lists them", "digits")
     figure = _parameter("figure", "path", {"type": "string"}, "As GET /models/{name} lists them", "interpolation")
     seed = _parameter("seed", "query", _whole(0, MAX_SEED), "Of what is drawn in it", 0)
-    model = {"name": "digits", "family": "vae", "num_features": 64, "labels": [], "verbs": {"sample": {"options": ["seed"]}},
+    model = {"name": "digits", "num_features": 64, "labels": [], "verbs": {"sample": {"options": ["seed"]}},
              "not_offered": {"log_prob": "the integral over z has no closed form"}}  # fmt: skip
     paths |= {
         "/models": _get("listModels", "The models that are here", _object({"models": [model]})),

@@ -14,6 +14,8 @@ from torch import nn
 import gendist
 from gendist.models.gan import DISCRIMINATOR, GENERATOR, PENALTY, GenerativeAdversarialNetwork
 from gendist.models.ops import adversarial, semi_supervised
+from gendist.models.ops.latent_paths import NUM_PATHS, NUM_STEPS
+from gendist.noise import Noise
 from gendist.protocols import Block, LabelCounts, Phase, UserError
 
 LABELS = ("a", "b", "c")
@@ -384,6 +386,19 @@ def check(classes: list[int], weights: torch.Tensor | None = None, **fields: Any
 def test_labels_that_suffice_are_accepted():
     check([0, 1, 2])
     check([0, 1, -1, 2, -1], **SEMI)
+
+
+def test_figures_are_decoded_latents_of_the_classes():
+    model = small(labels="condition")
+    figures = model.figures(2)
+    z = Noise(2, "figures").normal(0, 2 * NUM_PATHS, 3).float()
+    for x_TD, label in zip(figures["classes"].x_RTD, LABELS, strict=True):
+        torch.testing.assert_close(x_TD, model.decode(z[:NUM_STEPS], given=label))
+    ends = figures["interpolations"].x_RTD[:, [0, -1]]
+    for row, label in enumerate(figures["interpolations"].names):
+        torch.testing.assert_close(ends[row], model.decode(z[[row, NUM_PATHS + row]], given=label))
+    assert set(figures["interpolations"].names) == set(LABELS)
+    assert list(small(classes=(), labels=None).figures(0)) == ["interpolations"]
 
 
 def test_a_users_module_without_features_takes_conditions():

@@ -267,6 +267,26 @@ def test_retries_end_by_number_and_by_time(url, no_pauses):
     assert len(no_pauses) == 3
 
 
+def test_an_answer_that_never_ends_does(url, no_pauses):
+    def endless() -> Iterator[bytes]:
+        while True:
+            yield b" "
+
+    def wrong(number: int, request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=endless())
+
+    with client_of(url, wrong, timeout_s=0.2) as client, pytest.raises(ServerError, match="too long"):
+        client.models()
+
+
+def test_what_is_no_server_of_ours_is_told():
+    with pytest.raises(UserError, match="http://"):
+        Client("localhost:8000")
+    client = client_of("http://elsewhere", lambda number, request: httpx.Response(200, text="<html>"))
+    with client, pytest.raises(ServerError, match="is it a gendist server"):
+        client.models()
+
+
 def test_nobody_there_is_told(no_pauses):
     with Client("http://127.0.0.1:9", max_retries=2) as client, pytest.raises(ServerError, match="is a server running there"):
         client.models()

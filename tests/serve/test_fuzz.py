@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import socket
@@ -26,7 +27,7 @@ from gendist.serve.limits import Limits
 SAMPLE = "/models/gmm/sample"
 LIMITS = Limits(max_rows=5_000, max_length=50, max_body_bytes=200_000)
 EXAMPLES = settings(
-    max_examples=12,
+    max_examples=6,
     derandomize=True,
     database=None,
     deadline=None,
@@ -70,6 +71,8 @@ def test_what_the_document_allows_and_what_it_does_not(limited, verb, mode):
     schema.config.update(base_url=str(limited.client.base_url))
     operation = schema[f"/models/{{name}}/{verb}"]["POST"]
 
+    statuses = set()
+
     @EXAMPLES
     @given(case=operation.as_strategy(mode), name=st.sampled_from(NAMES))
     def asked(case, name):
@@ -81,8 +84,10 @@ def test_what_the_document_allows_and_what_it_does_not(limited, verb, mode):
         )  # fmt: skip
         refused_or_answered(answer)
         assert str(answer.status_code) in operation.definition.raw["responses"]
+        statuses.add(answer.status_code)
 
     asked()
+    assert verb != "sample" or mode != GenerationMode.POSITIVE or 200 in statuses
 
 
 ANYTHING = st.recursive(
@@ -92,7 +97,7 @@ ANYTHING = st.recursive(
 )
 
 
-@settings(EXAMPLES, max_examples=60)
+@settings(EXAMPLES, max_examples=40)
 @given(
     name=st.sampled_from(NAMES),
     verb=st.sampled_from(VERBS),
@@ -123,7 +128,7 @@ def bodies() -> dict[str, bytes]:
     }
 
 
-@settings(EXAMPLES, max_examples=150)
+@settings(EXAMPLES, max_examples=100)
 @given(
     kind=st.sampled_from([MEDIA_TYPES["npy"], MEDIA_TYPES["arrow"], MEDIA_TYPES["json"]]),
     place=st.integers(0, 10_000),
@@ -190,12 +195,9 @@ def test_memory_is_back(limited):
     ask()
     tracemalloc.start()
     try:
-        ask()
         first = tracemalloc.get_traced_memory()[0]
         for _ in range(3):
             ask()
-        until(lambda: limited.app.state.server.room.num_bytes == 0, "no body is on its way")
-        grown = tracemalloc.get_traced_memory()[0] - first
+        until(lambda: gc.collect() >= 0 and tracemalloc.get_traced_memory()[0] < first + len(large), "memory is back")
     finally:
         tracemalloc.stop()
-    assert grown < 2 * len(large), f"{grown} bytes more"
