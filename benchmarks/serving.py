@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from serving_cases import ROWS_A_REQUEST, rows_per_s, save_cases, seconds_a_call
+from serving_fuzz import fuzz
 from tables import print_machine, print_table
 
 HERE = Path(__file__).parent
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, after one of warming up")
     parser.add_argument("--decoder", default="32,16", help="channels of the decoder's convolutions")
     parser.add_argument("--only", default="alone,fastapi,litserve,gendist,empty", help="some of these")
+    parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="no speed: what it bears, for so long (serving_fuzz.py)")
     arguments = parser.parse_args()
     only, channels = set(arguments.only.split(",")), [int(number) for number in arguments.decoder.split(",")]
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,6 +59,10 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         cases = save_cases(Path(folder), channels)
+        if arguments.fuzz:
+            with running_gendist(cases, arguments.replicas) as port:
+                fuzz(port, list(cases), replicas_of_gendist(), arguments.fuzz)
+            return
         measure(cases, only, arguments.replicas, arguments.seconds)
 
 
@@ -136,6 +142,14 @@ def running_gendist(cases: Mapping[str, Path], replicas: int) -> Iterator[int]:
 
         serve.run(Empty.options(logging_config={"enable_access_log": False}).bind(), name="empty", route_prefix=EMPTY_PATH)
         yield int(url.rpartition(":")[2])
+
+
+def replicas_of_gendist() -> list[int]:
+    """Their processes."""
+    from gendist.serve.local_server import MARK, marked
+
+    commands = {process: Path(f"/proc/{process}/cmdline").read_bytes() for process in marked(os.environ[MARK])}
+    return [process for process, command in commands.items() if b"ServeReplica:gendist" in command]
 
 
 def free_port() -> int:
