@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement, after one of warming up")
     parser.add_argument("--decoder", default="32,16", help="channels of the decoder's convolutions")
     parser.add_argument("--only", default="alone,fastapi,litserve,gendist,empty", help="some of these")
+    parser.add_argument("--models", default="vae,gmm,hmm", help="some of these")
     parser.add_argument("--fuzz", type=float, metavar="MINUTES", help="no speed: what it bears, for so long (serving_fuzz.py)")
     arguments = parser.parse_args()
     only, channels = set(arguments.only.split(",")), [int(number) for number in arguments.decoder.split(",")]
@@ -58,7 +59,8 @@ def main() -> None:
         f"{arguments.replicas} replicas; {ROWS_A_REQUEST} rows a request; decoder of 28 x 28, channels {channels}", flush=True
     )
     with tempfile.TemporaryDirectory() as folder:
-        cases = save_cases(Path(folder), channels)
+        saved = save_cases(Path(folder), channels)
+        cases = {name: saved[name] for name in arguments.models.split(",")}
         if arguments.fuzz:
             with running_gendist(cases, arguments.replicas) as port:
                 fuzz(port, list(cases), replicas_of_gendist(), arguments.fuzz)
@@ -75,7 +77,7 @@ def measure(cases: Mapping[str, Path], only: set[str], replicas: int, seconds: f
             call_s[name] = seconds_a_call(path)
     peers: dict[str, Measured] = {}
     for peer, num_processes in (("fastapi", 1), ("fastapi", replicas), ("litserve", replicas)):
-        if peer not in only:
+        if peer not in only or "vae" not in cases:
             continue
         if importlib.util.find_spec(peer) is None:
             print(f"{peer} is not installed: left out")
