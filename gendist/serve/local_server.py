@@ -68,7 +68,7 @@ def serve(
         else:
             assert address is not None
             url = stack.enter_context(_on_a_cluster(config, host, port, address))
-        _await_ready(url)
+        _await_ready(url, next(iter(tokens), None))
         _tell_how_to_call(url, config, tell)
         threading.Event().wait()
 
@@ -332,12 +332,13 @@ def _by_whom(port: int) -> str:
 # Ready, and ended
 
 
-def _await_ready(url: str) -> None:
+def _await_ready(url: str, token: str | None) -> None:
     """Returns once a replica answers through the proxy."""
     since = time.monotonic()
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     while True:
         try:
-            with urllib.request.urlopen(f"{_to_call(url)}/readyz", timeout=5):
+            with urllib.request.urlopen(urllib.request.Request(f"{_to_call(url)}/readyz", headers=headers), timeout=5):
                 return
         except OSError as error:
             if time.monotonic() - since > READY_TIMEOUT_S:

@@ -97,7 +97,7 @@ class Server:
             self.told += line
             if line.startswith("docs"):
                 break
-        assert self.process.poll() is None, self.told
+        assert "serving at" in self.told, f"{self.told} (exit code {self.process.wait(30)})"
         self.url = re.search(r"serving at (\S+)", self.told)[1]  # type: ignore[index]
         self.mark = next(
             each.partition("=")[2]
