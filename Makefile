@@ -30,13 +30,14 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup           ## speed, sampling and memory, side by side with peers (Spark MLlib and pythae where installed)
+bench: setup           ## speed, sampling, memory and serving, side by side with peers (Spark, pythae, LitServe where installed)
 	$(BIN)/python benchmarks/gmm.py
 	$(BIN)/python benchmarks/gmm_sampling.py
 	$(BIN)/python benchmarks/gmm_memory.py
 	$(BIN)/python benchmarks/hmm.py
 	$(BIN)/python benchmarks/hmm_memory.py
 	$(BIN)/python benchmarks/deep.py
+	$(BIN)/python benchmarks/serving.py
 
 schema: setup          ## write the JSON schema that editors check configs with
 	$(BIN)/python -c 'import json; from gendist.config import json_schema; print(json.dumps(json_schema(), indent=2))' \

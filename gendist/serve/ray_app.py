@@ -1,0 +1,85 @@
+"""The application on Ray Serve: replicas that hold all models, with the HTTP application as their ingress.
+
+A replica is a process with one thread that computes; what is computed together is decided by its batcher and not by Serve,
+which only spreads the requests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+from fastapi import FastAPI
+from ray import serve
+
+from gendist.serve.hosted_model import HostedModel
+from gendist.serve.http_app import http_app
+from gendist.serve.server_config import ServerConfig, server_config
+
+NAME = "gendist"
+
+# Serve's own bound of a replica's requests must never be what holds a batch back (ray #43288): the queue has its own bounds,
+# in rows and bytes, and says so to whoever comes when it is full.
+MAX_ONGOING_REQUESTS = 1_000_000
+QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # the application has an access log of its own
+HEALTH_CHECK_PERIOD_S, HEALTH_CHECK_TIMEOUT_S = 5.0, 30.0
+SHUTDOWN_S = 5.0  # on top of the time limit of what runs
+STUCK_AFTER = 2.0  # time limits in one batch
+
+
+class Replica:
+    """All models of a server, each in memory once, behind one batcher."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        """content: of a ServerConfig, in plain types."""
+        import torch
+
+        torch.set_num_threads(1)
+        self.config = server_config(content)
+        device = "cuda" if self.config.gpus_per_replica > 0 else "cpu"
+        self.models = {name: HostedModel(name, path, device) for name, path in self.config.models.items()}
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        tokens = self.config.tokens()
+        self.http = http_app(
+            self.models,
+            self.config.limits,
+            tokens=tokens,
+            loopback_only=not (tokens or self.config.insecure),
+            cors_origins=self.config.cors_origins,
+        )
+        return self.http
+
+    def check_health(self) -> None:
+        """Serve asks this now and then, and puts another replica in the place of one that raises, or that does not answer since
+        its event loop is held up."""
+        stuck_for_s = self.http.state.server.batcher.stuck_for_s
+        if stuck_for_s > STUCK_AFTER * self.config.limits.time_limit_s:
+            raise RuntimeError(f"the thread that computes has been in one batch for {stuck_for_s:.0f} s")
+
+
+def build_app(args: Mapping[str, Any]) -> serve.Application:
+    """The application of a Serve config file, whose `args` are the fields of `ServerConfig`; UserError where they are not."""
+    return application(server_config(args))
+
+
+def application(config: ServerConfig) -> serve.Application:
+    scaling: dict[str, Any] = {"num_replicas": config.num_replicas}
+    if config.autoscaling is not None:
+        scaling = {"autoscaling_config": config.autoscaling.model_dump()}
+    deployment: Any = serve.deployment(
+        name="models",
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": 1, "num_gpus": config.gpus_per_replica},
+        graceful_shutdown_timeout_s=config.limits.time_limit_s + SHUTDOWN_S,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
+        health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+        logging_config=QUIET,
+        **scaling,
+    )(serve.ingress()(Replica))
+    # By their own names, not as defaults: what was left out stays left out.
+    bound: serve.Application = deployment.bind(config.model_dump(mode="json", exclude_unset=True))
+    return bound

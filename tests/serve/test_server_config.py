@@ -1,0 +1,59 @@
+"""What may be said of a server, and how it is told what may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from gendist.protocols import UserError
+from gendist.serve.server_config import named_artifacts, server_config
+
+MODELS = {"a": "runs/a"}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({}, "models is missing"),
+        ({"models": {}}, "models"),
+        ({"models": {"a/b": "x"}}, "the name 'a/b'"),
+        ({"models": ["runs/a", "other/a"]}, "two models are called 'a'"),
+        ({"models": MODELS, "num_replica": 2}, "did you mean 'num_replicas'"),
+        ({"models": MODELS, "num_replicas": 0}, "num_replicas"),
+        ({"models": MODELS, "num_replicas": 2, "autoscaling": {"max_replicas": 3}}, "exclude each other"),
+        ({"models": MODELS, "autoscaling": {"min_replicas": 4, "max_replicas": 3}}, "above max_replicas 3"),
+        ({"models": MODELS, "limits": {"batch_row": 1}}, "batch_row"),
+        ({"models": MODELS, "gpus_per_replica": 1.5}, "gpus_per_replica 1.5"),
+        ({"models": MODELS, "token_file": "f", "token_variable": "V"}, "exclude each other"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(content, told):
+    with pytest.raises(UserError) as error:
+        server_config(content)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_models_are_called_as_their_folders_or_as_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["runs/a", "runs/b/artifact", "runs/c/", "mine=runs/a", "."]
+    names = named_artifacts(paths)
+    assert list(names) == ["a", "b", "c", "mine", tmp_path.name]
+    assert names["mine"] == "runs/a"
+    assert server_config({"models": paths}).models == names
+
+
+def test_tokens_are_those_of_a_file_or_a_variable(tmp_path, monkeypatch):
+    first, second = "0" * 32, "1" * 32
+    file = tmp_path / "tokens"
+    file.write_text(f"{first}\n{second}\n")
+    monkeypatch.setenv("THE_TOKENS", second)
+    assert server_config({"models": MODELS}).tokens() == frozenset()
+    assert server_config({"models": MODELS, "token_file": str(file)}).tokens() == {first, second}
+    assert server_config({"models": MODELS, "token_variable": "THE_TOKENS"}).tokens() == {second}
+
+
+@pytest.mark.parametrize("text", ["", " \n", "short\n"])
+def test_a_file_without_a_token_opens_nothing(text, tmp_path):
+    (tmp_path / "tokens").write_text(text)
+    with pytest.raises(UserError, match="token"):
+        server_config({"models": MODELS, "token_file": str(tmp_path / "tokens")}).tokens()
