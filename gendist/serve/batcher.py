@@ -187,7 +187,7 @@ class Batcher:
 
     def _at_once(self, work: Work) -> Any:
         results, took = self._computed(None, [work])
-        self._learn([work], took)
+        self._learn([work], results, took)
         self._watch(Left(None, "alone", 1, work.num_rows, 0.0))
         if isinstance(results[0], BaseException):
             raise results[0]
@@ -249,7 +249,7 @@ class Batcher:
         self._queue.discard(oldest)
         self._look_again(None, now)
         results, took = self._computed(None, [oldest.work])
-        self._learn([oldest.work], took)
+        self._learn([oldest.work], results, took)
         _tell(oldest.result, results[0])
         assert self._loop is not None
         self._loop.call_soon(self._next_batch)
@@ -277,12 +277,14 @@ class Batcher:
     def _done(self, results: Sequence[Any], took: _Took) -> None:
         """The thread has computed its batch."""
         batch, self._batch = self._batch, []
-        self._learn([each.work for each in batch], took)
+        self._learn([each.work for each in batch], results, took)
         for each, result in zip(batch, results, strict=True):
             _tell(each.result, result)
         self._next_batch()
 
-    def _learn(self, works: Sequence[Work], took: _Took) -> None:
+    def _learn(self, works: Sequence[Work], results: Sequence[Any], took: _Took) -> None:
+        if any(isinstance(result, BaseException) for result in results):
+            return  # how soon something fails does not tell how long it takes
         per_row = took.seconds / max(1, sum(work.num_rows for work in works))
         self._seconds_per_row += (SHARE if self._seconds_per_row else 1.0) * (per_row - self._seconds_per_row)
         cost = works[0].cost

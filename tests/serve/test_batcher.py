@@ -375,6 +375,15 @@ async def test_what_fails_on_the_loop_fails_alone():
     assert await served.batcher.result(work("good", None, cost="quick")) == "good"
 
 
+@on_a_loop
+async def test_a_failure_does_not_tell_that_a_work_is_quick():
+    served = Served(lambda payload: ValueError("a bad one") if payload == "bad" else payload)
+    with pytest.raises(ValueError, match="a bad one"):
+        await served.batcher.result(work("bad", None, cost="unknown"))
+    await served.batcher.result(work("good", None, cost="unknown"))
+    assert served.threads == ["model", "model"]
+
+
 # Bounds
 
 
