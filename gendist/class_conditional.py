@@ -91,6 +91,12 @@ class ClassConditional:
         models = tuple(cls.family.from_tensors(config, each, ()) for each in own)
         return cls(config, tensors["weights"], models, labels)
 
+    def check_rows(self, x: Any) -> None:
+        """UserError where x cannot be of the model of some class."""
+        for model in self.models:
+            if hasattr(model, "check_rows"):
+                model.check_rows(x)
+
     # Density
 
     def log_prob(self, x_ND: Any) -> Tensor:

@@ -332,6 +332,8 @@ class GenerativeModel(Protocol):
 
     A family may have more, which is asked for where it is there:
         figures(seed)               by name, what people should look at beside samples: a `Figure` each, a function of the seed
+        check_rows(x)               UserError where x cannot be of this model, whatever verb takes it: a server asks before it
+                                    queues a request, so that its last row is refused as its first is. Sequences are a list
         sample_together(addresses)  what `sample` makes of each `SampleAddress`, a list; for families to which several of them
                                     at once are less work than one by one
     """

@@ -151,6 +151,12 @@ class Transformed:
         """(N, D) the image of the model's reconstruction."""
         return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
 
+    def check_rows(self, x: Any) -> None:
+        """UserError where x cannot be transformed, or cannot be of the model then."""
+        z = self._forward(x)
+        if hasattr(self.model, "check_rows"):
+            self.model.check_rows(z)
+
     def figures(self, seed: int) -> dict[str, Figure]:
         """What the family would have people look at, of x; nothing where it has nothing."""
         figures = self.model.figures(seed) if hasattr(self.model, "figures") else {}

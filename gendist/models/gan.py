@@ -247,12 +247,18 @@ class GenerativeAdversarialNetwork:
         with evaluating(self.discriminator):
             return map_in_tiles(log_probs, x_ND, _device(self.discriminator))
 
+    def check_rows(self, x: Any) -> None:
+        """UserError where x cannot be of this model."""
+        self._check_bounds(self.layout.rows(x))
+
+    def _check_bounds(self, x_BD: Tensor) -> None:
+        if self._is_bounded:
+            check_between_0_and_1(x_BD, "model.output: tanh makes 0 to 1: rescale the columns, or choose linear")
+
     def _seen(self, x_BD: Tensor) -> Tensor:
         """Rows as networks see them."""
-        if not self._is_bounded:
-            return self.layout.to_network(x_BD)
-        check_between_0_and_1(x_BD, "model.output: tanh makes 0 to 1: rescale the columns, or choose linear")
-        return self.layout.to_network(2.0 * x_BD - 1.0)
+        self._check_bounds(x_BD)
+        return self.layout.to_network(2.0 * x_BD - 1.0 if self._is_bounded else x_BD)
 
     def _generated(self, z_BL: Tensor, classes_BC: Tensor | None = None) -> Tensor:
         """G(z), as networks see samples, of classes where there are conditions."""

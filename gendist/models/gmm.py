@@ -264,6 +264,10 @@ class GaussianMixture:
             values[rows] = function(log_joint_KN)
         return values
 
+    def check_rows(self, x_ND: Any) -> None:
+        """UserError where x cannot be of this model."""
+        self._rows(x_ND)
+
     def _rows(self, x_ND: Any) -> tuple[Tensor, Tensor | None]:
         """What a caller handed over, with 0 for what is missing; and where it is, if anything is."""
         x_ND = as_tensor(x_ND)

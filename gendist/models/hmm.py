@@ -348,6 +348,11 @@ class HiddenMarkovModel:
             log_likelihood_NK[rows] = kernel.log_prob(zeros_K).T
         return log_likelihood_NK
 
+    def check_rows(self, sequences: Any) -> None:
+        """UserError where one of them cannot be of this model."""
+        for _ in self._blocks(sequences):
+            pass
+
     def _blocks(self, sequences: Any) -> Iterator[Block]:
         """The sequences, some at a time; UserError where one cannot be of this model."""
         arrays = [self._checked(x, index) for index, x in enumerate(sequences_of(sequences))]

@@ -186,6 +186,10 @@ class NaiveBayes:
             "bic": criteria.bic(self.num_parameters, log_likelihood, total_weight),
         }
 
+    def check_rows(self, x: Any) -> None:
+        """UserError where x cannot be of this model."""
+        self._rows(x)
+
     def _rows(self, x: Any) -> tuple[Tensor, Tensor | None]:
         """x with 0 for what is missing, and what is; UserError where x cannot be of this model."""
         x_ND = as_matrix(x)

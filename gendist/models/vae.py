@@ -202,8 +202,7 @@ class VariationalAutoencoder:
     ) -> Tensor:
         """function(x, noise, classes) tile by tile. noise(purpose): (T, 1, L) of the rows; classes: of each row in turn those
         that its bound is of, one where it is given, else all; None without labels."""
-        x_ND = self.layout.rows(x)
-        self.autoencoder.likelihood.check(x_ND)
+        x_ND = self._checked(x)
         given_N = self._classes_of(given, len(x_ND))
 
         def tile(first: int, x_TD: Tensor) -> Tensor:
@@ -234,6 +233,16 @@ class VariationalAutoencoder:
             terms = self.autoencoder.terms(x_PD, noise_PKL, some.flatten(), log_prior)
             parts.append([values.unflatten(0, (-1, each)) for values in terms])
         return Terms(*(torch.cat(values, 1).flatten(0, 1) for values in zip(*parts, strict=True)))
+
+    def check_rows(self, x: Any) -> None:
+        """UserError where x cannot be of this model."""
+        self._checked(x)
+
+    def _checked(self, x: Any) -> Tensor:
+        """(N, D)"""
+        x_ND = self.layout.rows(x)
+        self.autoencoder.likelihood.check(x_ND)
+        return x_ND
 
     # Representation
 
@@ -287,8 +296,7 @@ class VariationalAutoencoder:
     @Offered
     def classify(self, x: Any) -> Tensor:
         """(N, C) float64 log q(y | x), columns in the order of `labels`."""
-        x_ND = self.layout.rows(x)
-        self.autoencoder.likelihood.check(x_ND)
+        x_ND = self._checked(x)
         with evaluating(self.autoencoder):
             return map_in_tiles(lambda _, x_TD: self.autoencoder.log_q(x_TD).double(), x_ND, self._device)
 
@@ -299,8 +307,7 @@ class VariationalAutoencoder:
 
     def _latents(self, x: Any, given: Any, noise_of: Callable[[int], Tensor] | None = None, offset: int = 0) -> Tensor:
         """The mean of q(z | x) or, with the (T, L) noise of the tile that begins at a row, draws."""
-        x_ND = self.layout.rows(x)
-        self.autoencoder.likelihood.check(x_ND)
+        x_ND = self._checked(x)
         classes_N = self._classes_of(given, len(x_ND))
         if classes_N is None and self.labels:
             classes_N = self._most_probable(x_ND)

@@ -53,6 +53,11 @@ class Checks:
         if (num_rows := sum(lengths) or len(x)) > limits.max_rows:
             raise InvalidCall(f"{field} has {num_rows} {'steps' if lengths else 'rows'}", field, f"1 to {limits.max_rows}")
         self._check_options(call.verb, call.options, len(x))
+        if call.verb != "decode" and hasattr(self._model, "check_rows"):
+            try:
+                self._model.check_rows(x)
+            except UserError as error:
+                raise InvalidCall(str(error), "x", str(error).partition("; ")[2] or None) from None
         return replace(call, x=x)
 
     def _check_sample(self, call: SampleCall, limits: Limits) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -402,11 +403,52 @@ def test_the_row_of_a_bad_entry_is_told(hosted_models):
         hosted_models["hmm"].check(DataCall("log_prob", [np.zeros((2, 2)), np.array([[0.0, 0], [0, 0], [INF, 0]])]))
 
 
-def test_data_of_the_right_shape_that_are_none_of_the_models_are_told_to_be_at_fault(hosted_models):
-    hosted = hosted_models["vae_of_images"]
+@pytest.mark.parametrize(
+    ("name", "entry", "allowed"),
+    [
+        ("vae_of_images", 7.0, "0 to 1"),
+        ("naive_bayes", -1.0, "0 and more"),
+        ("naive_bayes", 0.5, None),  # of the column of categories
+        ("labelled_vae", 1e39, "complete rows"),  # infinite in the network's float32
+        ("gan", -1.0, "0 to 1"),
+        ("logarithms", -2.0, None),
+    ],
+)
+def test_a_row_that_is_none_of_the_models_is_refused_before_anything_is_computed(name, entry, allowed, hosted_models, tmp_path):
+    if name == "logarithms":
+        frame = pd.DataFrame({"a": np.arange(1.0, 30.0), "b": np.arange(30.0, 1.0, -1.0)})
+        spec = {"name": name, "family": "gmm", "model": {"num_components": 1}, "data": {"transforms": ["log1p"]}}
+        gendist.fit(spec, data=frame, run_dir=tmp_path)
+        hosted = HostedModel(name, tmp_path)
+    else:
+        hosted = hosted_models[name]
+    x = rows_of(hosted, hosted.chunk_rows + 2)
+    for verb in set(hosted.verbs) - {"sample", "decode"}:
+        options = {"given": hosted.conditions[0]} if verb in hosted.trial.needs_given else {}
+        hosted.check(DataCall(verb, x, options))
+        bad = x.copy()
+        bad[-1, 0] = entry  # in the second chunk
+        with pytest.raises(InvalidCall) as refused:
+            hosted.check(DataCall(verb, bad, options))
+        assert refused.value.field == "x"
+        assert allowed is None or allowed in refused.value.allowed
+
+
+@pytest.mark.parametrize("is_by_class", [False, True])
+def test_a_step_that_is_none_of_the_models_is_refused_before_anything_is_computed(is_by_class, tmp_path):
+    frame = pd.DataFrame({"letter": list("abcab" * 6), "id": np.arange(30) // 5})
+    frame["y"] = frame["id"] % 2
+    model = {"num_states": 2, "emission": {"kind": "categorical"}, **({"labels": "classes"} if is_by_class else {})}
+    data = {"columns": ["letter"], "sequence": "id", **({"label": "y"} if is_by_class else {})}
+    spec = {"name": "letters", "family": "hmm", "model": model, "data": data, "fit": {"max_iterations": 2}}
+    gendist.fit(spec, data=frame, run_dir=tmp_path)
+    hosted = HostedModel("letters", tmp_path)
+    x = rows_of(hosted, 40)
+    hosted.check(DataCall("log_prob", x))
+    x[-1] = np.full_like(x[-1], -1.0)
     with pytest.raises(InvalidCall) as refused:
-        hosted.answer(hosted.check(DataCall("encode", np.full((2, 24), 7.0))))  # not from 0 to 1
-    assert refused.value.field == "x"
+        hosted.check(DataCall("log_prob", x))
+    assert (refused.value.field, refused.value.allowed) == ("x", "categorical columns hold 0 and more")
 
 
 def test_a_limit_on_rows_is_one_on_steps_of_sequences(hosted_models):
