@@ -17,6 +17,8 @@ from gendist.transformed import taken_apart
 
 MAX_ROW = 2**53  # of the endless sample: every whole number up to it is one of JSON's, too
 MAX_IMPORTANCE_SAMPLES = 1_000  # of a bound
+MAX_OVER_CLASSES = 4_000  # of a bound of a row that may be of any class, which has so many of each
+MAX_SEEDED_STEPS = 100_000  # of sequences: their noise is counted through them all, so that they are computed at once
 MAX_LABEL = 200  # characters
 
 
@@ -52,7 +54,9 @@ class Checks:
             raise InvalidCall(f"sequence {lengths.index(0)} has no steps", field, f"1 to {limits.max_length} steps")
         if (num_rows := sum(lengths) or len(x)) > limits.max_rows:
             raise InvalidCall(f"{field} has {num_rows} {'steps' if lengths else 'rows'}", field, f"1 to {limits.max_rows}")
-        self._check_options(call.verb, call.options, len(x))
+        self._check_options(call.verb, call.options, len(x), limits.max_rows)
+        if lengths and call.options.get("seed") is not None and num_rows > MAX_SEEDED_STEPS:
+            raise InvalidCall(f"x has {num_rows} steps, too many with a seed", "x", f"1 to {MAX_SEEDED_STEPS} with a seed")
         if call.verb != "decode" and hasattr(self._model, "check_rows"):
             try:
                 self._model.check_rows(x)
@@ -72,7 +76,8 @@ class Checks:
         if call.given is not None:
             self._check_given(call.given)
 
-    def _check_options(self, verb: str, options: Mapping[str, Any], num_rows: int) -> None:
+    def _check_options(self, verb: str, options: Mapping[str, Any], num_rows: int, max_rows: int) -> None:
+        """max_rows: that a request may have, where each of the samples of a row is one."""
         has = self._trial.options[verb]
         for name in options:
             if name not in has:
@@ -83,9 +88,11 @@ class Checks:
             _check_whole("seed", options["seed"], 0, MAX_SEED)
         if "offset" in options:
             _check_whole("offset", options["offset"], 0, MAX_ROW)
-        if "num_samples" in options:
-            _check_whole("num_samples", options["num_samples"], 1, MAX_IMPORTANCE_SAMPLES)
         given = options.get("given")
+        if verb in self._trial.num_samples:
+            num_classes = len(self._model.labels) if given is None else 0
+            most = min(MAX_IMPORTANCE_SAMPLES, MAX_OVER_CLASSES // max(num_classes, 1), max_rows // num_rows)
+            _check_whole("num_samples", options.get("num_samples", self._trial.num_samples[verb]), 1, max(most, 1))
         if given is None and verb in self._trial.needs_given:
             raise InvalidCall(f"given: {verb} must be told of which class the rows are", "given", self._conditions())
         if isinstance(given, list | tuple):

@@ -49,7 +49,7 @@ from gendist.serve.client_arrays import (
 PNG, JSON = "image/png", "application/json"
 MAX_SEED = 2**53  # of those that are drawn: a JSON reader anywhere has the same number
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-NOT_NOW = frozenset({429, 502, 503, 504})
+NOT_NOW = frozenset({429, 502, 503})  # not 504: what took too long once would take a server's time again
 
 
 class RequestError(UserError):

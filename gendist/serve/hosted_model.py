@@ -28,6 +28,7 @@ from gendist.transformed import taken_apart
 __all__ = ["Answer", "Call", "DataCall", "HostedModel", "InvalidCall", "SampleCall", "compute", "together"]
 
 CHUNK_ROWS = 256  # where rows are computed in tiles: whole tiles, and few enough that others are soon served
+TILE_ROWS = 64  # of which a part takes as long as all
 MOST_CHUNK_ROWS, CHUNK_VALUES = 4_096, 2**20  # elsewhere
 DENSITIES = ("log_prob", "elbo", "log_prob_bound")
 
@@ -151,15 +152,15 @@ class HostedModel:
             yield DataCall(call.verb, call.x[start:stop], options)
 
     def work_of(self, call: Call) -> Work:
-        """A chunk, for the batcher. Of sequences a row is a step."""
+        """A chunk, for the batcher. Of sequences a row is a step; of a bound, each of a row's samples is one."""
         if isinstance(call, SampleCall):
             rows = call.num_samples * (call.length or self.trial.length or 1)
-            num_bytes, many = 8 * rows * self.model.num_features, 1
+            num_bytes = 8 * rows * self.model.num_features
         else:
             rows = sum(map(len, call.x)) if isinstance(call.x, list) else len(call.x)
             num_bytes = 8 * rows * (self._width_in(call) + self._width_out(call.verb))
-            many = call.options.get("num_samples", 1)
-        cost = (self.name, call.verb, *map(int.bit_length, (rows, num_bytes, many)))
+            rows *= self._samples_of_row(call)
+        cost = (self.name, call.verb, rows.bit_length(), num_bytes.bit_length())
         return Work(self._key(call), rows, num_bytes, (self, call), cost)
 
     def answer(self, call: Call) -> Answer:
@@ -205,7 +206,10 @@ class HostedModel:
     def _bounds(self, call: DataCall) -> list[int]:
         """Where the rows or sequences of a call are cut."""
         if not isinstance(call.x, list):
-            return [*range(0, len(call.x), self._chunk_rows(None)), len(call.x)]
+            step = self._chunk_rows(None)
+            if (many := self._samples_of_row(call)) > 1:
+                step = min(step, max(step // many // TILE_ROWS, 1) * TILE_ROWS)
+            return [*range(0, len(call.x), step), len(call.x)]
         if call.options.get("seed") is not None:
             return [0, len(call.x)]  # the noise of a sequence belongs to steps and sequences that are counted from the first
         bounds, steps = [0], 0
@@ -217,6 +221,9 @@ class HostedModel:
                 steps = 0
             steps += len(x_TD)
         return [*bounds, len(call.x)]
+
+    def _samples_of_row(self, call: DataCall) -> int:
+        return int(call.options.get("num_samples", self.trial.num_samples.get(call.verb, 1)))
 
     def _width_in(self, call: DataCall) -> int:
         if call.verb == "decode":

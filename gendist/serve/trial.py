@@ -40,6 +40,7 @@ class Trial:
     takes_missing  x may have missing entries
     needs_given    `given` must be said
     options        which of `OPTIONS` each verb that is offered has
+    num_samples    of each row, that a verb with that option takes where nobody says
     not_offered    the reasons for the others
     length         of a sequence where nobody says, in steps; None of a model of rows
     """
@@ -48,6 +49,7 @@ class Trial:
     takes_missing: frozenset[str]
     needs_given: frozenset[str]
     options: Mapping[str, tuple[str, ...]]
+    num_samples: Mapping[str, int]
     not_offered: Mapping[str, str]
     length: int | None
 
@@ -66,6 +68,11 @@ def _try_out(model: Any) -> Trial:
         not_offered.setdefault("classify", "it is fitted without labels")
     offered = [verb for verb in VERBS if verb not in not_offered]
     options = {verb: tuple(name for name in OPTIONS if name in signature(getattr(within, verb)).parameters) for verb in offered}
+    num_samples = {
+        verb: signature(getattr(within, verb)).parameters["num_samples"].default
+        for verb in offered
+        if verb != "sample" and "num_samples" in options[verb]
+    }
     conditions = getattr(model, "conditions", model.labels)
     try:
         x = model.sample(3, seed=SEED, **({"length": LENGTH} if takes_sequences else {}))
@@ -97,7 +104,8 @@ def _try_out(model: Any) -> Trial:
             if _together_is_the_same(model, verb, x_ND, own):
                 joined.add(verb)
     length = model.sample(0).shape[1] if takes_sequences else None
-    return Trial(frozenset(joined), frozenset(takes_missing), frozenset(needs_given), options, not_offered, length)
+    takes = frozenset(takes_missing), frozenset(needs_given), options, num_samples
+    return Trial(frozenset(joined), *takes, not_offered, length)
 
 
 def latent_width(model: Any) -> int | None:

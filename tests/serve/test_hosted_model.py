@@ -24,9 +24,9 @@ from gendist.data.transforms import Step, Transforms
 from gendist.models.gmm import GaussianMixture
 from gendist.models.ops.tiles import TILE
 from gendist.protocols import VERBS, UserError
-from gendist.serve import trial
+from gendist.serve import checks, trial
 from gendist.serve.batcher import Batcher, Left
-from gendist.serve.hosted_model import DataCall, HostedModel, InvalidCall, SampleCall, compute, together
+from gendist.serve.hosted_model import TILE_ROWS, DataCall, HostedModel, InvalidCall, SampleCall, compute, together
 from gendist.serve.limits import Limits
 from gendist.transformed import Transformed
 
@@ -198,7 +198,8 @@ def test_chunks_of_data_are_whole_tiles_and_rows_keep_their_noise(name, hosted_m
         extra = {option: 3 for option in ("seed", "offset", "num_samples") if option in hosted.trial.options[verb]}
         call = call_of(hosted, verb, num_rows, **extra)
         chunks = list(hosted.chunks(call))
-        assert [len(chunk.x) for chunk in chunks] == [hosted.chunk_rows, hosted.chunk_rows, 5]
+        step = TILE if "num_samples" in extra else hosted.chunk_rows
+        assert [len(chunk.x) for chunk in chunks] == [min(step, num_rows - first) for first in range(0, num_rows, step)]
         answer = together([hosted.answer(chunk) for chunk in chunks])
         assert in_bytes(answer) == in_bytes(hosted.answer(call))
 
@@ -379,6 +380,9 @@ BAD_DATA = [
     ("vae_of_images", DataCall("encode", np.full((2, 24), NAN)), "x", "finite"),
     ("labelled_vae", DataCall("log_prob_bound", np.zeros((1, 4)), {"num_samples": 0}), "num_samples", "1 to 1000"),
     ("labelled_vae", DataCall("log_prob_bound", np.zeros((1, 4)), {"num_samples": 10**9}), "num_samples", "1 to 1000"),
+    ("labelled_vae", DataCall("log_prob_bound", np.zeros((1001, 4)), {"num_samples": 1000}), "num_samples", "1 to 999"),
+    ("labelled_vae", DataCall("log_prob_bound", np.zeros((20_000, 4))), "num_samples", "1 to 50"),  # where 100 is usual
+    ("hmm", DataCall("impute", [np.zeros((60_000, 2))] * 2, {"seed": 1}), "x", "1 to 100000"),
     ("labelled_vae", DataCall("elbo", np.zeros((1, 4)), {"offset": -1}), "offset", "0 to"),
     ("labelled_vae", DataCall("encode", np.zeros((2, 4)), {"given": ["0"]}), "given", "one for each"),
     ("labelled_vae", DataCall("encode", np.zeros((2, 4)), {"given": ["0", "nobody"]}), "given", "0, 1, 2"),
@@ -478,6 +482,28 @@ def test_a_work_counts_steps_of_sequences_and_bytes_in_and_out(hosted_models):
     assert hmm.work_of(SampleCall(7, 0, length=11)).num_rows == 77
     work = hmm.work_of(hmm.check(DataCall("log_prob", [np.zeros((3, 2)), np.zeros((4, 2))])))
     assert (work.num_rows, work.num_bytes) == (7, 7 * 3 * 8)
+
+
+@pytest.mark.parametrize(("options", "many"), [({"num_samples": 3}, 3), ({"num_samples": 70}, 70), ({}, 100)])
+def test_a_bound_is_cut_and_counted_by_the_samples_of_its_rows(options, many, hosted_models):
+    hosted = hosted_models["labelled_vae"]
+    call = hosted.check(DataCall("log_prob_bound", rows_of(hosted, 200), {"seed": 3, **options}))
+    chunks = list(hosted.chunks(call))
+    for chunk in chunks:
+        assert hosted.work_of(chunk).num_rows == len(chunk.x) * many
+        assert len(chunk.x) * many <= hosted.chunk_rows or len(chunk.x) <= TILE
+    assert hosted.chunk_rows % TILE_ROWS == 0
+    assert TILE_ROWS == TILE
+    assert in_bytes(together([hosted.answer(chunk) for chunk in chunks])) == in_bytes(hosted.answer(call))
+
+
+def test_a_bound_over_many_classes_has_fewer_samples_of_each(hosted_models, monkeypatch):
+    monkeypatch.setattr(checks, "MAX_OVER_CLASSES", 30)
+    hosted, options = hosted_models["labelled_vae"], {"num_samples": 1000}
+    with pytest.raises(InvalidCall) as refused:
+        hosted.check(DataCall("log_prob_bound", rows_of(hosted, 1), options))
+    assert refused.value.allowed == "1 to 10"
+    hosted.check(DataCall("log_prob_bound", rows_of(hosted, 1), {**options, "given": 0}))
 
 
 def test_it_was_tried_with_requests_that_share_tiles_and_cross_them():
