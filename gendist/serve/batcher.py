@@ -285,10 +285,12 @@ class Batcher:
     def _learn(self, works: Sequence[Work], results: Sequence[Any], took: _Took) -> None:
         if any(isinstance(result, BaseException) for result in results):
             return  # how soon something fails does not tell how long it takes
+        cost = works[0].cost
+        if cost is None:
+            return  # its rows tell nothing of how long others take
         per_row = took.seconds / max(1, sum(work.num_rows for work in works))
         self._seconds_per_row += (SHARE if self._seconds_per_row else 1.0) * (per_row - self._seconds_per_row)
-        cost = works[0].cost
-        if works[0].key is None and cost is not None:
+        if works[0].key is None:
             before, now = self._seconds[cost], max(took.of_processor, took.seconds / CROWDED)
             self._seconds[cost] = now if before == math.inf else before + SHARE * (now - before)
 

@@ -405,6 +405,20 @@ async def test_past_its_bound_the_queue_says_when_to_come_again(limits):
 
 
 @on_a_loop
+async def test_when_to_come_again_does_not_depend_on_works_whose_rows_tell_nothing():
+    served = Served(lambda payload: time.sleep(0.01), queue_rows=10_000)
+    await served.batcher.result(work("picture", None, num_rows=1))
+    first = await served.occupied()
+    (waits,) = served.ask(work("waits", num_rows=10_000))
+    await settle()
+    with pytest.raises(Busy) as busy:
+        await served.batcher.result(work("late"))
+    assert busy.value.retry_after_s == 0.1  # the least that is told: nothing else has been computed
+    served.go()
+    await asyncio.gather(first, waits)
+
+
+@on_a_loop
 async def test_a_work_larger_than_the_queue_is_admitted_when_nothing_waits():
     served = Served(queue_rows=10)
     first = await served.occupied()
