@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from gendist.serve.waiting import Work
+
+DRAWN_ROWS = 1_024  # that take about as long as a picture of little
+DRAWN_BYTES = 4 * 2**20  # that it takes to draw on
+MOST_DRAWN_BYTES = 32 * 2**20  # of pictures that are kept
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,32 @@ class Timed:
 class Drawing:
     """A payload of the batcher's that is no call of a model: what is drawn takes its turn among what is computed."""
 
-    draw: Callable[[], bytes]
+    draw: Callable[[], Any]
+
+
+def drawing(draw: Callable[[], Any], num_rows: int = 0, num_bytes: int = 0) -> Work:
+    """num_rows, num_bytes: of what is shown."""
+    return Work(key=None, num_rows=DRAWN_ROWS + num_rows, num_bytes=DRAWN_BYTES + num_bytes, payload=Drawing(draw))
+
+
+class Drawn:
+    """The pictures that were asked for last, by what they show."""
+
+    def __init__(self, most_bytes: int = MOST_DRAWN_BYTES) -> None:
+        self._pictures: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._num_bytes, self._most_bytes = 0, most_bytes
+
+    def get(self, what: Hashable) -> bytes | None:
+        if what not in self._pictures:
+            return None
+        self._pictures.move_to_end(what)
+        return self._pictures[what]
+
+    def keep(self, what: Hashable, picture: bytes) -> None:
+        self._num_bytes += len(picture) - len(self._pictures.pop(what, b""))
+        self._pictures[what] = picture
+        while self._num_bytes > self._most_bytes:
+            self._num_bytes -= len(self._pictures.popitem(last=False)[1])
 
 
 def timed(
@@ -42,7 +74,7 @@ def timed(
     return compute_timed
 
 
-def _drawn(drawing: Drawing) -> bytes | Exception:
+def _drawn(drawing: Drawing) -> Any:
     try:
         return drawing.draw()
     except Exception as error:

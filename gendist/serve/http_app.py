@@ -26,7 +26,7 @@ from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
 from gendist.serve.answers import Headers, Line, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
 from gendist.serve.bodies import Room, body_of, json_object, query_of
-from gendist.serve.computing import Drawing, timed
+from gendist.serve.computing import Drawn, drawing, timed
 from gendist.serve.formats import MEDIA_TYPES, Described, encoder_of, format_of, json_bytes
 from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
 from gendist.serve.limits import Limits
@@ -108,6 +108,7 @@ class _Server:
         self.ask = _Asked(self)
         self.room = Room(limits)
         self.is_closing = False
+        self._drawn = Drawn()
         self._figure_names: dict[str, list[str]] = {}
 
     # Samples, and what is said of data
@@ -159,7 +160,9 @@ class _Server:
         schema = questions.hosted.artifact.schema
         questions.check_picture(described, most_shown(schema))
         x = together([await line.result(work) for work in works])[described.name]
-        await send_whole(send, 200, headers, await line.result(_drawing(lambda: picture_bytes(x, schema), described.num_rows)))
+        num_bytes = sum(each.nbytes for each in x) if isinstance(x, list) else x.nbytes
+        work = drawing(lambda: picture_bytes(x, schema), described.num_rows, num_bytes)
+        await send_whole(send, 200, headers, await line.result(work))
 
     # Models, and what to look at
 
@@ -179,13 +182,17 @@ class _Server:
         names, wanted = await self._names_of_figures(questions, request), request.path_params["figure"]
         if wanted not in names:
             raise Problem(404, f"the figure {shortened(wanted)}", "figure", listing(names) or "this family has none")
-        png = await self._line(request).result(_drawing(lambda: questions.figure(wanted, seed), 1))
+        what = (questions.hosted.name, wanted, seed)
+        png = self._drawn.get(what)
+        if png is None:
+            png = await self._line(request).result(drawing(lambda: questions.figure(wanted, seed)))
+            self._drawn.keep(what, png)
         return Response(png, media_type=MEDIA_TYPES["png"])
 
     async def _names_of_figures(self, questions: Questions, request: Request) -> list[str]:
         name = questions.hosted.name
         if name not in self._figure_names:
-            self._figure_names[name] = await self._line(request).result(_drawing(questions.names_of_figures, 1))
+            self._figure_names[name] = await self._line(request).result(drawing(questions.names_of_figures))
         return self._figure_names[name]
 
     def _line(self, request: Request) -> Line:
@@ -252,10 +259,6 @@ def _headers(hosted: HostedModel, call: Any, described: Described, format_: str)
     if isinstance(call, SampleCall):
         headers += [(b"x-gendist-seed", b"%d" % call.seed), (b"x-gendist-offset", b"%d" % call.offset)]
     return headers
-
-
-def _drawing(draw: Any, num_rows: int) -> Work:
-    return Work(key=None, num_rows=num_rows, num_bytes=0, payload=Drawing(draw))
 
 
 def _json(content: Any) -> Response:

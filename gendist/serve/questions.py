@@ -30,6 +30,8 @@ class Questions:
         self.hosted, self._limits = hosted, limits
         self._schema = hosted.artifact.schema
         self._rows = RowReader(self._schema, hosted.model.num_features, hosted.takes_sequences, limits)
+        # Who looks at one figure looks at the others of the seed, too, which the model makes all at once.
+        self._figures = lru_cache(maxsize=1)(getattr(self.hosted.model, "figures", lambda seed: {}))
         self._layout_of_sample = lru_cache(maxsize=64)(self._sample_layout)
 
     def check_offered(self, verb: str) -> None:
@@ -144,10 +146,10 @@ class Questions:
         return whole_number("seed", query.get("seed", "0"), MAX_SEED)
 
     def names_of_figures(self) -> list[str]:
-        return list(self.hosted.model.figures(0)) if hasattr(self.hosted.model, "figures") else []
+        return list(self._figures(0))
 
     def figure(self, name: str, seed: int) -> bytes:
-        return figure_bytes(self.hosted.model.figures(seed)[name], self._schema)
+        return figure_bytes(self._figures(seed)[name], self._schema)
 
 
 def taken(verb: str) -> list[str]:

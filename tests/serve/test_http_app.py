@@ -14,7 +14,10 @@ from served import TIMEOUT_S, serving, until
 
 import gendist
 from gendist.bulk import sample
+from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
+from gendist.serve import questions
+from gendist.serve.computing import Drawn
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
@@ -137,6 +140,45 @@ def test_figures(server):
     missing = server.get("/models/vae_of_images/figures/none")
     assert missing.status_code == 404
     assert names[0] in missing.json()["allowed"]
+
+
+def test_a_figure_is_counted_and_kept(watched, monkeypatch):
+    drawn, makes, made = [], watched.model.figures, []
+    monkeypatch.setattr(questions, "figure_bytes", lambda *args: drawn.append(args) or figure_bytes(*args))
+    monkeypatch.setattr(type(watched.model), "figures", lambda self, seed: made.append(seed) or makes(seed))
+    with serving(http_app({"gmm": watched})) as server:
+        names = server.get("/models/gmm").json()["figures"]
+        path = f"/models/gmm/figures/{names[0]}"
+        blocking = server.connected()
+        blocking.sendall(_request(SAMPLE, {"seed": 666}))
+        until(lambda: len(watched.calls) == 1, "the thread computes")
+        asks = threading.Thread(target=server.get, args=(path,), kwargs={"params": {"seed": 1}})
+        asks.start()
+        until(lambda: server.batcher.num_rows > 0, "the figure waits")
+        assert server.batcher.num_rows >= 256
+        assert server.batcher.num_bytes >= 2**20
+        watched.leave.set()
+        asks.join(TIMEOUT_S)
+        blocking.close()
+        first = server.get(path, params={"seed": 1})
+        assert first.content == figure_bytes(makes(1)[names[0]], watched.artifact.schema)
+        assert len(drawn) == 1
+        assert made == [0, 1]
+        for name in names:
+            server.get(f"/models/gmm/figures/{name}", params={"seed": 1})
+        assert made == [0, 1]  # all of a seed at once
+        assert server.get(path, params={"seed": 2}).content != first.content
+        assert made == [0, 1, 2]
+
+
+def test_pictures_that_were_not_asked_for_lately_are_not_kept():
+    pictures = Drawn(most_bytes=10)
+    for what in ("a", "b", "a", "c"):
+        if pictures.get(what) is None:
+            pictures.keep(what, what.encode() * 4)
+    assert [pictures.get(what) for what in "abc"] == [b"aaaa", None, b"cccc"]
+    pictures.keep("large", b"x" * 11)
+    assert [pictures.get(what) for what in ("a", "c", "large")] == [None, None, None]
 
 
 def test_the_document_describes_every_route(server):
