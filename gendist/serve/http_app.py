@@ -206,16 +206,20 @@ class _Server:
     # How the server is
 
     async def healthz(self, request: Request) -> Response:
-        stuck_for_s = self.batcher.stuck_for_s
-        if stuck_for_s > self.limits.time_limit_s:
-            raise Problem(503, f"stuck in one batch for {stuck_for_s:.0f} s")
+        self._check_not_stuck()
         return _json({"status": "alive"})
 
     async def readyz(self, request: Request) -> Response:
         """That a model is here says that it is loaded and that its first sample was made: see `HostedModel`."""
         if self.is_closing:
             raise Problem(503, "the server is shutting down", headers={"retry-after": "1"})
+        self._check_not_stuck()
         return _json({"status": "ready", "models": list(self.questions)})
+
+    def _check_not_stuck(self) -> None:
+        stuck_for_s = self.batcher.stuck_for_s
+        if stuck_for_s > self.limits.time_limit_s:
+            raise Problem(503, f"stuck in one batch for {stuck_for_s:.0f} s", headers={"retry-after": "1"})
 
     async def text_of_metrics(self, request: Request) -> Response:
         self.metrics.queue(self.batcher.num_rows, self.batcher.num_bytes)

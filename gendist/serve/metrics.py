@@ -1,5 +1,6 @@
 """What a server counts, for Prometheus. Of several replicas on one machine, whoever starts them names a folder that they share
-in PROMETHEUS_MULTIPROC_DIR; then any of them tells the numbers of all.
+in PROMETHEUS_MULTIPROC_DIR; then any of them tells the numbers of all. Without it, as on a cluster, each tells its own, so that
+each has to be asked.
 
 A series has a model and a verb that exist, or none: no request makes a new one.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -92,7 +94,19 @@ class Metrics:
     def text(self) -> bytes:
         """In the format that Prometheus reads."""
         registry = self._registry
-        if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+        if folder := os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)
+            _forget_the_dead(Path(folder))
+            MultiProcessCollector(registry, folder)
         return generate_latest(registry)
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """What waited in a process that has ended waits no more. What it has counted stays."""
+    for file in folder.glob("gauge_live*_*.db"):
+        try:
+            os.kill(int(file.stem.rpartition("_")[2]), 0)
+        except ProcessLookupError:
+            file.unlink(missing_ok=True)  # another replica may be at it, too
+        except PermissionError:
+            pass  # it is somebody else's, and there

@@ -446,8 +446,10 @@ def test_what_takes_too_long_and_a_thread_that_is_stuck(watched):
         late = server.post(SAMPLE, json={"seed": 666})
         assert late.status_code == 504
         until(lambda: server.get("/healthz").status_code == 503, "it is told")
+        assert server.get("/readyz").status_code == 503
         watched.leave.set()
         until(lambda: server.get("/healthz").status_code == 200, "it is over")
+        assert server.get("/readyz").status_code == 200
         assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
 
 

@@ -82,7 +82,7 @@ from gendist.serve.metrics import Metrics
 child = os.fork()
 metrics = Metrics(["gmm"], batch_rows=10)
 metrics.answered("gmm", "sample", 200, 7, 0.01, 0.001)
-metrics.queue(5, 40)
+metrics.queue(5 if child == 0 else 3, 40)
 if child == 0:
     os._exit(0)
 os.waitpid(child, 0)
@@ -97,3 +97,4 @@ def test_several_replicas_tell_the_numbers_of_all(tmp_path):
     found = values(done.stdout)
     assert found[key("gendist_requests_total", model="gmm", verb="sample", status="200")] == 2
     assert found[key("gendist_rows_total", model="gmm", verb="sample")] == 14
+    assert found[key("gendist_queue_rows")] == 3  # in what has ended nothing waits
