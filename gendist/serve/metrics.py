@@ -1,6 +1,6 @@
 """What a server counts, for Prometheus. Of several replicas on one machine, whoever starts them names a folder that they share
-in PROMETHEUS_MULTIPROC_DIR; then any of them tells the numbers of all. Without it, as on a cluster, each tells its own, so that
-each has to be asked.
+in PROMETHEUS_MULTIPROC_DIR; then any of them tells the numbers of all. Without it, as on a cluster, the numbers are those of
+whichever replica is asked.
 
 A series has a model and a verb that exist, or none: no request makes a new one.
 """
