@@ -19,6 +19,7 @@ import re
 import signal
 import sys
 
+DISCONNECT = "http-request set-header x-request-disconnect-disabled ?1"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -26,6 +27,8 @@ def adapted(config: str, host: str, error_file: str) -> str:
     """The text of HAProxy's configuration, changed as said above. It may have been changed already."""
     config = re.sub(r"^(frontend prometheus|listen stats)\n(\s+.*\n)*", "", config, flags=re.MULTILINE)
     config = re.sub(r"^(frontend http_frontend\n\s*bind )\S+(:\d+)", rf"\g<1>{host}\g<2>", config, flags=re.MULTILINE)
+    if DISCONNECT not in config:
+        config = re.sub(r"^(frontend http_frontend\n(\s*bind .*\n)+)", rf"\g<1>    {DISCONNECT}\n", config, flags=re.MULTILINE)
     config = re.sub(r"^(\s*errorfile \d+ ).*", lambda found: found[1] + error_file, config, flags=re.MULTILINE)
     return re.sub(r"^\s*(log|option httplog|option log-health-checks)\b.*\n", "", config, flags=re.MULTILINE)
 
