@@ -118,7 +118,8 @@ def running_peer(peer: str, artifact: Path, num_processes: int) -> Iterator[int]
 @contextmanager
 def running_gendist(cases: Mapping[str, Path], replicas: int) -> Iterator[int]:
     """What `gendist serve` does, with an empty deployment of as many replicas beside it."""
-    from gendist.serve.local_server import LOOPBACK, free_port, on_this_machine
+    from gendist.serve.addresses import LOOPBACK, free_port
+    from gendist.serve.local_server import on_this_machine
     from gendist.serve.server_config import server_config
 
     config = server_config({"models": {name: str(path) for name, path in cases.items()}, "num_replicas": replicas})

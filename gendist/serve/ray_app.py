@@ -68,8 +68,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     config = server_config(args)
     if config.token_file is None and config.token_variable is None and not config.insecure:
         raise UserError(
-            "serve: whoever reaches the cluster could call the models; name the tokens that a caller must have by token_file or "
-            "token_variable, or say insecure: true"
+            "serve: whoever reaches the cluster could call the models; name the tokens that a caller must have by "
+            "token_file or token_variable, or say insecure: true"
         )
     return application(config)
 
