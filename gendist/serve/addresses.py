@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 from contextlib import suppress
@@ -19,6 +20,32 @@ def resolved(host: str) -> str:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise UserError(f"--host {host}: {error.strerror}; give an address of this machine, 127.0.0.1 or 0.0.0.0") from error
+
+
+def asked_at(host: str, address: str) -> str:
+    """Where the proxies of a cluster that listen on `host` are asked; address: of its head. UserError where they would hear
+    their own machines alone, and this is none of them."""
+    head = address.removeprefix("ray://").rpartition(":")[0].strip("[]") or LOOPBACK
+    listens = ipaddress.ip_address(host)
+    if listens.is_unspecified:
+        return head
+    if listens.is_loopback and not is_here(head):
+        raise UserError(
+            f"--host {host} --address {address}: only the cluster's own machines could call it; give --host 0.0.0.0, with "
+            "--token-file FILE or --insecure"
+        )
+    return host
+
+
+def is_here(host: str) -> bool:
+    """Whether it is this machine."""
+    try:
+        address = resolved(host)
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as knock:
+            knock.bind((address, 0))
+    except (OSError, UserError):
+        return False
+    return True
 
 
 def in_url(host: str) -> str:

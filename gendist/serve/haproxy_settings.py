@@ -41,6 +41,7 @@ def haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str, 
         "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message to Serve for each request: the replicas count themselves
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ceil(time_limit_s) + 5),  # the replica is to say it first
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(ceil(time_limit_s) + 5),
         # Every request may be computed again, so one whose replica dies goes to another. Once: if it is the request that kills.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "1",

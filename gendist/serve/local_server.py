@@ -6,15 +6,15 @@ Serve's own proxy does. All that is started carries a mark in its environment, b
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import ipaddress
+import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -25,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from gendist.protocols import UserError
-from gendist.serve.addresses import LOOPBACK, free_port, in_url, resolved, to_call
+from gendist.serve.addresses import LOOPBACK, asked_at, free_port, in_url, resolved, to_call
 from gendist.serve.haproxy_settings import haproxy_settings
+from gendist.serve.own_folder import own_folder
 from gendist.serve.server_config import ServerConfig
+from gendist.serve.server_log import shown_log
 
 MARK = "GENDIST_SERVER"
 READY_TIMEOUT_S = 120.0
@@ -64,7 +66,7 @@ def serve(
         else:
             assert address is not None
             url = stack.enter_context(_on_a_cluster(config, host, port, address))
-        _await_ready(url, next(iter(tokens), None))
+        await_ready(url, next(iter(tokens), None))
         _tell_howto_call(url, config, tell)
         threading.Event().wait()
 
@@ -79,20 +81,24 @@ def _check_artifacts(config: ServerConfig) -> None:
 
 @contextmanager
 def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[str], None]) -> Iterator[str]:
-    """A Ray of our own with the application; yields its URL."""
-    folder = _new_folder()
+    """A Ray of our own with the application; yields its URL. UserError where this process has imported Ray: that reads its
+    settings but once."""
+    if "ray" in sys.modules:
+        raise UserError("Ray is loaded with other settings here; start the server in a process of its own")
     mark = secrets.token_hex(16)
-    try:
-        with_haproxy = _has_haproxy(tell)
+    with_haproxy = _has_haproxy(tell)
+    with ExitStack() as stack:
+        folder = stack.enter_context(own_folder())
         proxy = haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
-        # Before ray is imported, which reads them then.
-        os.environ.update({MARK: mark, **_ray_settings(folder), **proxy})
+        stack.enter_context(_environment({MARK: mark, **_ray_settings(folder), **proxy}))
+        stack.enter_context(_environment(stack.enter_context(shown_log(folder / "log"))))
+        stack.callback(end_marked, mark)
 
         import ray
 
         from gendist.ray_cluster import WORKER_ENVIRONMENT, uninterrupted
 
-        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+        stack.enter_context(_environment({name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}))
         try:
             with uninterrupted(), _told_in_one_line("Ray"):
                 ray.init(
@@ -112,49 +118,60 @@ def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[
                 if ray.is_initialized():
                     _delete()
                     ray.shutdown()
+
+
+@contextmanager
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Of this process and of those that it starts, within."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
     finally:
-        end_marked(mark)
-        shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
 def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
     """The application on a cluster's Serve, which is started where it is not there yet and stays; yields its URL."""
+    url = f"http://{in_url(asked_at(host, address))}:{port}"
+
     from gendist.ray_cluster import ray_cluster, uninterrupted
 
     with ray_cluster(0, address):
         import ray
-        from ray import serve as ray_serve
-
-        from gendist.serve.ray_app import NAME
 
         _check_gpus(config, ray.cluster_resources())
-        with _told_in_one_line("Ray Serve"):
-            if NAME in ray_serve.status().applications:
-                raise UserError(
-                    f"--address {address}: an application '{NAME}' is there already; end that one, or change it there"
-                )
+        _check_cluster(host, port, address)
         try:
             _run(config, host, port)
-            head = address.removeprefix("ray://").rpartition(":")[0]
-            yield f"http://{head or LOOPBACK}:{port}"
+            yield url
         finally:
             with uninterrupted():
                 _delete()
 
 
-def _new_folder() -> Path:
-    """For all that the server writes; those of servers that were killed, which could not do it themselves, are removed."""
-    parent = Path(
-        "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
-    )  # sockets in it have paths of 97 characters at most
-    for file in parent.glob("gendist-*/server_pid"):
-        with suppress(OSError, ValueError):
-            if not os.path.exists(f"/proc/{int(file.read_text())}") and os.path.isdir("/proc/self"):
-                shutil.rmtree(file.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="gendist-", dir=parent))
-    (folder / "server_pid").write_text(str(os.getpid()))
-    return folder
+def _check_cluster(host: str, port: int, address: str) -> None:
+    """UserError where its Serve has such an application, or listens elsewhere: that is said once, when it starts."""
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+
+    from gendist.serve.ray_app import NAME
+
+    with _told_in_one_line("Ray Serve"):
+        if NAME in ray_serve.status().applications:
+            raise UserError(f"--address {address}: an application '{NAME}' is there already; end that one, or change it there")
+        client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None and (client.http_config.host, client.http_config.port) != (host, port):
+        there = client.http_config
+        raise UserError(
+            f"--host {host} --port {port}: the cluster's Serve runs and listens elsewhere; give "
+            f"--host {there.host} --port {there.port}, or end it (serve shutdown)"
+        )
 
 
 def _run(config: ServerConfig, host: str, port: int) -> None:
@@ -243,18 +260,31 @@ def _proxy_settings() -> dict[str, str]:
 # Ready, and ended
 
 
-def _await_ready(url: str, token: str | None) -> None:
-    """Returns once a replica answers through the proxy."""
+def await_ready(url: str, token: str | None) -> None:
+    """Returns once a replica answers through the proxy; UserError with what it says where it will not have this caller."""
     since = time.monotonic()
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{to_call(url)}/readyz", headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the proxies that the environment names
     while True:
         try:
-            with urllib.request.urlopen(urllib.request.Request(f"{to_call(url)}/readyz", headers=headers), timeout=5):
+            with opener.open(request, timeout=5):
                 return
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            if refusal := _refusal(error):
+                raise UserError(f"{url}: {refusal}") from error
             if time.monotonic() - since > READY_TIMEOUT_S:
                 raise UserError(f"{url}: it does not answer after {READY_TIMEOUT_S:.0f} s ({error})") from error
             time.sleep(0.05)
+
+
+def _refusal(error: Exception) -> str | None:
+    """What a replica says that refuses the request itself; None where it may be asked again. Serve's proxies, which know
+    nothing of the replicas at first, say 404 otherwise."""
+    if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+        with suppress(OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            return str(json.loads(error.read())["error"])
+    return None
 
 
 def _tell_howto_call(url: str, config: ServerConfig, tell: Callable[[str], None]) -> None:
@@ -304,7 +334,7 @@ def marked(mark: str) -> list[int]:
 def as_replicas(given: str) -> dict[str, Any]:
     """What `--replicas N` or `--replicas MIN:MAX` says; UserError where it says neither."""
     least, colon, most = given.partition(":")
-    if not least.isdigit() or (colon and not most.isdigit()):
+    if not all(each.isascii() and each.isdecimal() for each in ([least, most] if colon else [least])):
         raise UserError(f"--replicas {given}; give a number, or MIN:MAX to have as many as the load asks for")
     if not colon:
         return {"num_replicas": int(least)}

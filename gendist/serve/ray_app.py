@@ -19,6 +19,7 @@ from gendist.protocols import UserError
 from gendist.serve.hosted_model import HostedModel
 from gendist.serve.http_app import http_app
 from gendist.serve.server_config import ServerConfig, server_config
+from gendist.serve.server_log import write_log
 
 NAME = "gendist"
 
@@ -38,6 +39,7 @@ class Replica:
         """content: of a ServerConfig, in plain types."""
         import torch
 
+        write_log()
         torch.set_num_threads(1)
         self.config = server_config(content)
         device = "cuda" if self.config.gpus_per_replica > 0 else "cpu"
