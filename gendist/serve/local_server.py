@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gendist.protocols import UserError
 from gendist.serve.addresses import LOOPBACK, asked_at, free_port, in_url, resolved, to_call
@@ -80,9 +80,11 @@ def _check_artifacts(config: ServerConfig) -> None:
 
 
 @contextmanager
-def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[str], None]) -> Iterator[str]:
-    """A Ray of our own with the application; yields its URL. UserError where this process has imported Ray: that reads its
-    settings but once."""
+def on_this_machine(
+    config: ServerConfig, host: str, port: int, tell: Callable[[str], None], log: TextIO | None = None
+) -> Iterator[str]:
+    """A Ray of our own with the application, whose log is shown on `log` (standard error by default); yields its URL.
+    UserError where this process has imported Ray: that reads its settings but once."""
     if "ray" in sys.modules:
         raise UserError("Ray is loaded with other settings here; start the server in a process of its own")
     mark = secrets.token_hex(16)
@@ -91,7 +93,7 @@ def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[
         folder = stack.enter_context(own_folder())
         proxy = haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
         stack.enter_context(_environment({MARK: mark, **_ray_settings(folder), **proxy}))
-        stack.enter_context(_environment(stack.enter_context(shown_log(folder / "log"))))
+        stack.enter_context(_environment(stack.enter_context(shown_log(folder / "log", log or sys.stderr))))
         stack.callback(end_marked, mark)
 
         import ray

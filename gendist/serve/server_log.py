@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 VARIABLE = "GENDIST_LOG"  # of a replica's environment: the pipe
 LAST_LINES_S = 5.0
@@ -30,14 +29,13 @@ def write_log() -> None:
 
 
 @contextmanager
-def shown_log(path: Path) -> Iterator[Mapping[str, str]]:
-    """A pipe at `path`, all of which is shown on standard error until those who write into it have ended; yields what tells
-    them of it."""
+def shown_log(path: Path, on: TextIO) -> Iterator[Mapping[str, str]]:
+    """A pipe at `path`, all of which is shown until those who write into it have ended; yields what tells them of it."""
     os.mkfifo(path, 0o600)
     pipe = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")  # noqa: SIM115  (nobody writes yet, whom it would wait for)
     os.set_blocking(pipe.fileno(), True)
     writer = os.open(path, os.O_WRONLY)  # else it would end with the first replica that does
-    thread = Thread(target=_show, args=(pipe,), daemon=True)
+    thread = Thread(target=_show, args=(pipe, on), daemon=True)
     thread.start()
     try:
         yield {VARIABLE: str(path)}
@@ -46,9 +44,9 @@ def shown_log(path: Path) -> Iterator[Mapping[str, str]]:
         thread.join(LAST_LINES_S)
 
 
-def _show(pipe: BinaryIO) -> None:
+def _show(pipe: BinaryIO, on: TextIO) -> None:
     with pipe:
         for line in pipe:
             with suppress(OSError, ValueError):  # whoever read it is gone; the replicas must not wait for that
-                sys.stderr.write(line.decode(errors="replace"))
-                sys.stderr.flush()
+                on.write(line.decode(errors="replace"))
+                on.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -36,14 +37,14 @@ def is_complete(log: str, *replicas: int) -> bool:
     )  # fmt: skip
 
 
-def test_every_line_of_every_replica_is_shown(tmp_path, capsys):
-    with shown_log(tmp_path / "log") as environment:
+def test_every_line_of_every_replica_is_shown(tmp_path):
+    shown = io.StringIO()
+    with shown_log(tmp_path / "log", shown) as environment:
         replicas = [started(number, **environment) for number in range(2)]
         own = [replica.communicate(timeout=120)[1] for replica in replicas]
         late = started(2, **environment)  # when nobody else has the pipe open
         late.communicate(timeout=120)
-    shown = capsys.readouterr().err
-    assert is_complete(shown, 0, 1, 2), shown
+    assert is_complete(shown.getvalue(), 0, 1, 2), shown.getvalue()
     assert own == ["", ""]
 
 
