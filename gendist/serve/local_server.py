@@ -65,7 +65,7 @@ def serve(
             url = stack.enter_context(on_this_machine(config, host, port, tell))
         else:
             assert address is not None
-            url = stack.enter_context(_on_a_cluster(config, host, port, address))
+            url = stack.enter_context(on_a_cluster(config, host, port, address))
         await_ready(url, next(iter(tokens), None))
         _tell_howto_call(url, config, tell)
         threading.Event().wait()
@@ -138,7 +138,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
+def on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
     """The application on a cluster's Serve, which is started where it is not there yet and stays; yields its URL."""
     url = f"http://{in_url(asked_at(host, address))}:{port}"
 

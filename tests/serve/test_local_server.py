@@ -28,7 +28,7 @@ import gendist
 from gendist.launch import cli
 from gendist.protocols import UserError
 from gendist.serve.addresses import free_port
-from gendist.serve.local_server import MARK, await_ready, marked, on_this_machine
+from gendist.serve.local_server import MARK, await_ready, marked, on_a_cluster, on_this_machine
 from gendist.serve.local_server import serve as serve_until_interrupted
 from gendist.serve.server_config import server_config
 
@@ -141,10 +141,9 @@ def test_one_process_starts_one_server_at_most(artifacts):
 
 
 @pytest.mark.ray
-def test_a_cluster_whose_serve_listens_elsewhere_is_left_alone(cluster, artifacts, monkeypatch):
+def test_a_cluster_is_served_where_its_serve_listens_and_nowhere_else(cluster, artifacts):
     from ray import serve
 
-    monkeypatch.setattr("gendist.serve.local_server._run", lambda *_: pytest.fail("it would pass over --host and --port"))
     port = free_port("127.0.0.1", 0)
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
@@ -152,6 +151,10 @@ def test_a_cluster_whose_serve_listens_elsewhere_is_left_alone(cluster, artifact
         for host, other in (("127.0.0.1", port + 1), ("0.0.0.0", port)):
             with pytest.raises(UserError, match=f"give --host 127.0.0.1 --port {port}"):
                 serve_until_interrupted(config.model_copy(update={"insecure": True}), host, other, cluster.address)
+        with on_a_cluster(config, "127.0.0.1", port, cluster.address) as url:
+            await_ready(url, None)
+            assert sampled(url, 3) == expected(artifacts["gmm"], 3)
+        assert not serve.status().applications
     finally:
         serve.shutdown()
 
