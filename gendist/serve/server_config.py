@@ -15,6 +15,7 @@ from gendist.protocols import UserError
 from gendist.serve.limits import Limits
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # that stands in a URL as it is
+ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?|\*")
 
 
 class Autoscaling(BaseModel):
@@ -75,12 +76,18 @@ class ServerConfig(BaseModel):
         for name in self.models:
             if not NAME.fullmatch(name):
                 raise ValueError(f"models: the name '{name}'; letters, digits and ._- are allowed")
+        for origin in self.cors_origins:
+            if not ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors_origins: '{origin}'; give it as browsers do, such as https://example.org or http://localhost:3000, "
+                    "in small letters and without a path or a slash at the end, or * for all"
+                )
         return self
 
     def tokens(self) -> frozenset[str]:
         """The tokens of the file or the variable; UserError where that is missing or empty."""
         if self.token_file is not None:
-            where, text = self.token_file, Path(self.token_file).read_text(encoding="utf-8")
+            where, text = self.token_file, _text_of(Path(self.token_file))
         elif self.token_variable is not None:
             where, text = f"environment variable {self.token_variable}", os.environ.get(self.token_variable, "")
         else:
@@ -91,6 +98,13 @@ class ServerConfig(BaseModel):
         if short := [token for token in tokens if len(token) < 16]:
             raise UserError(f"{where}: a token of {len(short[0])} characters can be guessed; make it 16 or longer")
         return tokens
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8; write a token a line") from error
 
 
 def server_config(content: Any) -> ServerConfig:

@@ -8,6 +8,7 @@ import logging
 
 import httpx
 import pytest
+from served import serving
 
 from gendist.serve.http_app import http_app
 
@@ -93,9 +94,22 @@ def test_no_token_is_ever_written(hosted, lines, caplog):
 )
 def test_this_machine_alone(hosted, peer, host, status):
     app = http_app({"gmm": hosted["gmm"]}, loopback_only=True)
-    forwarded = {"x-forwarded-for": "127.0.0.1", "forwarded": "for=127.0.0.1", "x-real-ip": "127.0.0.1"}
-    answers = asked(app, ("POST", SAMPLE, forwarded), ("GET", "/healthz", forwarded), client=(peer, 1), base_url=host)
+    answers = asked(app, ("POST", SAMPLE, {}), ("GET", "/healthz", {}), client=(peer, 1), base_url=host)
     assert [answer.status_code for answer in answers] == [status] * 2
+
+
+def test_this_machine_alone_and_not_by_way_of_a_proxy(hosted):
+    """By uvicorn as Serve starts it, which may believe what a header says of the peer."""
+    forwarded = [
+        {name: said}
+        for name in ("X-Forwarded-For", "X-Forwarded-Proto", "Forwarded", "X-Real-IP")
+        for said in ("127.0.0.1", "10.0.0.7", "for=127.0.0.1")
+    ]
+    with serving(http_app({"gmm": hosted["gmm"]}, loopback_only=True)) as server:
+        assert server.post(SAMPLE).status_code == 200
+        assert {server.post(SAMPLE, headers=headers).status_code for headers in forwarded} == {403}
+    with serving(http_app({"gmm": hosted["gmm"]}, tokens=TOKENS)) as server:
+        assert {server.post(SAMPLE, headers={**headers, **bearer(TOKENS[0])}).status_code for headers in forwarded} == {200}
 
 
 def test_a_host_is_needed(hosted):

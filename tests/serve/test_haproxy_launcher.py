@@ -53,6 +53,8 @@ def test_it_listens_where_it_is_to_and_nowhere_else(written, host, tmp_path):
     assert changed.count("server s") == 2
     assert adapted(changed, host, str(error_file)) == changed
     assert not re.search(r"^\s*log ", changed, re.MULTILINE)
+    (routes,) = re.findall(r"return status (.*) if routes$", changed, re.MULTILINE)
+    assert routes.startswith("404 ")
     config = tmp_path / "haproxy.cfg"
     config.write_text(changed)
     checked = subprocess.run([get_haproxy_binary(), "-c", "-f", config], capture_output=True, text=True, timeout=60)

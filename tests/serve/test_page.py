@@ -213,6 +213,18 @@ def test_a_model_without_free_latents_has_no_sliders_and_shows_its_figures(page,
     page.until(lambda: page.find("#latents").is_displayed())
 
 
+def test_figures_of_a_model_that_is_no_longer_shown_are_let_go(page, url):
+    page.open(url, "hmm")
+    src, _ = page.picture("#figures img")
+    page.run("""
+        window.letGo = [];
+        const revoke = URL.revokeObjectURL;
+        URL.revokeObjectURL = (url) => { letGo.push(url); revoke.call(URL, url); };
+    """)
+    page.choose("#model", "gmm")
+    page.until(lambda: src in page.run("return letGo"))
+
+
 def test_what_the_server_refuses_is_told_until_it_is_mended(page, url):
     page.open(url, "vae_of_images")
     first, _ = page.picture("#samples")

@@ -73,10 +73,21 @@ def test_a_mistake_in_a_serve_config_is_one_line():
         build_app({"model": {"a": "b"}})
 
 
-def test_a_replica_whose_thread_hangs_is_unhealthy(artifacts):
+def test_a_serve_config_says_who_may_call():
+    from gendist.serve import build_app
+
+    models = {"models": {"a": "b"}}
+    with pytest.raises(UserError, match=r"token_file or token_variable, or say insecure"):
+        build_app(models)
+    for said in ({"token_file": "f"}, {"token_variable": "V"}, {"insecure": True}):
+        build_app({**models, **said})
+
+
+def test_a_replica_whose_thread_hangs_is_unhealthy(artifacts, monkeypatch):
     from gendist.serve.batcher import Work
     from gendist.serve.ray_app import Replica
 
+    monkeypatch.setattr("gendist.serve.ray_app.write_log", lambda: None)  # this process keeps its own
     replica = Replica({"models": {"gmm": str(artifacts["gmm"])}, "limits": {"time_limit_s": 0.02}})
     replica.__serve_build_asgi_app__()
     goes_on, hangs = threading.Event(), threading.Event()

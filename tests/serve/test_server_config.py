@@ -24,6 +24,10 @@ MODELS = {"a": "runs/a"}
         ({"models": MODELS, "limits": {"batch_row": 1}}, "batch_row"),
         ({"models": MODELS, "gpus_per_replica": 1.5}, "gpus_per_replica 1.5"),
         ({"models": MODELS, "token_file": "f", "token_variable": "V"}, "exclude each other"),
+        *[
+            ({"models": MODELS, "cors_origins": [origin]}, "without a path or a slash")
+            for origin in ("https://a.example/", "a.example", "https://A.example", "https://a.example/page", "ftp://a", "")
+        ],
     ],
 )
 def test_a_mistake_is_told_in_one_line(content, told):
@@ -52,8 +56,13 @@ def test_tokens_are_those_of_a_file_or_a_variable(tmp_path, monkeypatch):
     assert server_config({"models": MODELS, "token_variable": "THE_TOKENS"}).tokens() == {second}
 
 
-@pytest.mark.parametrize("text", ["", " \n", "short\n"])
-def test_a_file_without_a_token_opens_nothing(text, tmp_path):
-    (tmp_path / "tokens").write_text(text)
+@pytest.mark.parametrize("origin", ["*", "https://a.example", "http://localhost:3000", "http://[::1]:8000"])
+def test_origins_as_browsers_say_them(origin):
+    assert server_config({"models": MODELS, "cors_origins": [origin]}).cors_origins == (origin,)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"short\n", b"\xff\xfe" * 16])
+def test_a_file_without_a_token_opens_nothing(content, tmp_path):
+    (tmp_path / "tokens").write_bytes(content)
     with pytest.raises(UserError, match="token"):
         server_config({"models": MODELS, "token_file": str(tmp_path / "tokens")}).tokens()

@@ -241,6 +241,7 @@ function showFigures() {
   only("figures", async (signal) => {
     const names = model.figures ?? [];
     $("figures-section").hidden = names.length === 0;
+    for (const image of $("figures").querySelectorAll("img")) URL.revokeObjectURL(image.src); // of the model before
     $("figures").replaceChildren();
     for (const name of names) {
       const response = await ask(pathOf(model.name, "figures", name), { signal });
