@@ -48,18 +48,22 @@ def format_of(query: str | None, accept: str | None) -> str:
 
 @lru_cache(maxsize=256)
 def _accepted(accept: str) -> str:
-    """The first of those that the client likes best (RFC 9110, 12.5.1)."""
-    liked: list[tuple[float, str]] = []
+    """The first of those that the client likes best (RFC 9110, 12.5.1): how well, the most specific range says that it is in."""
+    liked: dict[str, float] = {}
     for each in accept.split(","):
-        kind, *parameters = (part.strip().lower() for part in each.split(";"))
+        range_, *parameters = (part.strip().lower() for part in each.split(";"))
         said = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         try:
-            liked.append((float(said), kind))
+            liked[range_] = float(said)
         except ValueError:
             continue
-    for quality, media_type in sorted(liked, key=lambda each: -each[0]):
-        for name, ours in MEDIA_TYPES.items():
-            if quality > 0 and media_type in (ours, f"{ours.split('/')[0]}/*", "*/*"):
+    range_of = {
+        name: next((range_ for range_ in (ours, f"{ours.split('/')[0]}/*", "*/*") if range_ in liked), None)
+        for name, ours in MEDIA_TYPES.items()
+    }
+    for best in sorted(liked, key=lambda range_: -liked[range_]):
+        for name, range_ in range_of.items():
+            if range_ == best and liked[best] > 0:
                 return name
     raise Problem(406, f"accept {shortened(accept)}", "accept", listing(tuple(MEDIA_TYPES.values())))
 

@@ -121,8 +121,8 @@ class _Server:
         record.verb = verb
         query = query_of(scope)
         headers = dict(scope["headers"])
-        accept = headers.get(b"accept")
-        format_ = format_of(query.pop("format", None), accept and accept.decode("latin-1"))
+        accept = [value for header, value in scope["headers"] if header == b"accept"]  # it may be said in several lines
+        format_ = format_of(query.pop("format", None), b",".join(accept).decode("latin-1") if accept else None)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
         with self.room.for_body() as room:
             body = await body_of(scope, receive, self.limits, room)

@@ -271,11 +271,18 @@ def test_the_format_is_what_the_client_likes_best():
     assert format_of(None, None) == format_of(None, "*/*") == format_of(None, "text/html, */*;q=0.1") == "json"
     assert format_of(None, "application/json;q=0.5, application/x-npy") == "npy"
     assert format_of(None, "image/*") == "png"
+    assert format_of(None, "application/json;q=0, */*") == "npy"
+    assert format_of(None, "*/*, application/json;q=0.1, application/x-npy;q=0.2") == "npz"
     assert format_of("arrow", "application/json") == "arrow"
     for query, accept in ((None, "text/html"), ("xml", None), (None, "application/json;q=0"), (None, "")):
         with pytest.raises(Problem) as refused:
             format_of(query, accept)
         assert refused.value.status == 406
+
+
+def test_accept_in_several_lines(server):
+    headers = [("accept", "application/json;q=0.5"), ("accept", "application/x-npy"), ("accept", "text/html;q=0.9")]
+    assert server.post("/models/gmm/sample", headers=headers).headers["content-type"] == MEDIA_TYPES["npy"]
 
 
 def test_numbers_that_are_not_finite_are_null(server):
