@@ -226,7 +226,10 @@ def _asked(
     """kind: the media type of the body."""
     options, array = _options_of(kind, body, query)
     if verb != "sample":
-        return questions.data(verb, options, kind, array, format_)
+        try:
+            return questions.data(verb, options, kind, array, format_)
+        except MemoryError:
+            raise Problem(413, "there is no memory for what is in the body", "body") from None
     if array is not None:
         raise Problem(415, f"content-type {shortened(kind)}", "content-type", listing(taken(verb)))
     return questions.sample(options)

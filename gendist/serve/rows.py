@@ -29,6 +29,7 @@ Array = np.ndarray[Any, Any]
 Rows = Array | list[Array]
 
 NUMBERS = f"numbers from {-MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}, or null where an entry is missing"
+ENTRIES = {int, float, bool, type(None)}  # of a list of numbers in JSON
 
 
 class RowReader:
@@ -192,31 +193,30 @@ class RowReader:
 
 def numbers_of_json(values: list[Any], where: str, needs: str) -> Array:
     """An array of nested lists of numbers, NaN for null. Problem where they are ragged, or hold something else."""
+    _refuse_others(values, where, needs)
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError):  # ragged
         raise Problem(422, f"the lists in {where} are not of one length and depth", where, needs) from None
     if array.dtype.kind in "buif":
         return array
-    if array.dtype.kind == "O":
-        for index, entry in np.ndenumerate(array):
-            if entry is not None and not isinstance(entry, int | float):
-                raise Problem(422, f"{_place(where, index)} is {shortened(entry)}", _place(where, index), needs)
-        try:
-            return array.astype(np.float64)
-        except OverflowError:
-            raise Problem(422, f"{where} has a number of too many digits", where, NUMBERS) from None
-    index, entry = next((index, entry) for index, entry in _entries(values) if isinstance(entry, str))
-    raise Problem(422, f"{_place(where, index)} is {shortened(entry)}", _place(where, index), needs)
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise Problem(422, f"{where} has a number of too many digits", where, NUMBERS) from None
 
 
-def _entries(values: Any, index: tuple[int, ...] = ()) -> Any:
-    """What nested lists hold, with its place."""
-    if isinstance(values, list):
+def _refuse_others(values: list[Any], where: str, needs: str) -> None:
+    """Problem where nested lists hold anything but numbers and null: before NumPy gives every number the width of the longest
+    text among them."""
+    kinds = set(map(type, values))
+    if not kinds <= ENTRIES | {list}:
+        i = next(i for i, each in enumerate(values) if type(each) not in ENTRIES | {list})
+        raise Problem(422, f"{where}[{i}] is {shortened(values[i])}", f"{where}[{i}]", needs)
+    if list in kinds:
         for i, each in enumerate(values):
-            yield from _entries(each, (*index, i))
-    else:
-        yield index, values
+            if isinstance(each, list):
+                _refuse_others(each, f"{where}[{i}]", needs)
 
 
 def _place(where: str, index: Sequence[int]) -> str:

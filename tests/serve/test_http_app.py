@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import threading
+import tracemalloc
 
 import httpx
 import numpy as np
@@ -228,6 +229,28 @@ def test_mistakes_are_told_with_the_field(server, path, content, status, field):
     assert problem["field"] == field
     assert len(problem["error"].splitlines()) == 1
     assert len(answer.content) < 2_000
+
+
+@pytest.mark.parametrize(("verb", "field"), [("log_prob", "x"), ("decode", "z")])
+def test_a_long_text_among_numbers_takes_no_memory(server, verb, field):
+    num_rows, num_characters = 3_000, 20_000
+    body = json.dumps({field: [[0.0, 1.0]] * num_rows + [[0.0, "x" * num_characters]]})
+    tracemalloc.start()
+    try:
+        answer = server.post(f"/models/gmm/{verb}", content=body, headers=JSON)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (answer.status_code, answer.json()["field"]) == (422, f"{field}[{num_rows}][1]")
+    assert peak < num_rows * num_characters
+
+
+def test_no_memory_for_a_body_is_told(server, monkeypatch):
+    def none(values):
+        raise MemoryError
+
+    monkeypatch.setattr("gendist.serve.rows.np.asarray", none)
+    assert server.post("/models/gmm/log_prob", json={"x": [[0.0, 1.0]]}).status_code == 413
 
 
 def test_bodies_of_other_types(server):
