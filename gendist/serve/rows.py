@@ -122,7 +122,8 @@ class RowReader:
 
     def of_arrow(self, body: bytes) -> Rows:
         """By the names of the columns, as files are read; other columns are not looked at."""
-        table = table_of_arrow(body, self.limits)
+        table = table_of_arrow(body)
+        self._check_number(table.num_rows)
         try:
             return self._of_table(table)
         except UserError as error:
@@ -138,7 +139,6 @@ class RowReader:
         if self.takes_sequences:
             config = as_fitted(config, source, self.schema.sequence, self.schema.order, self.schema.text)
             source = as_sequences(source, config)
-            self._check_number(source.num_rows)
         else:
             as_rows(source, config)
         schema = Schema.of(source, config, known=self.schema)
@@ -251,7 +251,7 @@ def array_of_npy(body: bytes, where: str) -> Array:
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
 
 
-def table_of_arrow(body: bytes, limits: Limits) -> pa.Table:
+def table_of_arrow(body: bytes) -> pa.Table:
     """The table of an Arrow IPC stream or file, whose columns can be read without more memory than its rows need."""
     needs = "a whole Arrow IPC stream or file, uncompressed, of columns of numbers, texts or lists of numbers"
     try:
@@ -261,8 +261,6 @@ def table_of_arrow(body: bytes, limits: Limits) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise Problem(400, f"the body is no Arrow IPC stream ({type(error).__name__})", "x", needs) from None
-    if table.num_rows > limits.max_rows:
-        raise Problem(413, f"x has {table.num_rows} rows", "x", f"up to {limits.max_rows}")
     if len(set(table.column_names)) != table.num_columns:
         raise Problem(422, "two columns of the table have one name", "x", needs)
     return table

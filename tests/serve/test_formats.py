@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import gendist
+from gendist.data import Schema
 from gendist.serve.arrow_messages import is_compressed, stream_of
 from gendist.serve.formats import MEDIA_TYPES, format_of
 from gendist.serve.limits import Limits
 from gendist.serve.problems import Problem
-from gendist.serve.rows import array_of_npy, table_of_arrow
+from gendist.serve.rows import RowReader, array_of_npy, table_of_arrow
 
 FAMILIES = ["labelled_gmm", "gmm", "hmm", "naive_bayes", "labelled_vae", "vae_of_images", "gan"]
 SEED, NUM = 2**64 - 1, 70
@@ -234,10 +235,10 @@ def test_compressed_arrow_is_told_before_it_is_read(new, compression):
     body = ipc(TABLE, new, compression=compression)
     assert is_compressed(stream_of(body)) == (compression is not None)
     if compression is None:
-        assert table_of_arrow(body, Limits()).equals(TABLE)
+        assert table_of_arrow(body).equals(TABLE)
     else:
         with pytest.raises(Problem, match="compressed"):
-            table_of_arrow(body, Limits())
+            table_of_arrow(body)
 
 
 def test_arrow_that_is_refused(server):
@@ -265,6 +266,20 @@ def test_arrow_that_is_refused(server):
         server.post("/models/gmm/log_prob", content=ipc(each), headers=headers) for each in (more, more.select(["a", "b"]))
     ]
     assert answers[0].json()["log_prob"] == answers[1].json()["log_prob"]
+
+
+def test_arrow_that_is_far_larger_than_its_body():
+    """Sparse rows: of next to no bytes, but of a number for each feature where they are computed."""
+    num_rows, width, limits = 200, 1_000, Limits(queue_bytes=1_000_000)
+    type_ = pa.struct({"indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())})
+    names = tuple(f"x_{i}" for i in range(width))
+    reader = RowReader(Schema(columns=("x",), feature_names=names, is_sparse=True), width, False, limits)
+    few, many = (ipc(pa.table({"x": pa.array([{"indices": [1], "values": [2.0]}] * n, type_)})) for n in (2, num_rows))
+    assert len(many) < limits.queue_bytes < 8 * num_rows * width
+    assert np.asarray(reader.of_arrow(few)).sum() == 4.0
+    with pytest.raises(Problem) as refused:
+        reader.of_arrow(many)
+    assert (refused.value.status, refused.value.field) == (413, "x")
 
 
 def test_the_format_is_what_the_client_likes_best():
