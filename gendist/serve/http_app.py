@@ -25,7 +25,7 @@ from gendist.pictures import most_shown, picture_bytes
 from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
 from gendist.serve.answers import Headers, Line, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
-from gendist.serve.bodies import Room, body_of, json_object, query_of
+from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
 from gendist.serve.computing import Drawing, timed
 from gendist.serve.formats import MEDIA_TYPES, Described, encoder_of, format_of, json_bytes
 from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
@@ -36,6 +36,7 @@ from gendist.serve.problems import Problem, listing, named, shortened
 from gendist.serve.questions import Questions, taken
 
 MOST_AT_ONCE = 2**17  # bytes of a body that are read on the event loop
+GROWTH_OF_JSON = 24  # times its bytes are the objects that it becomes: lists of nothing are the worst
 PAGE = Path(__file__).parent / "page"
 
 
@@ -124,12 +125,17 @@ class _Server:
         accept = [value for header, value in scope["headers"] if header == b"accept"]  # it may be said in several lines
         format_ = format_of(query.pop("format", None), b",".join(accept).decode("latin-1") if accept else None)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-        with self.room.for_body() as room:
-            body = await body_of(scope, receive, self.limits, room)
+        most = self.limits.max_body_bytes
+        if is_json := kind == MEDIA_TYPES["json"]:
+            most = min(most, self.limits.max_json_bytes)
+        with self.room.for_request() as take:
+            body = await body_of(scope, receive, self.limits, most, take)
+            if is_json:
+                take(GROWTH_OF_JSON * len(body))
             if len(body) <= MOST_AT_ONCE:
-                call, described = _asked(questions, verb, kind, body, query, format_)
+                call, described = _asked(questions, verb, kind, body, query, format_, take)
             else:  # beside the event loop, which has others to serve
-                call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_)
+                call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, take)
             del body
             await self._answer(receive, send, record, questions, call, described, format_)
 
@@ -221,13 +227,13 @@ class _Server:
 
 
 def _asked(
-    questions: Questions, verb: str, kind: str, body: bytes, query: dict[str, str], format_: str
+    questions: Questions, verb: str, kind: str, body: bytes, query: dict[str, str], format_: str, take: Take
 ) -> tuple[Call, Described]:
-    """kind: the media type of the body."""
+    """kind: the media type of the body. take: room for what it becomes."""
     options, array = _options_of(kind, body, query)
     if verb != "sample":
         try:
-            return questions.data(verb, options, kind, array, format_)
+            return questions.data(verb, options, kind, array, format_, take)
         except MemoryError:
             raise Problem(413, "there is no memory for what is in the body", "body") from None
     if array is not None:

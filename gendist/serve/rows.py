@@ -22,6 +22,7 @@ from gendist.data.sequences import as_fitted
 from gendist.data.sparse import to_csr
 from gendist.protocols import UserError
 from gendist.serve.arrow_messages import is_compressed, stream_of
+from gendist.serve.bodies import Take
 from gendist.serve.limits import Limits
 from gendist.serve.problems import Problem, listing, shortened
 
@@ -109,8 +110,8 @@ class RowReader:
 
     # Of .npy
 
-    def of_npy(self, body: bytes) -> Rows:
-        array = array_of_npy(body, "x")
+    def of_npy(self, body: bytes, take: Take) -> Rows:
+        array = array_of_npy(body, "x", take)
         if not self.takes_sequences:
             return self._checked(self._flat(array, "x"))
         if array.ndim != 3:
@@ -120,10 +121,11 @@ class RowReader:
 
     # Of Arrow
 
-    def of_arrow(self, body: bytes) -> Rows:
+    def of_arrow(self, body: bytes, take: Take) -> Rows:
         """By the names of the columns, as files are read; other columns are not looked at."""
         table = table_of_arrow(body)
         self._check_number(table.num_rows)
+        take(8 * table.num_rows * self.num_features)
         try:
             return self._of_table(table)
         except UserError as error:
@@ -230,9 +232,9 @@ def _check_magnitudes(x_ND: Array, where: str) -> None:
         raise Problem(422, f"{_place(where, index)} is {x_ND[index]:g}", _place(where, index), NUMBERS)
 
 
-def array_of_npy(body: bytes, where: str) -> Array:
-    """The array of a .npy file, of real numbers of any type and byte order. Nothing in it is executed, and there is no more
-    memory for it than the bytes that came."""
+def array_of_npy(body: bytes, where: str, take: Take) -> Array:
+    """The array of a .npy file, of real numbers of any type and byte order. Nothing in it is executed, and it has no more memory
+    than the bytes that came; `take` is told of what it needs as float64."""
     needs = "a whole .npy file of an array of real numbers"
     stream = io.BytesIO(body)
     try:
@@ -247,6 +249,8 @@ def array_of_npy(body: bytes, where: str) -> Array:
     if any(side < 0 for side in shape) or prod(shape) * dtype.itemsize != num_bytes:
         said = f"an array of shape {shortened(list(shape))} and {dtype} in {num_bytes} bytes"
         raise Problem(400, said, where, needs)
+    if dtype != np.float64:
+        take(8 * prod(shape))
     array = np.frombuffer(body, dtype, prod(shape), stream.tell())
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
 

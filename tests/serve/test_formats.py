@@ -197,7 +197,9 @@ def test_images_as_they_are_and_flat(server, artifacts):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_of_any_type_and_order(dtype, order):
     array = np.asarray(np.arange(6).reshape(2, 3) % 2, dtype=dtype, order=order)
-    assert np.array_equal(array_of_npy(npy(array), "x"), array)
+    taken: list[int] = []
+    assert np.array_equal(array_of_npy(npy(array), "x", taken.append), array)
+    assert sum(taken) == (0 if dtype == "<f8" else 8 * array.size)
 
 
 def test_npy_that_is_refused():
@@ -216,7 +218,7 @@ def test_npy_that_is_refused():
     }
     for what, body in bad.items():
         with pytest.raises(Problem) as refused:
-            array_of_npy(body, "x")
+            array_of_npy(body, "x", int)
         assert refused.value.status in (400, 422), what
 
 
@@ -275,11 +277,13 @@ def test_arrow_that_is_far_larger_than_its_body():
     names = tuple(f"x_{i}" for i in range(width))
     reader = RowReader(Schema(columns=("x",), feature_names=names, is_sparse=True), width, False, limits)
     few, many = (ipc(pa.table({"x": pa.array([{"indices": [1], "values": [2.0]}] * n, type_)})) for n in (2, num_rows))
+    taken: list[int] = []
     assert len(many) < limits.queue_bytes < 8 * num_rows * width
-    assert np.asarray(reader.of_arrow(few)).sum() == 4.0
+    assert np.asarray(reader.of_arrow(few, taken.append)).sum() == 4.0
     with pytest.raises(Problem) as refused:
-        reader.of_arrow(many)
+        reader.of_arrow(many, taken.append)
     assert (refused.value.status, refused.value.field) == (413, "x")
+    assert taken == [8 * 2 * width]
 
 
 def test_the_format_is_what_the_client_likes_best():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import sys
 import threading
 import tracemalloc
 
@@ -276,6 +277,29 @@ def test_bodies_that_are_too_large(hosted):
         answer = server.post(SAMPLE, content=parts(), headers=JSON)
         assert answer.status_code == 413
         assert server.post(SAMPLE, json={}).status_code == 200
+
+
+def test_json_has_a_smaller_limit(hosted):
+    rows = np.zeros((100, 2))
+    binary = io.BytesIO()
+    np.save(binary, rows)
+    with serving(http_app({"gmm": hosted["gmm"]}, Limits(max_json_bytes=100))) as server:
+        refused = server.post("/models/gmm/log_prob", json={"x": rows.tolist()})
+        assert (refused.status_code, refused.json()["field"]) == (413, "body")
+        kind = {"content-type": "application/x-npy"}
+        assert server.post("/models/gmm/log_prob", content=binary.getvalue(), headers=kind).status_code == 200
+        assert server.post("/models/gmm/log_prob", json={"x": rows[:2].tolist()}).status_code == 200
+
+
+def test_room_is_for_what_a_body_becomes(watched):
+    body = {"seed": 666}
+    with serving(http_app({"gmm": watched})) as server, server.connected() as client:
+        client.sendall(_request(SAMPLE, body))
+        until(lambda: len(watched.calls) == 1, "it is computed")
+        objects = sys.getsizeof([]) * len(json.dumps(body)) // len("[],")  # in as many bytes
+        assert server.app.state.server.room.num_bytes > objects
+        watched.leave.set()
+        until(lambda: server.app.state.server.room.num_bytes == 0, "its room is free")
 
 
 def test_a_slow_body_is_cut_off(hosted):
