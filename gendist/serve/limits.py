@@ -23,7 +23,7 @@ class Limits(BaseModel):
     max_rows: int = Field(1_000_000, ge=1)
     max_length: int = Field(100_000, ge=1)
     max_body_bytes: int = Field(64 * 2**20, ge=1)
-    max_json_bytes: int = Field(4 * 2**20, ge=1)
+    max_json_bytes: int = Field(2 * 2**20, ge=1)
     queue_rows: int = Field(65_536, ge=1)
     queue_bytes: int = Field(512 * 2**20, ge=1)
     batch_rows: int = Field(256, ge=1)
