@@ -25,6 +25,33 @@ from gendist.serve.problems import Problem
 Headers = list[tuple[bytes, bytes]]
 
 
+class Clock:
+    """Of a request up to its first result, after which each part of its answer has its own time."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout, self.is_body_here = timeout, False
+
+    def stop(self) -> None:
+        self._timeout.reschedule(None)
+
+
+@asynccontextmanager
+async def until_first_result(time_limit_s: float) -> AsyncIterator[Clock]:
+    """Cancels what is inside when the clock is not stopped in time; then Problem."""
+    try:
+        async with asyncio.timeout(time_limit_s) as timeout:
+            clock = Clock(timeout)
+            yield clock
+    except TimeoutError:
+        if not clock.is_body_here:
+            raise Problem(408, f"the body did not come within {time_limit_s:g} s", headers={"connection": "close"}) from None
+        raise _too_late(time_limit_s) from None
+
+
+def _too_late(time_limit_s: float) -> Problem:
+    return Problem(504, f"it was not computed within {time_limit_s:g} s", allowed="a smaller request, or another time")
+
+
 @asynccontextmanager
 async def while_somebody_waits(receive: Receive, record: Record) -> AsyncIterator[None]:
     """Cancels what is inside when the client hangs up before its answer is whole; then `ClientGone`."""
@@ -62,8 +89,9 @@ async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator
 class Line:
     """What a request has computed, and what that took, which is noted in its record."""
 
-    def __init__(self, batcher: Batcher, limits: Limits, metrics: Metrics, record: Record) -> None:
-        self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
+    def __init__(self, batcher: Batcher, limits: Limits, metrics: Metrics, record: Record, clock: Clock | None = None) -> None:
+        """clock: that the first result stops"""
+        self._batcher, self._limits, self._metrics, self._record, self._clock = batcher, limits, metrics, record, clock
 
     async def result(self, work: Work, is_continued: bool = False) -> Any:
         """Problem where there is no room for the work, it takes too long, or the model refuses it."""
@@ -76,14 +104,15 @@ class Line:
         except Closed as closed:
             raise Problem(503, str(closed), headers={"retry-after": "1"}) from None
         except TimeoutError:
-            raise Problem(504, f"it was not computed within {self._limits.time_limit_s:g} s", allowed="a smaller request, or "
-                          "another time") from None  # fmt: skip
+            raise _too_late(self._limits.time_limit_s) from None
         except InvalidCall as error:
             raise Problem(422, str(error), error.field, error.allowed) from None
         except UserError as error:
             raise Problem(422, str(error)) from None
         finally:
             self._metrics.queue(self._batcher.num_rows, self._batcher.num_bytes)
+        if self._clock is not None:
+            self._clock.stop()
         record = self._record
         record.wait_s = (record.wait_s or 0.0) + max(timed.began - queued, 0.0)
         record.compute_s += timed.ended - timed.began

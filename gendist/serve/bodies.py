@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import threading
@@ -111,24 +110,20 @@ class Room:
                 self.num_bytes -= taken
 
 
-async def body_of(scope: Scope, receive: Receive, limits: Limits, most: int, take: Take) -> bytes:
+async def body_of(scope: Scope, receive: Receive, most: int, take: Take) -> bytes:
     """The whole body, of `most` bytes; `take` is told of them.
 
-    Problem where it is too large, which is told before it is in memory, ends early, or takes too long.
+    Problem where it is too large, which is told before it is in memory, or ends early.
     """
     said = _said_length(scope)
     if said is not None and said > most:
         raise _too_large(most)
-    try:
-        async with asyncio.timeout(limits.time_limit_s):
-            message = await receive()
-            if message["type"] == "http.request" and not message.get("more_body", False):
-                body: bytes = message.get("body", b"")
-                take(len(body))
-            else:
-                body = await _joined(message, receive, most, take)
-    except TimeoutError:
-        raise Problem(408, f"the body did not come within {limits.time_limit_s:g} s", headers={"connection": "close"}) from None
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        take(len(body))
+    else:
+        body = await _joined(message, receive, most, take)
     if len(body) > most:
         raise _too_large(most)
     if said is not None and len(body) != said:

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from gendist.pictures import most_shown, picture_bytes
 from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
-from gendist.serve.answers import Headers, Line, while_somebody_waits
+from gendist.serve.answers import Headers, Line, until_first_result, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
 from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
 from gendist.serve.computing import Drawing, timed
@@ -129,35 +129,30 @@ class _Server:
         if is_json := kind == MEDIA_TYPES["json"]:
             most = min(most, self.limits.max_json_bytes)
         with self.room.for_request() as take:
-            body = await body_of(scope, receive, self.limits, most, take)
-            if is_json:
-                take(GROWTH_OF_JSON * len(body))
-            if len(body) <= MOST_AT_ONCE:
-                call, described = _asked(questions, verb, kind, body, query, format_, take)
-            else:  # beside the event loop, which has others to serve
-                call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, take)
-            del body
-            await self._answer(receive, send, record, questions, call, described, format_)
+            async with until_first_result(self.limits.time_limit_s) as clock:
+                body = await body_of(scope, receive, most, take)
+                clock.is_body_here = True
+                async with while_somebody_waits(receive, record):
+                    if is_json:
+                        take(GROWTH_OF_JSON * len(body))
+                    if len(body) <= MOST_AT_ONCE:
+                        call, described = _asked(questions, verb, kind, body, query, format_, take)
+                    else:  # beside the event loop, which has others to serve
+                        call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, take)
+                    del body
+                    line = Line(self.batcher, self.limits, self.metrics, record, clock)
+                    await self._answer(send, line, record, questions, call, described, format_)
 
     async def _answer(
-        self,
-        receive: Receive,
-        send: Send,
-        record: Record,
-        questions: Questions,
-        call: Call,
-        described: Described,
-        format_: str,
+        self, send: Send, line: Line, record: Record, questions: Questions, call: Call, described: Described, format_: str
     ) -> None:
         record.rows, record.seed = described.num_rows, described.facts.get("seed")
         works = (questions.hosted.work_of(chunk) for chunk in questions.hosted.chunks(call))
-        line = Line(self.batcher, self.limits, self.metrics, record)
         told = _headers(questions.hosted, call, described, format_)
-        async with while_somebody_waits(receive, record):
-            if format_ == "png":
-                await self._picture(send, told, line, works, questions, described)
-            else:
-                await line.send(send, told, encoder_of(format_, described), works)
+        if format_ == "png":
+            await self._picture(send, told, line, works, questions, described)
+        else:
+            await line.send(send, told, encoder_of(format_, described), works)
 
     async def _picture(
         self, send: Send, headers: Headers, line: Line, works: Iterable[Work], questions: Questions, described: Described

@@ -17,6 +17,7 @@ from served import TIMEOUT_S, serving, until
 import gendist
 from gendist.bulk import sample
 from gendist.protocols import VERBS
+from gendist.serve import http_app as http_app_module
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
@@ -411,6 +412,43 @@ def test_who_hangs_up_frees_the_queue(watched):
         watched.leave.set()
         assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
         assert {call.seed for call in watched.calls} == {666, 1}
+
+
+@pytest.fixture
+def slow_reading(monkeypatch):
+    """Large bodies are read only when this is set; and whether one is."""
+    leave, began = threading.Event(), threading.Event()
+    read = http_app_module._asked
+
+    def slowly(*args):
+        began.set()
+        assert leave.wait(TIMEOUT_S)
+        return read(*args)
+
+    monkeypatch.setattr(http_app_module, "_asked", slowly)
+    yield leave, began
+    leave.set()
+
+
+LARGE = {"seed": 1, "given": "x" * http_app_module.MOST_AT_ONCE}
+
+
+def test_who_hangs_up_while_his_body_is_read_is_noticed(watched, slow_reading):
+    leave, began = slow_reading
+    with serving(http_app({"gmm": watched})) as server:
+        with server.connected() as client:
+            client.sendall(_request(SAMPLE, LARGE))
+            assert began.wait(TIMEOUT_S)
+        text = 'gendist_requests_total{model="gmm",status="499",verb="sample"} 1.0'
+        until(lambda: text in server.get("/metrics").text, "the request is given up")
+        assert not leave.is_set()
+        leave.set()
+
+
+def test_the_time_limit_is_that_of_reading_a_body_too(watched, slow_reading):
+    with serving(http_app({"gmm": watched}, Limits(time_limit_s=0.2))) as server:
+        assert server.post(SAMPLE, json=LARGE).status_code == 504
+        slow_reading[0].set()
 
 
 def test_who_hangs_up_in_a_stream_ends_it(watched):
