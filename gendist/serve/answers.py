@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
@@ -23,6 +23,8 @@ from gendist.serve.metrics import Metrics
 from gendist.serve.problems import Problem
 
 Headers = list[tuple[bytes, bytes]]
+
+SLICE_BYTES = 128 * 2**10  # of an answer that the server below is given at once, and keeps where the client does not read
 
 
 class Clock:
@@ -78,6 +80,10 @@ async def while_somebody_waits(receive: Receive, record: Record) -> AsyncIterato
         watcher.cancel()
 
 
+def _num_bytes(chunk: Mapping[str, Values]) -> int:
+    return sum(sum(each.nbytes for each in values) if isinstance(values, list) else values.nbytes for values in chunk.values())
+
+
 async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator[bytes]:
     """The bytes of a chunk. Between its slices others have a turn: numbers become text slowly."""
     for number, piece in enumerate(encoder.slices(chunk)):
@@ -89,9 +95,21 @@ async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator
 class Line:
     """What a request has computed, and what that took, which is noted in its record."""
 
-    def __init__(self, batcher: Batcher, limits: Limits, metrics: Metrics, record: Record, clock: Clock | None = None) -> None:
-        """clock: that the first result stops"""
-        self._batcher, self._limits, self._metrics, self._record, self._clock = batcher, limits, metrics, record, clock
+    def __init__(
+        self,
+        batcher: Batcher,
+        limits: Limits,
+        metrics: Metrics,
+        record: Record,
+        clock: Clock | None = None,
+        hold: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        """
+        clock  that the first result stops
+        hold   is told of the bytes that are kept for a client that may read slowly
+        """
+        self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
+        self._clock, self._hold = clock, hold
 
     async def result(self, work: Work, is_continued: bool = False) -> Any:
         """Problem where there is no room for the work, it takes too long, or the model refuses it."""
@@ -129,9 +147,10 @@ class Line:
         ahead = next(works, None)
         head = encoder.begin(first)
         if ahead is None:
-            content = [head] + [part async for part in _parts(encoder, first)] + [encoder.end()]
-            await send_whole(send, 200, headers, b"".join(content))
+            content = b"".join([head] + [part async for part in _parts(encoder, first)] + [encoder.end()])
+            await self.send_whole(send, headers, content)
             return
+        self._hold(2 * _num_bytes(first))  # this chunk, and the next
         num_bytes = encoder.num_bytes(first)
         length = [] if num_bytes is None else [(b"content-length", b"%d" % num_bytes)]
         pending: asyncio.Task[Any] | None = self._queued(ahead)
@@ -150,14 +169,26 @@ class Line:
             if pending is not None:
                 pending.cancel()
 
+    async def send_whole(self, send: Send, headers: Headers, content: bytes) -> None:
+        if len(content) <= SLICE_BYTES:
+            await send_whole(send, 200, headers, content)
+            return
+        self._hold(len(content))
+        length = (b"content-length", b"%d" % len(content))
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, length]})
+        await self._part(send, content, more_body=False)
+
     def _queued(self, work: Work) -> asyncio.Task[Any]:
         task = asyncio.create_task(self.result(work, is_continued=True))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether or not anybody asks
         return task
 
     async def _part(self, send: Send, content: bytes, more_body: bool = True) -> None:
+        """Slice by slice: each has its own time, so that who reads slowly is not taken for one who does not read."""
         try:
-            async with asyncio.timeout(self._limits.time_limit_s):
-                await send({"type": "http.response.body", "body": content, "more_body": more_body})
+            for start in range(0, max(len(content), 1), SLICE_BYTES):
+                body, is_more = content[start : start + SLICE_BYTES], more_body or start + SLICE_BYTES < len(content)
+                async with asyncio.timeout(self._limits.time_limit_s):
+                    await send({"type": "http.response.body", "body": body, "more_body": is_more})
         except TimeoutError:
             raise Problem(408, f"the client took nothing for {self._limits.time_limit_s:g} s") from None

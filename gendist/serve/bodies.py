@@ -83,31 +83,39 @@ class DataOptions(BaseModel):
 
 
 class Room:
-    """For bodies, and what is made of them: as many bytes as may wait in the queue, over all requests, from when they arrive
-    until they are answered. One that is larger has room when it is alone."""
+    """For bodies, what is made of them, and answers that clients are slow to take: as many bytes as may wait in the queue, over
+    all requests. One that is larger has room when it is alone."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limit, self.num_bytes = limits.queue_bytes, 0
-        self._lock = threading.Lock()  # large bodies are read in threads
+        self.limit, self.num_bytes = limits.queue_bytes, 0
+        self.lock = threading.Lock()  # large bodies are read in threads
 
     @contextmanager
-    def for_request(self) -> Iterator[Take]:
-        """A function that takes room for so many bytes more. Problem where there is none."""
-        taken = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            with self._lock:
-                if self.num_bytes > taken and self.num_bytes + num_bytes > self._limit:
-                    raise Problem(429, "too many bodies are on their way", headers={"retry-after": "1", "connection": "close"})
-                taken += num_bytes
-                self.num_bytes += num_bytes
-
+    def for_request(self) -> Iterator[Share]:
+        share = Share(self)
         try:
-            yield take
+            yield share
         finally:
-            with self._lock:
-                self.num_bytes -= taken
+            share.hold(-share.num_bytes)
+
+
+class Share:
+    """What one request has of the room, until it is answered."""
+
+    def __init__(self, room: Room) -> None:
+        self._room, self.num_bytes = room, 0
+
+    def take(self, num_bytes: int) -> None:
+        """So many bytes more. Problem where there is no room for them."""
+        if self._room.num_bytes > self.num_bytes and self._room.num_bytes + num_bytes > self._room.limit:
+            raise Problem(429, "too much is on its way", headers={"retry-after": "1", "connection": "close"})
+        self.hold(num_bytes)
+
+    def hold(self, num_bytes: int) -> None:
+        """The same of an answer, which can no longer be refused: it is who comes next that finds no room."""
+        with self._room.lock:
+            self.num_bytes += num_bytes
+            self._room.num_bytes += num_bytes
 
 
 async def body_of(scope: Scope, receive: Receive, most: int, take: Take) -> bytes:

@@ -48,7 +48,7 @@ def format_of(query: str | None, accept: str | None) -> str:
 
 @lru_cache(maxsize=256)
 def _accepted(accept: str) -> str:
-    """The first of those that the client likes best (RFC 9110, 12.5.1): how well, the most specific range says that it is in."""
+    """The first of those that the client likes best (RFC 9110, 12.5.1). How well, says the most specific range."""
     liked: dict[str, float] = {}
     for each in accept.split(","):
         range_, *parameters = (part.strip().lower() for part in each.split(";"))
@@ -62,8 +62,8 @@ def _accepted(accept: str) -> str:
         for name, ours in MEDIA_TYPES.items()
     }
     for best in sorted(liked, key=lambda range_: -liked[range_]):
-        for name, range_ in range_of.items():
-            if range_ == best and liked[best] > 0:
+        for name, within in range_of.items():
+            if within == best and liked[best] > 0:
                 return name
     raise Problem(406, f"accept {shortened(accept)}", "accept", listing(tuple(MEDIA_TYPES.values())))
 

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gendist.pictures import most_shown, picture_bytes
-from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
+from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record
 from gendist.serve.answers import Headers, Line, until_first_result, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
 from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
@@ -128,19 +128,20 @@ class _Server:
         most = self.limits.max_body_bytes
         if is_json := kind == MEDIA_TYPES["json"]:
             most = min(most, self.limits.max_json_bytes)
-        with self.room.for_request() as take:
+        with self.room.for_request() as share:
             async with until_first_result(self.limits.time_limit_s) as clock:
-                body = await body_of(scope, receive, most, take)
+                body = await body_of(scope, receive, most, share.take)
                 clock.is_body_here = True
                 async with while_somebody_waits(receive, record):
                     if is_json:
-                        take(GROWTH_OF_JSON * len(body))
+                        share.take(GROWTH_OF_JSON * len(body))
                     if len(body) <= MOST_AT_ONCE:
-                        call, described = _asked(questions, verb, kind, body, query, format_, take)
+                        call, described = _asked(questions, verb, kind, body, query, format_, share.take)
                     else:  # beside the event loop, which has others to serve
-                        call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, take)
+                        asked = asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, share.take)
+                        call, described = await asked
                     del body
-                    line = Line(self.batcher, self.limits, self.metrics, record, clock)
+                    line = Line(self.batcher, self.limits, self.metrics, record, clock, share.hold)
                     await self._answer(send, line, record, questions, call, described, format_)
 
     async def _answer(
@@ -160,7 +161,8 @@ class _Server:
         schema = questions.hosted.artifact.schema
         questions.check_picture(described, most_shown(schema))
         x = together([await line.result(work) for work in works])[described.name]
-        await send_whole(send, 200, headers, await line.result(_drawing(lambda: picture_bytes(x, schema), described.num_rows)))
+        png = await line.result(_drawing(lambda: picture_bytes(x, schema), described.num_rows))
+        await line.send_whole(send, headers, png)
 
     # Models, and what to look at
 

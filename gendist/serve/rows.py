@@ -233,8 +233,8 @@ def _check_magnitudes(x_ND: Array, where: str) -> None:
 
 
 def array_of_npy(body: bytes, where: str, take: Take) -> Array:
-    """The array of a .npy file, of real numbers of any type and byte order. Nothing in it is executed, and it has no more memory
-    than the bytes that came; `take` is told of what it needs as float64."""
+    """The array of a .npy file, of real numbers of any type and byte order. Nothing in it is executed, and there is no more
+    memory for it than the bytes that came; `take` is told of what it needs as float64."""
     needs = "a whole .npy file of an array of real numbers"
     stream = io.BytesIO(body)
     try:

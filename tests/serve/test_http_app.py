@@ -18,6 +18,7 @@ import gendist
 from gendist.bulk import sample
 from gendist.protocols import VERBS
 from gendist.serve import http_app as http_app_module
+from gendist.serve.answers import SLICE_BYTES
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
@@ -385,6 +386,45 @@ def test_a_failure_on_the_way_cuts_the_answer_off(watched, format_, caplog):
         failed = server.post(SAMPLE, params={"format": format_}, json=body)
         assert failed.status_code == 500  # nothing was sent yet
         assert "test's" not in failed.text
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_an_answer_is_sent_in_slices_and_held_in_the_room(watched, num_chunks):
+    num_samples, sent, held = num_chunks * watched.chunk_rows - 1, [], []
+
+    async def asked():
+        app = http_app({"gmm": watched})
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                sent.append(message["body"])
+                held.append(app.state.server.room.num_bytes)
+
+        body = json.dumps({"num_samples": num_samples, "seed": 1}).encode()
+        await _asked(app, send, [{"type": "http.request", "body": body}], query=b"format=json")
+        assert app.state.server.room.num_bytes == 0
+
+    asyncio.run(asked())
+    assert len(json.loads(b"".join(sent))["x"]) == num_samples
+    assert max(map(len, sent)) <= SLICE_BYTES < sum(map(len, sent))
+    assert min(held) > 8 * min(num_samples, watched.chunk_rows)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_who_takes_nothing_is_given_up(watched, num_chunks, caplog):
+    async def asked():
+        app = http_app({"gmm": watched}, Limits(time_limit_s=0.2))
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        body = json.dumps({"num_samples": num_chunks * watched.chunk_rows, "seed": 1}).encode()
+        await _asked(app, send, [{"type": "http.request", "body": body}], query=b"format=json")
+        assert app.state.server.room.num_bytes == 0
+
+    asyncio.run(asked())
+    assert "the client took nothing" in caplog.text
 
 
 # Clients that hang up
