@@ -83,7 +83,7 @@ def http_app(
         Route("/metrics", server.text_of_metrics),
         *_page_routes(),
     ]
-    app.openapi = lambda: document(server.limits)  # type: ignore[method-assign]
+    app.openapi = lambda: document(server.limits, server.options(), bool(tokens))  # type: ignore[method-assign]
     app.state.server = server
     return app
 
@@ -110,6 +110,14 @@ class _Server:
         self.room = Room(limits)
         self.is_closing = False
         self._figure_names: dict[str, list[str]] = {}
+
+    def options(self) -> dict[str, set[str]]:
+        """That any of the models has, of each verb."""
+        found: dict[str, set[str]] = {}
+        for questions in self.questions.values():
+            for verb, names in questions.hosted.trial.options.items():
+                found.setdefault(verb, set()).update(names)
+        return found
 
     # Samples, and what is said of data
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
 import sys
 import threading
 import tracemalloc
@@ -16,6 +17,7 @@ from served import TIMEOUT_S, serving, until
 
 import gendist
 from gendist.bulk import sample
+from gendist.noise import MAX_SEED
 from gendist.protocols import VERBS
 from gendist.serve import http_app as http_app_module
 from gendist.serve.answers import SLICE_BYTES
@@ -153,6 +155,30 @@ def test_the_document_describes_every_route(server):
             for status, response in operation["responses"].items():
                 if int(status) >= 400:
                     assert response["content"]["application/json"]["example"].keys() == {"error", "field", "allowed"}
+
+
+def test_the_document_names_the_options_that_a_verb_has_and_where_they_stand(server, hosted):
+    document = server.get("/openapi.json").json()
+    for verb in set(VERBS) - {"sample"}:
+        operation = document["paths"][f"/models/{{name}}/{verb}"]["post"]
+        has = {option for model in hosted.values() for option in model.trial.options.get(verb, ())}
+        body = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert body.keys() - {"x", "z"} == has
+        assert {each["name"] for each in operation["parameters"] if each["in"] == "query"} == has | {"format"}
+        assert "X-Gendist-Num-Samples" in operation["responses"]["200"]["headers"]
+    sample = document["paths"]["/models/{name}/sample"]["post"]
+    assert {each["name"] for each in sample["parameters"] if each["in"] == "query"} == {"format"}
+    seed = sample["requestBody"]["content"]["application/json"]["schema"]["properties"]["seed"]
+    pattern = next(each["pattern"] for each in seed["anyOf"] if "pattern" in each)
+    for number in (0, 9, 10**19, MAX_SEED - 1, MAX_SEED):
+        assert re.search(pattern, str(number)), number
+    for text in (str(MAX_SEED + 1), "9" * 20, "1" * 21, "", "-1", "1.5"):
+        assert not re.search(pattern, text), text
+
+
+def test_the_document_says_whether_a_token_is_needed(hosted):
+    for tokens, security in (((), []), (("secret",), [{"token": []}])):
+        assert http_app({"gmm": hosted["gmm"]}, tokens=tokens).openapi()["security"] == security
 
 
 def test_health(server):
