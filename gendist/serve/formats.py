@@ -17,18 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pydantic_core
 
-from gendist.bulk.parts import LABEL, SEQUENCE, STATE, STEP, Layout
+from gendist.bulk.parts import Layout
+from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem, listing, shortened
-
-MEDIA_TYPES = {
-    "json": "application/json",
-    "npy": "application/x-npy",
-    "npz": "application/x-npz",
-    "arrow": "application/vnd.apache.arrow.stream",
-    "ndjson": "application/x-ndjson",
-    "png": "image/png",
-}
-ARROW_FILE = "application/vnd.apache.arrow.file"  # taken, too
 
 VALUES_AT_ONCE = 2**15  # numbers that become text without a pause: a few milliseconds
 

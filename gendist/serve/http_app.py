@@ -27,9 +27,10 @@ from gendist.serve.answers import Headers, Line, until_first_result, while_someb
 from gendist.serve.batcher import Batcher, Work
 from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
 from gendist.serve.computing import Drawing, timed
-from gendist.serve.formats import MEDIA_TYPES, Described, encoder_of, format_of, json_bytes
+from gendist.serve.formats import Described, encoder_of, format_of, json_bytes
 from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.metrics import CONTENT_TYPE, Metrics
 from gendist.serve.openapi import document
 from gendist.serve.problems import Problem, listing, named, shortened

@@ -9,8 +9,8 @@ import gendist
 from gendist.noise import MAX_SEED
 from gendist.protocols import VERBS
 from gendist.serve.checks import MAX_IMPORTANCE_SAMPLES, MAX_ROW
-from gendist.serve.formats import MEDIA_TYPES
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import ProblemBody
 from gendist.serve.questions import OF_ROWS, taken
 

@@ -14,9 +14,10 @@ from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
 from gendist.serve.bodies import Take, data_options, sample_body, whole_number
 from gendist.serve.calls import DataCall, InvalidCall, SampleCall
-from gendist.serve.formats import ARROW_FILE, MEDIA_TYPES, Described
+from gendist.serve.formats import Described
 from gendist.serve.hosted_model import HostedModel
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import ARROW_FILE, MEDIA_TYPES
 from gendist.serve.problems import Problem, listing, named, shortened
 from gendist.serve.rows import RowReader, array_of_npy, numbers_of_json
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gendist.column_names import SEQUENCE, STEP
 from gendist.data import DataConfig, Schema, as_rows, as_sequences, source_of
 from gendist.data.column_types import entry_type, is_list, is_numeric, is_sparse, is_text
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
@@ -42,7 +43,7 @@ class RowReader:
 
     def __init__(self, schema: Schema, num_features: int, takes_sequences: bool, limits: Limits) -> None:
         self.schema, self.num_features, self.takes_sequences, self.limits = schema, num_features, takes_sequences, limits
-        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, "sequence", "step")
+        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, SEQUENCE, STEP)
         self._read = frozenset(filter(None, read)) if takes_sequences else frozenset((*schema.columns, *schema.feature_names))
         self._categories = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
 
@@ -168,17 +169,11 @@ class RowReader:
         return array.astype(np.float64, copy=False)
 
     def _checked(self, x_ND: Array) -> Array:
-        if len(x_ND) == 0:
-            raise self._refused("x has no rows")
         _check_magnitudes(x_ND, "x")
         return x_ND
 
     def _checked_sequences(self, sequences: list[Array]) -> list[Array]:
-        if not sequences:
-            raise self._refused("x has no sequences")
         for s, x_TD in enumerate(sequences):
-            if not 0 < len(x_TD) <= self.limits.max_length:
-                raise Problem(422, f"sequence {s} has {len(x_TD)} steps", f"x[{s}]", f"1 to {self.limits.max_length} steps")
             _check_magnitudes(x_TD, f"x[{s}]")
         return sequences
 

@@ -15,8 +15,9 @@ from PIL import Image
 import gendist
 from gendist.data import Schema
 from gendist.serve.arrow_messages import is_compressed, stream_of
-from gendist.serve.formats import MEDIA_TYPES, format_of
+from gendist.serve.formats import format_of
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem
 from gendist.serve.rows import RowReader, array_of_npy, table_of_arrow
 

@@ -22,9 +22,9 @@ from schemathesis.generation import GenerationMode
 from served import serving, until
 
 from gendist.protocols import VERBS
-from gendist.serve.formats import MEDIA_TYPES
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 
 SAMPLE = "/models/gmm/sample"
 LIMITS = Limits(max_rows=5_000, max_length=50, max_body_bytes=200_000)
