@@ -16,10 +16,19 @@ MODULES = {
 }
 
 # What a module of each room may import from the others. The root package holds the version only.
-BASE = ("gendist", "gendist.errors", "gendist.protocols", "gendist.noise", "gendist.one_thread", "gendist.figures")
+BASE = (
+    "gendist",
+    "gendist.errors",
+    "gendist.protocols",
+    "gendist.noise",
+    "gendist.one_thread",
+    "gendist.figures",
+    "gendist.column_names",
+)
 ALLOWED = {
     "gendist.errors": (),
     "gendist.figures": (),
+    "gendist.column_names": (),
     "gendist.protocols": ("gendist.errors",),
     "gendist.noise": ("gendist.protocols",),
     "gendist.machine": (),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from gendist.blocks import Leaves
 from gendist.blocks.leaves import Bounds, pack
+from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
 from gendist.data import Schema
 from gendist.data.sparse import sparse_rows
 from gendist.protocols import UserError
@@ -24,8 +25,6 @@ from gendist.transformed import taken_apart
 
 MAX_PART_BYTES = 32 * 2**20  # of values in memory; growing a buffer beyond doubles the encoding (docs/experiments.md)
 MIN_PART_BYTES = 4 * 2**20
-# The columns of a sample beside its features: of its class, and of sequences of their states, and of what a row is.
-LABEL, STATE, SEQUENCE, STEP = "label", "state", "sequence", "step"
 NUM_PARTS_OF_SMALL_WORK = 16  # so that less than 16 of the largest parts still spread over workers
 
 Values = np.ndarray[Any, np.dtype[np.float64]]
@@ -67,7 +66,7 @@ class Layout:
     categories: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     sparse: str | None = None
     num_steps: int | None = None
-    step_names: tuple[str, str] = ("sequence", "step")
+    step_names: tuple[str, str] = (SEQUENCE, STEP)
     integers: tuple[str, ...] = ()
 
     def table(self, values: Values, first_row: int) -> pa.Table:

@@ -20,7 +20,6 @@ from gendist.artifact import Artifact, digest, load_artifact
 from gendist.blocks import Blocks, Leaves, LocalBlocks
 from gendist.bulk.part_folder import PartFolder
 from gendist.bulk.parts import (
-    SEQUENCE,
     Encode,
     Layout,
     Part,
@@ -31,6 +30,7 @@ from gendist.bulk.parts import (
     sample_layout,
 )
 from gendist.bulk.single_file import write_file
+from gendist.column_names import SEQUENCE
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, as_rows, as_sequences, identity, open_source
 from gendist.data.domains import MakeBlocks

@@ -132,6 +132,7 @@ class Edge:
             await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
+            await send({"type": "websocket.close"})  # before it is accepted: 403
             return
         record = Record(_request_id(scope), time.monotonic())
         scope["gendist"] = record

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
@@ -23,6 +23,35 @@ from gendist.serve.metrics import Metrics
 from gendist.serve.problems import Problem
 
 Headers = list[tuple[bytes, bytes]]
+
+SLICE_BYTES = 128 * 2**10  # of an answer that the server below is given at once, and keeps where the client does not read
+
+
+class Clock:
+    """Of a request up to its first result, after which each part of its answer has its own time."""
+
+    def __init__(self, timeout: asyncio.Timeout) -> None:
+        self._timeout, self.is_body_here = timeout, False
+
+    def stop(self) -> None:
+        self._timeout.reschedule(None)
+
+
+@asynccontextmanager
+async def until_first_result(time_limit_s: float) -> AsyncIterator[Clock]:
+    """Cancels what is inside when the clock is not stopped in time; then Problem."""
+    try:
+        async with asyncio.timeout(time_limit_s) as timeout:
+            clock = Clock(timeout)
+            yield clock
+    except TimeoutError:
+        if not clock.is_body_here:
+            raise Problem(408, f"the body did not come within {time_limit_s:g} s", headers={"connection": "close"}) from None
+        raise _too_late(time_limit_s) from None
+
+
+def _too_late(time_limit_s: float) -> Problem:
+    return Problem(504, f"it was not computed within {time_limit_s:g} s", allowed="a smaller request, or another time")
 
 
 @asynccontextmanager
@@ -51,6 +80,10 @@ async def while_somebody_waits(receive: Receive, record: Record) -> AsyncIterato
         watcher.cancel()
 
 
+def _num_bytes(chunk: Mapping[str, Values]) -> int:
+    return sum(sum(each.nbytes for each in values) if isinstance(values, list) else values.nbytes for values in chunk.values())
+
+
 async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator[bytes]:
     """The bytes of a chunk. Between its slices others have a turn: numbers become text slowly."""
     for number, piece in enumerate(encoder.slices(chunk)):
@@ -62,8 +95,21 @@ async def _parts(encoder: Encoder, chunk: Mapping[str, Values]) -> AsyncIterator
 class Line:
     """What a request has computed, and what that took, which is noted in its record."""
 
-    def __init__(self, batcher: Batcher, limits: Limits, metrics: Metrics, record: Record) -> None:
+    def __init__(
+        self,
+        batcher: Batcher,
+        limits: Limits,
+        metrics: Metrics,
+        record: Record,
+        clock: Clock | None = None,
+        hold: Callable[[int], None] = lambda num_bytes: None,
+    ) -> None:
+        """
+        clock  that the first result stops
+        hold   is told of the bytes that are kept for a client that may read slowly
+        """
         self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
+        self._clock, self._hold = clock, hold
 
     async def result(self, work: Work, is_continued: bool = False) -> Any:
         """Problem where there is no room for the work, it takes too long, or the model refuses it."""
@@ -76,14 +122,15 @@ class Line:
         except Closed as closed:
             raise Problem(503, str(closed), headers={"retry-after": "1"}) from None
         except TimeoutError:
-            raise Problem(504, f"it was not computed within {self._limits.time_limit_s:g} s", allowed="a smaller request, or "
-                          "another time") from None  # fmt: skip
+            raise _too_late(self._limits.time_limit_s) from None
         except InvalidCall as error:
             raise Problem(422, str(error), error.field, error.allowed) from None
         except UserError as error:
             raise Problem(422, str(error)) from None
         finally:
             self._metrics.queue(self._batcher.num_rows, self._batcher.num_bytes)
+        if self._clock is not None:
+            self._clock.stop()
         record = self._record
         record.wait_s = (record.wait_s or 0.0) + max(timed.began - queued, 0.0)
         record.compute_s += timed.ended - timed.began
@@ -100,9 +147,10 @@ class Line:
         ahead = next(works, None)
         head = encoder.begin(first)
         if ahead is None:
-            content = [head] + [part async for part in _parts(encoder, first)] + [encoder.end()]
-            await send_whole(send, 200, headers, b"".join(content))
+            content = b"".join([head] + [part async for part in _parts(encoder, first)] + [encoder.end()])
+            await self.send_whole(send, headers, content)
             return
+        self._hold(2 * _num_bytes(first))  # this chunk, and the next
         num_bytes = encoder.num_bytes(first)
         length = [] if num_bytes is None else [(b"content-length", b"%d" % num_bytes)]
         pending: asyncio.Task[Any] | None = self._queued(ahead)
@@ -121,14 +169,26 @@ class Line:
             if pending is not None:
                 pending.cancel()
 
+    async def send_whole(self, send: Send, headers: Headers, content: bytes) -> None:
+        if len(content) <= SLICE_BYTES:
+            await send_whole(send, 200, headers, content)
+            return
+        self._hold(len(content))
+        length = (b"content-length", b"%d" % len(content))
+        await send({"type": "http.response.start", "status": 200, "headers": [*headers, length]})
+        await self._part(send, content, more_body=False)
+
     def _queued(self, work: Work) -> asyncio.Task[Any]:
         task = asyncio.create_task(self.result(work, is_continued=True))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether or not anybody asks
         return task
 
     async def _part(self, send: Send, content: bytes, more_body: bool = True) -> None:
+        """Slice by slice: each has its own time, so that who reads slowly is not taken for one who does not read."""
         try:
-            async with asyncio.timeout(self._limits.time_limit_s):
-                await send({"type": "http.response.body", "body": content, "more_body": more_body})
+            for start in range(0, max(len(content), 1), SLICE_BYTES):
+                body, is_more = content[start : start + SLICE_BYTES], more_body or start + SLICE_BYTES < len(content)
+                async with asyncio.timeout(self._limits.time_limit_s):
+                    await send({"type": "http.response.body", "body": body, "more_body": is_more})
         except TimeoutError:
             raise Problem(408, f"the client took nothing for {self._limits.time_limit_s:g} s") from None

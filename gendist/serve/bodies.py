@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
@@ -29,6 +29,7 @@ from gendist.serve.limits import Limits
 from gendist.serve.problems import Problem, listing, named, shortened
 
 B = TypeVar("B", bound=BaseModel)
+Take = Callable[[int], None]
 
 
 class ClientGone(Exception):
@@ -82,64 +83,71 @@ class DataOptions(BaseModel):
 
 
 class Room:
-    """For bodies: as many bytes as may wait in the queue, over all requests, from when they arrive until they are answered. One
-    that is larger has room when it is alone."""
+    """For bodies, what is made of them, and answers that clients are slow to take: as many bytes as may wait in the queue, over
+    all requests. One that is larger has room when it is alone."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limit, self.num_bytes = limits.queue_bytes, 0
+        self.limit, self.num_bytes = limits.queue_bytes, 0
+        self.lock = threading.Lock()  # large bodies are read in threads
 
     @contextmanager
-    def for_body(self) -> Iterator[Callable[[int], None]]:
-        """A function that takes room for so many bytes more. Problem where there is none."""
-        taken = 0
-
-        def take(num_bytes: int) -> None:
-            nonlocal taken
-            if self.num_bytes > taken and self.num_bytes + num_bytes > self._limit:
-                raise Problem(429, "too many bodies are on their way", headers={"retry-after": "1", "connection": "close"})
-            taken += num_bytes
-            self.num_bytes += num_bytes
-
+    def for_request(self) -> Iterator[Share]:
+        share = Share(self)
         try:
-            yield take
+            yield share
         finally:
-            self.num_bytes -= taken
+            share.hold(-share.num_bytes)
 
 
-async def body_of(scope: Scope, receive: Receive, limits: Limits, take: Callable[[int], None]) -> bytes:
-    """The whole body; `take` is told of its bytes.
+class Share:
+    """What one request has of the room, until it is answered."""
 
-    Problem where it is too large, which is told before it is in memory, ends early, or takes too long.
+    def __init__(self, room: Room) -> None:
+        self._room, self.num_bytes = room, 0
+
+    def take(self, num_bytes: int) -> None:
+        """So many bytes more. Problem where there is no room for them."""
+        if self._room.num_bytes > self.num_bytes and self._room.num_bytes + num_bytes > self._room.limit:
+            raise Problem(429, "too much is on its way", headers={"retry-after": "1", "connection": "close"})
+        self.hold(num_bytes)
+
+    def hold(self, num_bytes: int) -> None:
+        """The same of an answer, which can no longer be refused: it is who comes next that finds no room."""
+        with self._room.lock:
+            self.num_bytes += num_bytes
+            self._room.num_bytes += num_bytes
+
+
+async def body_of(scope: Scope, receive: Receive, most: int, take: Take) -> bytes:
+    """The whole body, of `most` bytes; `take` is told of them.
+
+    Problem where it is too large, which is told before it is in memory, or ends early.
     """
     said = _said_length(scope)
-    if said is not None and said > limits.max_body_bytes:
-        raise _too_large(limits)
-    try:
-        async with asyncio.timeout(limits.time_limit_s):
-            message = await receive()
-            if message["type"] == "http.request" and not message.get("more_body", False):
-                body: bytes = message.get("body", b"")
-                take(len(body))
-            else:
-                body = await _joined(message, receive, limits, take)
-    except TimeoutError:
-        raise Problem(408, f"the body did not come within {limits.time_limit_s:g} s", headers={"connection": "close"}) from None
-    if len(body) > limits.max_body_bytes:
-        raise _too_large(limits)
+    if said is not None and said > most:
+        raise _too_large(most)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        body: bytes = message.get("body", b"")
+        take(len(body))
+    else:
+        body = await _joined(message, receive, most, take)
+    if len(body) > most:
+        raise _too_large(most)
     if said is not None and len(body) != said:
         raise Problem(400, f"the body has {len(body)} bytes, but its content-length is {said}", headers={"connection": "close"})
     return body
 
 
-async def _joined(message: Any, receive: Receive, limits: Limits, take: Callable[[int], None]) -> bytes:
+async def _joined(message: Any, receive: Receive, most: int, take: Take) -> bytes:
     parts = bytearray()
     while True:
         if message["type"] == "http.disconnect":
             raise ClientGone
         take(len(message.get("body", b"")))
         parts += message.get("body", b"")
-        if len(parts) > limits.max_body_bytes:
-            raise _too_large(limits)
+        if len(parts) > most:
+            raise _too_large(most)
         if not message.get("more_body", False):
             return bytes(parts)
         message = await receive()
@@ -160,10 +168,9 @@ def _said_length(scope: Scope) -> int | None:
     return int(said)
 
 
-def _too_large(limits: Limits) -> Problem:
-    return Problem(
-        413, "the body is too large", "body", f"up to {limits.max_body_bytes} bytes", headers={"connection": "close"}
-    )
+def _too_large(most: int) -> Problem:
+    allowed = f"up to {most} bytes; .npy and Arrow may be larger than JSON"
+    return Problem(413, "the body is too large", "body", allowed, headers={"connection": "close"})
 
 
 def json_object(body: bytes) -> dict[str, Any]:

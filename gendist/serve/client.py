@@ -31,22 +31,11 @@ import httpx
 import numpy as np
 import pyarrow as pa
 
+from gendist.column_names import LABEL, STATE
 from gendist.errors import UserError
-from gendist.serve.client_arrays import (
-    ARROW,
-    LABEL,
-    NPY,
-    NPZ,
-    STATE,
-    Array,
-    Samples,
-    encoded,
-    in_json,
-    samples_of,
-    split,
-)
+from gendist.serve.client_arrays import Array, Samples, encoded, in_json, samples_of, split
+from gendist.serve.media_types import ARROW, JSON, NPY, NPZ, PNG
 
-PNG, JSON = "image/png", "application/json"
 MAX_SEED = 2**53  # of those that are drawn: a JSON reader anywhere has the same number
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 NOT_NOW = frozenset({429, 502, 503})  # not 504: what took too long once would take a server's time again

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
 from gendist.errors import UserError
+from gendist.serve.media_types import ARROW, NPY
 
 Array = np.ndarray[Any, Any]
-
-ARROW, NPY, NPZ = "application/vnd.apache.arrow.stream", "application/x-npy", "application/x-npz"
-SEQUENCE, STEP, LABEL, STATE = "sequence", "step", "label", "state"
 
 
 @dataclass(frozen=True, eq=False)

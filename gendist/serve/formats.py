@@ -17,18 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pydantic_core
 
-from gendist.bulk.parts import LABEL, SEQUENCE, STATE, STEP, Layout
+from gendist.bulk.parts import Layout
+from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem, listing, shortened
-
-MEDIA_TYPES = {
-    "json": "application/json",
-    "npy": "application/x-npy",
-    "npz": "application/x-npz",
-    "arrow": "application/vnd.apache.arrow.stream",
-    "ndjson": "application/x-ndjson",
-    "png": "image/png",
-}
-ARROW_FILE = "application/vnd.apache.arrow.file"  # taken, too
 
 VALUES_AT_ONCE = 2**15  # numbers that become text without a pause: a few milliseconds
 
@@ -48,18 +40,22 @@ def format_of(query: str | None, accept: str | None) -> str:
 
 @lru_cache(maxsize=256)
 def _accepted(accept: str) -> str:
-    """The first of those that the client likes best (RFC 9110, 12.5.1)."""
-    liked: list[tuple[float, str]] = []
+    """The first of those that the client likes best (RFC 9110, 12.5.1). How well, says the most specific range."""
+    liked: dict[str, float] = {}
     for each in accept.split(","):
-        kind, *parameters = (part.strip().lower() for part in each.split(";"))
+        range_, *parameters = (part.strip().lower() for part in each.split(";"))
         said = next((part[2:] for part in parameters if part.startswith("q=")), "1")
         try:
-            liked.append((float(said), kind))
+            liked[range_] = float(said)
         except ValueError:
             continue
-    for quality, media_type in sorted(liked, key=lambda each: -each[0]):
-        for name, ours in MEDIA_TYPES.items():
-            if quality > 0 and media_type in (ours, f"{ours.split('/')[0]}/*", "*/*"):
+    range_of = {
+        name: next((range_ for range_ in (ours, f"{ours.split('/')[0]}/*", "*/*") if range_ in liked), None)
+        for name, ours in MEDIA_TYPES.items()
+    }
+    for best in sorted(liked, key=lambda range_: -liked[range_]):
+        for name, within in range_of.items():
+            if within == best and liked[best] > 0:
                 return name
     raise Problem(406, f"accept {shortened(accept)}", "accept", listing(tuple(MEDIA_TYPES.values())))
 

@@ -22,20 +22,22 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from gendist.pictures import most_shown, picture_bytes
-from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record, send_whole
-from gendist.serve.answers import Headers, Line, while_somebody_waits
+from gendist.serve.access import PAGE_HEADERS, Access, Edge, Record
+from gendist.serve.answers import Headers, Line, until_first_result, while_somebody_waits
 from gendist.serve.batcher import Batcher, Work
-from gendist.serve.bodies import Room, body_of, json_object, query_of
+from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
 from gendist.serve.computing import Drawn, drawing, timed
-from gendist.serve.formats import MEDIA_TYPES, Described, encoder_of, format_of, json_bytes
+from gendist.serve.formats import Described, encoder_of, format_of, json_bytes
 from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.metrics import CONTENT_TYPE, Metrics
 from gendist.serve.openapi import document
 from gendist.serve.problems import Problem, listing, named, shortened
 from gendist.serve.questions import Questions, taken
 
 MOST_AT_ONCE = 2**17  # bytes of a body that are read on the event loop
+GROWTH_OF_JSON = 24  # times its bytes are the objects that it becomes: lists of nothing are the worst
 PAGE = Path(__file__).parent / "page"
 
 
@@ -82,7 +84,7 @@ def http_app(
         Route("/metrics", server.text_of_metrics),
         *_page_routes(),
     ]
-    app.openapi = lambda: document(server.limits)  # type: ignore[method-assign]
+    app.openapi = lambda: document(server.limits, server.options(), bool(tokens))  # type: ignore[method-assign]
     app.state.server = server
     return app
 
@@ -111,6 +113,14 @@ class _Server:
         self._drawn = Drawn()
         self._figure_names: dict[str, list[str]] = {}
 
+    def options(self) -> dict[str, set[str]]:
+        """That any of the models has, of each verb."""
+        found: dict[str, set[str]] = {}
+        for questions in self.questions.values():
+            for verb, names in questions.hosted.trial.options.items():
+                found.setdefault(verb, set()).update(names)
+        return found
+
     # Samples, and what is said of data
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,37 +132,38 @@ class _Server:
         record.verb = verb
         query = query_of(scope)
         headers = dict(scope["headers"])
-        accept = headers.get(b"accept")
-        format_ = format_of(query.pop("format", None), accept and accept.decode("latin-1"))
+        accept = [value for header, value in scope["headers"] if header == b"accept"]  # it may be said in several lines
+        format_ = format_of(query.pop("format", None), b",".join(accept).decode("latin-1") if accept else None)
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower().decode("latin-1")
-        with self.room.for_body() as room:
-            body = await body_of(scope, receive, self.limits, room)
-            if len(body) <= MOST_AT_ONCE:
-                call, described = _asked(questions, verb, kind, body, query, format_)
-            else:  # beside the event loop, which has others to serve
-                call, described = await asyncio.to_thread(_asked, questions, verb, kind, body, query, format_)
-            del body
-            await self._answer(receive, send, record, questions, call, described, format_)
+        most = self.limits.max_body_bytes
+        if is_json := kind == MEDIA_TYPES["json"]:
+            most = min(most, self.limits.max_json_bytes)
+        with self.room.for_request() as share:
+            async with until_first_result(self.limits.time_limit_s) as clock:
+                body = await body_of(scope, receive, most, share.take)
+                clock.is_body_here = True
+                async with while_somebody_waits(receive, record):
+                    if is_json:
+                        share.take(GROWTH_OF_JSON * len(body))
+                    if len(body) <= MOST_AT_ONCE:
+                        call, described = _asked(questions, verb, kind, body, query, format_, share.take)
+                    else:  # beside the event loop, which has others to serve
+                        asked = asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, share.take)
+                        call, described = await asked
+                    del body
+                    line = Line(self.batcher, self.limits, self.metrics, record, clock, share.hold)
+                    await self._answer(send, line, record, questions, call, described, format_)
 
     async def _answer(
-        self,
-        receive: Receive,
-        send: Send,
-        record: Record,
-        questions: Questions,
-        call: Call,
-        described: Described,
-        format_: str,
+        self, send: Send, line: Line, record: Record, questions: Questions, call: Call, described: Described, format_: str
     ) -> None:
         record.rows, record.seed = described.num_rows, described.facts.get("seed")
         works = (questions.hosted.work_of(chunk) for chunk in questions.hosted.chunks(call))
-        line = Line(self.batcher, self.limits, self.metrics, record)
         told = _headers(questions.hosted, call, described, format_)
-        async with while_somebody_waits(receive, record):
-            if format_ == "png":
-                await self._picture(send, told, line, works, questions, described)
-            else:
-                await line.send(send, told, encoder_of(format_, described), works)
+        if format_ == "png":
+            await self._picture(send, told, line, works, questions, described)
+        else:
+            await line.send(send, told, encoder_of(format_, described), works)
 
     async def _picture(
         self, send: Send, headers: Headers, line: Line, works: Iterable[Work], questions: Questions, described: Described
@@ -162,7 +173,7 @@ class _Server:
         x = together([await line.result(work) for work in works])[described.name]
         num_bytes = sum(each.nbytes for each in x) if isinstance(x, list) else x.nbytes
         work = drawing(lambda: picture_bytes(x, schema), described.num_rows, num_bytes)
-        await send_whole(send, 200, headers, await line.result(work))
+        await line.send_whole(send, headers, await line.result(work))
 
     # Models, and what to look at
 
@@ -232,12 +243,15 @@ class _Server:
 
 
 def _asked(
-    questions: Questions, verb: str, kind: str, body: bytes, query: dict[str, str], format_: str
+    questions: Questions, verb: str, kind: str, body: bytes, query: dict[str, str], format_: str, take: Take
 ) -> tuple[Call, Described]:
-    """kind: the media type of the body."""
+    """kind: the media type of the body. take: room for what it becomes."""
     options, array = _options_of(kind, body, query)
     if verb != "sample":
-        return questions.data(verb, options, kind, array, format_)
+        try:
+            return questions.data(verb, options, kind, array, format_, take)
+        except MemoryError:
+            raise Problem(413, "there is no memory for what is in the body", "body") from None
     if array is not None:
         raise Problem(415, f"content-type {shortened(kind)}", "content-type", listing(taken(verb)))
     return questions.sample(options)

@@ -10,7 +10,8 @@ class Limits(BaseModel):
 
     max_rows         that one request may ask for or bring, or of sequences the steps of them all
     max_length       of one sequence, in steps
-    max_body_bytes   of a request
+    max_body_bytes   of a request, and of one in JSON max_json_bytes: its numbers become objects of Python's, which take many
+                     times the memory and all of the event loop's time; many rows come as .npy or Arrow
     queue_rows, queue_bytes   that wait, over all requests; who comes when they are full is told to come again (429)
     batch_rows       a batch that has so many leaves at once
     target_wait_s    and else when its oldest request has waited so long
@@ -22,6 +23,7 @@ class Limits(BaseModel):
     max_rows: int = Field(1_000_000, ge=1)
     max_length: int = Field(100_000, ge=1)
     max_body_bytes: int = Field(64 * 2**20, ge=1)
+    max_json_bytes: int = Field(2 * 2**20, ge=1)
     queue_rows: int = Field(65_536, ge=1)
     queue_bytes: int = Field(512 * 2**20, ge=1)
     batch_rows: int = Field(256, ge=1)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import gendist
 from gendist.noise import MAX_SEED
 from gendist.protocols import VERBS
 from gendist.serve.checks import MAX_IMPORTANCE_SAMPLES, MAX_ROW
-from gendist.serve.formats import MEDIA_TYPES
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import ProblemBody
 from gendist.serve.questions import OF_ROWS, taken
 
@@ -49,8 +49,9 @@ OF_FIGURES = (400, 401, 403, 404, 422, 429, 500, 503, 504)
 ROWS = [[5.1, 3.5], [4.9, 3.0]]
 
 
-def document(limits: Limits) -> Json:
-    paths: Json = {f"/models/{{name}}/{verb}": {"post": _verb(verb, limits)} for verb in VERBS}
+def document(limits: Limits, options: Mapping[str, Collection[str]], has_tokens: bool) -> Json:
+    """options: that the models here have, of each verb of rows"""
+    paths: Json = {f"/models/{{name}}/{verb}": {"post": _verb(verb, limits, options.get(verb, ()))} for verb in VERBS}
     name = _parameter("name", "path", {"type": "string"}, "Of a model, as GET /models lists them", "digits")
     figure = _parameter("figure", "path", {"type": "string"}, "As GET /models/{name} lists them", "interpolation")
     seed = _parameter("seed", "query", _whole(0, MAX_SEED), "Of what is drawn in it", 0)
@@ -82,21 +83,20 @@ def document(limits: Limits) -> Json:
             "schemas": {"Problem": ProblemBody.model_json_schema()},
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         },
-        "security": [{}, {"token": []}],
+        "security": [{"token": []}] if has_tokens else [],
     }
 
 
-def _verb(verb: str, limits: Limits) -> Json:
+def _verb(verb: str, limits: Limits, has: Collection[str]) -> Json:
     name = _parameter("name", "path", {"type": "string"}, "Of a model, as GET /models lists them", "digits")
     format_ = _parameter(
         "format", "query", {"type": "string", "enum": [*MEDIA_TYPES]}, "Of the answer; else Accept says", "json"
     )
-    options = _options(limits)
-    of_verb = options if verb == "sample" else {key: value for key, value in options.items() if key != "length"}
-    if verb != "sample":
-        of_verb = {**of_verb, "num_samples": _whole(1, MAX_IMPORTANCE_SAMPLES, "Latents a row, of log_prob_bound alone")}
-        label = of_verb["given"]
-        of_verb["given"] = {**label, "anyOf": [*label["anyOf"], {"type": "array", "items": {"anyOf": label["anyOf"][:2]}}]}
+    of_verb = _options_of_sample(limits) if verb == "sample" else _options_of_data(limits, has)
+    in_query = [] if verb == "sample" else [
+        _parameter(option, "query", schema, f"Beside a body of .npy or Arrow. {schema['description']}", None)
+        for option, schema in of_verb.items()
+    ]  # fmt: skip
     rows = {} if verb == "sample" else {"z" if verb == "decode" else "x": _rows(verb)}
     body = {
         "type": "object",
@@ -110,30 +110,50 @@ def _verb(verb: str, limits: Limits) -> Json:
         contents[kind] = _binary("The options stand in the query string, under the names that they have in JSON")
     answered = {MEDIA_TYPES["json"]: {"schema": _answer(verb), "example": _example(verb)}}
     answered |= {kind: _binary() for key, kind in MEDIA_TYPES.items() if key != "json"}
-    told = {header: {"schema": {"type": "string"}} for header in ("X-Request-ID", "X-Gendist-Model-Digest")}
-    if verb == "sample":
-        told |= {f"X-Gendist-{each}": {"schema": {"type": "string"}} for each in ("Seed", "Offset", "Num-Samples")}
+    facts = ("Model-Digest", "Num-Samples", *(("Seed", "Offset") if verb == "sample" else ()))
+    told = {header: {"schema": {"type": "string"}} for header in ("X-Request-ID", *(f"X-Gendist-{each}" for each in facts))}
     return {
         "operationId": verb,
         "summary": SUMMARIES[verb],
-        "parameters": [name, format_],
+        "parameters": [name, format_, *in_query],
         "requestBody": {"required": verb != "sample", "content": contents},
         "responses": {"200": {"description": "The answer", "headers": told, "content": answered}, **_problems(OF_VERBS)},
     }
 
 
-def _options(limits: Limits) -> Json:
+def _options_of_sample(limits: Limits) -> Json:
     label = [{"type": "string"}, {"type": "number"}, {"type": "null"}]
     return {
         "num_samples": _whole(1, limits.max_rows, "Rows, or sequences"),
         "seed": {
-            "anyOf": [_whole(0, MAX_SEED), {"type": "string", "pattern": "^[0-9]{1,20}$"}, {"type": "null"}],
+            "anyOf": [_whole(0, MAX_SEED), {"type": "string", "pattern": _digits_up_to(MAX_SEED)}, {"type": "null"}],
             "description": "The same seed, the same rows. Where left out, the server draws one and tells it",
         },
         "offset": _whole(0, MAX_ROW, "Of the first row in the endless sample of the seed"),
         "given": {"anyOf": label, "description": "A label, or the number of a component"},
         "length": {"anyOf": [_whole(1, limits.max_length), {"type": "null"}], "description": "Steps of each sequence"},
     }
+
+
+def _options_of_data(limits: Limits, has: Collection[str]) -> Json:
+    """has: the names of these"""
+    options = _options_of_sample(limits)
+    given = options["given"]
+    of_rows = {"type": "array", "items": {"anyOf": given["anyOf"][:2]}}
+    options["given"] = {"anyOf": [*given["anyOf"], of_rows], "description": "The label of all rows, or a list with one a row"}
+    options["seed"]["description"] = "Of what is drawn"
+    options["offset"]["description"] = "Of the first row among those that belong to the seed"
+    options["num_samples"] = _whole(1, MAX_IMPORTANCE_SAMPLES, "Latents a row")
+    return {name: schema for name, schema in options.items() if name in has}
+
+
+def _digits_up_to(most: int) -> str:
+    """A pattern of the numbers from 0 to this one."""
+    digits = str(most)
+    smaller = [
+        f"{digits[:i]}[0-{int(digit) - 1}][0-9]{{{len(digits) - i - 1}}}" for i, digit in enumerate(digits) if digit > "0"
+    ]
+    return f"^([0-9]{{1,{len(digits) - 1}}}|{'|'.join(smaller)}|{digits})$"
 
 
 def _rows(verb: str) -> Json:

@@ -12,11 +12,12 @@ from gendist.bulk.parts import Layout, sample_layout
 from gendist.noise import MAX_SEED
 from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
-from gendist.serve.bodies import data_options, sample_body, whole_number
+from gendist.serve.bodies import Take, data_options, sample_body, whole_number
 from gendist.serve.calls import DataCall, InvalidCall, SampleCall
-from gendist.serve.formats import ARROW_FILE, MEDIA_TYPES, Described
+from gendist.serve.formats import Described
 from gendist.serve.hosted_model import HostedModel
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import ARROW_FILE, MEDIA_TYPES
 from gendist.serve.problems import Problem, listing, named, shortened
 from gendist.serve.rows import RowReader, array_of_npy, numbers_of_json
 
@@ -73,11 +74,12 @@ class Questions:
     # Of data
 
     def data(
-        self, verb: str, content: Mapping[str, Any], kind: str, body: bytes | None, format_: str
+        self, verb: str, content: Mapping[str, Any], kind: str, body: bytes | None, format_: str, take: Take
     ) -> tuple[DataCall, Described]:
         """
         content  the options and, where there is no body, x (of decode z)
         body     an array or a table of the media type `kind`
+        take     room for so many bytes, or raises Problem
         """
         name = "z" if verb == "decode" else "x"
         options = {each: value for each, value in content.items() if each != name}
@@ -87,9 +89,9 @@ class Questions:
                 raise Problem(422, f"{name} is missing", name, LATENTS if name == "z" else self._rows.needs)
             x = self._latents_of_json(content[name]) if name == "z" else self._rows.of_json(content[name])
         elif kind == MEDIA_TYPES["npy"]:
-            x = array_of_npy(body, name) if name == "z" else self._rows.of_npy(body)
+            x = array_of_npy(body, name, take) if name == "z" else self._rows.of_npy(body, take)
         elif kind in (MEDIA_TYPES["arrow"], ARROW_FILE) and name == "x":
-            x = self._rows.of_arrow(body)
+            x = self._rows.of_arrow(body, take)
         else:
             raise Problem(415, f"content-type {shortened(kind)}", "content-type", listing(taken(verb)))
         chosen = data_options(options, self.hosted.trial.options[verb])

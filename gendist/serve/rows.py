@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from gendist.column_names import SEQUENCE, STEP
 from gendist.data import DataConfig, Schema, as_rows, as_sequences, source_of
 from gendist.data.column_types import entry_type, is_list, is_numeric, is_sparse, is_text
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
@@ -22,6 +23,7 @@ from gendist.data.sequences import as_fitted
 from gendist.data.sparse import to_csr
 from gendist.protocols import UserError
 from gendist.serve.arrow_messages import is_compressed, stream_of
+from gendist.serve.bodies import Take
 from gendist.serve.limits import Limits
 from gendist.serve.problems import Problem, listing, shortened
 
@@ -29,6 +31,7 @@ Array = np.ndarray[Any, Any]
 Rows = Array | list[Array]
 
 NUMBERS = f"numbers from {-MAX_MAGNITUDE:g} to {MAX_MAGNITUDE:g}, or null where an entry is missing"
+ENTRIES = {int, float, bool, type(None)}  # of a list of numbers in JSON
 
 
 class RowReader:
@@ -40,7 +43,7 @@ class RowReader:
 
     def __init__(self, schema: Schema, num_features: int, takes_sequences: bool, limits: Limits) -> None:
         self.schema, self.num_features, self.takes_sequences, self.limits = schema, num_features, takes_sequences, limits
-        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, "sequence", "step")
+        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, SEQUENCE, STEP)
         self._read = frozenset(filter(None, read)) if takes_sequences else frozenset((*schema.columns, *schema.feature_names))
         self._categories = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
 
@@ -108,8 +111,8 @@ class RowReader:
 
     # Of .npy
 
-    def of_npy(self, body: bytes) -> Rows:
-        array = array_of_npy(body, "x")
+    def of_npy(self, body: bytes, take: Take) -> Rows:
+        array = array_of_npy(body, "x", take)
         if not self.takes_sequences:
             return self._checked(self._flat(array, "x"))
         if array.ndim != 3:
@@ -119,9 +122,11 @@ class RowReader:
 
     # Of Arrow
 
-    def of_arrow(self, body: bytes) -> Rows:
+    def of_arrow(self, body: bytes, take: Take) -> Rows:
         """By the names of the columns, as files are read; other columns are not looked at."""
-        table = table_of_arrow(body, self.limits)
+        table = table_of_arrow(body)
+        self._check_number(table.num_rows)
+        take(8 * table.num_rows * self.num_features)
         try:
             return self._of_table(table)
         except UserError as error:
@@ -137,7 +142,6 @@ class RowReader:
         if self.takes_sequences:
             config = as_fitted(config, source, self.schema.sequence, self.schema.order, self.schema.text)
             source = as_sequences(source, config)
-            self._check_number(source.num_rows)
         else:
             as_rows(source, config)
         schema = Schema.of(source, config, known=self.schema)
@@ -165,17 +169,11 @@ class RowReader:
         return array.astype(np.float64, copy=False)
 
     def _checked(self, x_ND: Array) -> Array:
-        if len(x_ND) == 0:
-            raise self._refused("x has no rows")
         _check_magnitudes(x_ND, "x")
         return x_ND
 
     def _checked_sequences(self, sequences: list[Array]) -> list[Array]:
-        if not sequences:
-            raise self._refused("x has no sequences")
         for s, x_TD in enumerate(sequences):
-            if not 0 < len(x_TD) <= self.limits.max_length:
-                raise Problem(422, f"sequence {s} has {len(x_TD)} steps", f"x[{s}]", f"1 to {self.limits.max_length} steps")
             _check_magnitudes(x_TD, f"x[{s}]")
         return sequences
 
@@ -192,31 +190,30 @@ class RowReader:
 
 def numbers_of_json(values: list[Any], where: str, needs: str) -> Array:
     """An array of nested lists of numbers, NaN for null. Problem where they are ragged, or hold something else."""
+    _refuse_others(values, where, needs)
     try:
         array = np.asarray(values)
     except (ValueError, OverflowError):  # ragged
         raise Problem(422, f"the lists in {where} are not of one length and depth", where, needs) from None
     if array.dtype.kind in "buif":
         return array
-    if array.dtype.kind == "O":
-        for index, entry in np.ndenumerate(array):
-            if entry is not None and not isinstance(entry, int | float):
-                raise Problem(422, f"{_place(where, index)} is {shortened(entry)}", _place(where, index), needs)
-        try:
-            return array.astype(np.float64)
-        except OverflowError:
-            raise Problem(422, f"{where} has a number of too many digits", where, NUMBERS) from None
-    index, entry = next((index, entry) for index, entry in _entries(values) if isinstance(entry, str))
-    raise Problem(422, f"{_place(where, index)} is {shortened(entry)}", _place(where, index), needs)
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise Problem(422, f"{where} has a number of too many digits", where, NUMBERS) from None
 
 
-def _entries(values: Any, index: tuple[int, ...] = ()) -> Any:
-    """What nested lists hold, with its place."""
-    if isinstance(values, list):
+def _refuse_others(values: list[Any], where: str, needs: str) -> None:
+    """Problem where nested lists hold anything but numbers and null: before NumPy gives every number the width of the longest
+    text among them."""
+    kinds = set(map(type, values))
+    if not kinds <= ENTRIES | {list}:
+        i = next(i for i, each in enumerate(values) if type(each) not in ENTRIES | {list})
+        raise Problem(422, f"{where}[{i}] is {shortened(values[i])}", f"{where}[{i}]", needs)
+    if list in kinds:
         for i, each in enumerate(values):
-            yield from _entries(each, (*index, i))
-    else:
-        yield index, values
+            if isinstance(each, list):
+                _refuse_others(each, f"{where}[{i}]", needs)
 
 
 def _place(where: str, index: Sequence[int]) -> str:
@@ -230,9 +227,9 @@ def _check_magnitudes(x_ND: Array, where: str) -> None:
         raise Problem(422, f"{_place(where, index)} is {x_ND[index]:g}", _place(where, index), NUMBERS)
 
 
-def array_of_npy(body: bytes, where: str) -> Array:
+def array_of_npy(body: bytes, where: str, take: Take) -> Array:
     """The array of a .npy file, of real numbers of any type and byte order. Nothing in it is executed, and there is no more
-    memory for it than the bytes that came."""
+    memory for it than the bytes that came; `take` is told of what it needs as float64."""
     needs = "a whole .npy file of an array of real numbers"
     stream = io.BytesIO(body)
     try:
@@ -247,11 +244,13 @@ def array_of_npy(body: bytes, where: str) -> Array:
     if any(side < 0 for side in shape) or prod(shape) * dtype.itemsize != num_bytes:
         said = f"an array of shape {shortened(list(shape))} and {dtype} in {num_bytes} bytes"
         raise Problem(400, said, where, needs)
+    if dtype != np.float64:
+        take(8 * prod(shape))
     array = np.frombuffer(body, dtype, prod(shape), stream.tell())
     return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
 
 
-def table_of_arrow(body: bytes, limits: Limits) -> pa.Table:
+def table_of_arrow(body: bytes) -> pa.Table:
     """The table of an Arrow IPC stream or file, whose columns can be read without more memory than its rows need."""
     needs = "a whole Arrow IPC stream or file, uncompressed, of columns of numbers, texts or lists of numbers"
     try:
@@ -261,8 +260,6 @@ def table_of_arrow(body: bytes, limits: Limits) -> pa.Table:
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise Problem(400, f"the body is no Arrow IPC stream ({type(error).__name__})", "x", needs) from None
-    if table.num_rows > limits.max_rows:
-        raise Problem(413, f"x has {table.num_rows} rows", "x", f"up to {limits.max_rows}")
     if len(set(table.column_names)) != table.num_columns:
         raise Problem(422, "two columns of the table have one name", "x", needs)
     return table

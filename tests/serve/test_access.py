@@ -174,3 +174,13 @@ def test_a_line_a_request(hosted, lines):
 def test_nothing_is_guessed_by_a_browser(hosted):
     (answer,) = asked(http_app({"gmm": hosted["gmm"]}), ("POST", SAMPLE, {}))
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_web_sockets_are_refused(hosted):
+    handshake = (
+        b"GET /models HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+    )
+    with serving(http_app({"gmm": hosted["gmm"]})) as server, server.connected() as client:
+        client.sendall(handshake)
+        assert client.recv(100).startswith(b"HTTP/1.1 403")

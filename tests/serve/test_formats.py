@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import gendist
+from gendist.data import Schema
 from gendist.serve.arrow_messages import is_compressed, stream_of
-from gendist.serve.formats import MEDIA_TYPES, format_of
+from gendist.serve.formats import format_of
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem
-from gendist.serve.rows import array_of_npy, table_of_arrow
+from gendist.serve.rows import RowReader, array_of_npy, table_of_arrow
 
 FAMILIES = ["labelled_gmm", "gmm", "hmm", "naive_bayes", "labelled_vae", "vae_of_images", "gan"]
 SEED, NUM = 2**64 - 1, 70
@@ -196,7 +198,9 @@ def test_images_as_they_are_and_flat(server, artifacts):
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_of_any_type_and_order(dtype, order):
     array = np.asarray(np.arange(6).reshape(2, 3) % 2, dtype=dtype, order=order)
-    assert np.array_equal(array_of_npy(npy(array), "x"), array)
+    taken: list[int] = []
+    assert np.array_equal(array_of_npy(npy(array), "x", taken.append), array)
+    assert sum(taken) == (0 if dtype == "<f8" else 8 * array.size)
 
 
 def test_npy_that_is_refused():
@@ -215,7 +219,7 @@ def test_npy_that_is_refused():
     }
     for what, body in bad.items():
         with pytest.raises(Problem) as refused:
-            array_of_npy(body, "x")
+            array_of_npy(body, "x", int)
         assert refused.value.status in (400, 422), what
 
 
@@ -234,10 +238,10 @@ def test_compressed_arrow_is_told_before_it_is_read(new, compression):
     body = ipc(TABLE, new, compression=compression)
     assert is_compressed(stream_of(body)) == (compression is not None)
     if compression is None:
-        assert table_of_arrow(body, Limits()).equals(TABLE)
+        assert table_of_arrow(body).equals(TABLE)
     else:
         with pytest.raises(Problem, match="compressed"):
-            table_of_arrow(body, Limits())
+            table_of_arrow(body)
 
 
 def test_arrow_that_is_refused(server):
@@ -267,15 +271,38 @@ def test_arrow_that_is_refused(server):
     assert answers[0].json()["log_prob"] == answers[1].json()["log_prob"]
 
 
+def test_arrow_that_is_far_larger_than_its_body():
+    """Sparse rows: of next to no bytes, but of a number for each feature where they are computed."""
+    num_rows, width, limits = 200, 1_000, Limits(queue_bytes=1_000_000)
+    type_ = pa.struct({"indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())})
+    names = tuple(f"x_{i}" for i in range(width))
+    reader = RowReader(Schema(columns=("x",), feature_names=names, is_sparse=True), width, False, limits)
+    few, many = (ipc(pa.table({"x": pa.array([{"indices": [1], "values": [2.0]}] * n, type_)})) for n in (2, num_rows))
+    taken: list[int] = []
+    assert len(many) < limits.queue_bytes < 8 * num_rows * width
+    assert np.asarray(reader.of_arrow(few, taken.append)).sum() == 4.0
+    with pytest.raises(Problem) as refused:
+        reader.of_arrow(many, taken.append)
+    assert (refused.value.status, refused.value.field) == (413, "x")
+    assert taken == [8 * 2 * width]
+
+
 def test_the_format_is_what_the_client_likes_best():
     assert format_of(None, None) == format_of(None, "*/*") == format_of(None, "text/html, */*;q=0.1") == "json"
     assert format_of(None, "application/json;q=0.5, application/x-npy") == "npy"
     assert format_of(None, "image/*") == "png"
+    assert format_of(None, "application/json;q=0, */*") == "npy"
+    assert format_of(None, "*/*, application/json;q=0.1, application/x-npy;q=0.2") == "npz"
     assert format_of("arrow", "application/json") == "arrow"
     for query, accept in ((None, "text/html"), ("xml", None), (None, "application/json;q=0"), (None, "")):
         with pytest.raises(Problem) as refused:
             format_of(query, accept)
         assert refused.value.status == 406
+
+
+def test_accept_in_several_lines(server):
+    headers = [("accept", "application/json;q=0.5"), ("accept", "application/x-npy"), ("accept", "text/html;q=0.9")]
+    assert server.post("/models/gmm/sample", headers=headers).headers["content-type"] == MEDIA_TYPES["npy"]
 
 
 def test_numbers_that_are_not_finite_are_null(server):

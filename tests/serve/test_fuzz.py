@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import socket
@@ -10,6 +11,7 @@ import struct
 import tracemalloc
 
 import httpx
+import jsonschema
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -20,9 +22,9 @@ from schemathesis.generation import GenerationMode
 from served import serving, until
 
 from gendist.protocols import VERBS
-from gendist.serve.formats import MEDIA_TYPES
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
+from gendist.serve.media_types import MEDIA_TYPES
 
 SAMPLE = "/models/gmm/sample"
 LIMITS = Limits(max_rows=5_000, max_length=50, max_body_bytes=200_000)
@@ -90,8 +92,44 @@ def test_what_the_document_allows_and_what_it_does_not(limited, verb, mode):
     assert verb != "sample" or mode != GenerationMode.POSITIVE or 200 in statuses
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_right_is_in_the_document_and_is_answered_as_it_says(limited, hosted, name):
+    """Of every verb that is offered, in JSON and with its options in the query beside a body of .npy."""
+    schema = schemathesis.openapi.from_dict(limited.get("/openapi.json").json())
+    options = {"seed": 3, "offset": 2, "num_samples": 4, "given": next(iter(hosted[name].model.labels), 0)}
+    x = limited.post(f"/models/{name}/sample", json={"num_samples": 3, "seed": 1}).json()["x"]
+    for verb in hosted[name].verbs:
+        has = [each for each in hosted[name].trial.options[verb] if each != "given" or each in hosted[name].trial.needs_given]
+        rows = {} if verb == "sample" else {"x": x}
+        if verb == "decode":
+            rows = {"z": [0, 1]} if hasattr(hosted[name].model, "num_latents") else {"z": [[0.5, -0.5]]}
+        body = {**rows, **({"num_samples": 3} if verb == "sample" else {key: options[key] for key in has})}
+        operation = schema[f"/models/{{name}}/{verb}"]["POST"]
+        described = operation.definition.raw
+        said = described["requestBody"]["content"]["application/json"]["schema"]
+        jsonschema.validate(body, said)
+        answer = limited.post(f"/models/{name}/{verb}", json=body)
+        assert answer.status_code == 200, (verb, answer.text)
+        jsonschema.validate(answer.json(), described["responses"]["200"]["content"]["application/json"]["schema"])
+        if not rows or name == "naive_bayes":
+            continue
+        stream = io.BytesIO()
+        np.save(stream, np.asarray(next(iter(rows.values()))))
+        query = {key: body[key] for key in has}
+        assert query.keys() <= {each["name"] for each in described["parameters"] if each["in"] == "query"}
+        binary = limited.post(
+            f"/models/{name}/{verb}", params=query, content=stream.getvalue(), headers={"content-type": MEDIA_TYPES["npy"]}
+        )
+        assert binary.json() == answer.json()
+
+
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**30), 10**30)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.integers(0, 20_000).map(lambda length: "x" * length),
     lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from(["a", "b", "x", ""]), each, max_size=3),
     max_leaves=12,
 )
@@ -114,8 +152,6 @@ def test_json_of_any_shape(limited, name, verb, content, format_):
 
 def bodies() -> dict[str, bytes]:
     """Whole ones, by media type."""
-    import io
-
     stream, sink = io.BytesIO(), pa.BufferOutputStream()
     np.save(stream, np.random.default_rng(0).normal(size=(4, 2)))
     table = pa.table({"a": [1.0, 2.0], "b": [0.5, None]})
@@ -141,6 +177,28 @@ def test_damaged_bodies(limited, kind, place, change, is_cut):
     body[place : place + len(change)] = change
     content = bytes(body[:place]) if is_cut else bytes(body)
     refused_or_answered(limited.post("/models/gmm/log_prob", content=content, headers={"content-type": kind}))
+
+
+@settings(EXAMPLES, max_examples=30)
+@given(num_rows=st.integers(0, 20_000), num_columns=st.integers(1, 3), kind=st.sampled_from(["number", "null", "sparse"]))
+def test_tables_up_to_the_memory_that_there_is(limited, num_rows, num_columns, kind):
+    empty = pa.array(
+        [{"indices": [], "values": []}], pa.struct({"indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())})
+    )
+    column = {
+        "number": pa.array(np.zeros(num_rows, np.int8)),
+        "null": pa.nulls(num_rows),
+        "sparse": empty.take(pa.array(np.zeros(num_rows, np.int32))),
+    }[kind]
+    sink = pa.BufferOutputStream()
+    table = pa.table(dict.fromkeys("abx"[:num_columns], column))
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    content = sink.getvalue().to_pybytes()
+    answer = limited.post("/models/gmm/log_prob", content=content, headers={"content-type": MEDIA_TYPES["arrow"]})
+    refused_or_answered(answer)
+    if num_rows > LIMITS.max_rows:
+        assert answer.status_code == 413
 
 
 def test_clients_that_vanish(limited):
@@ -170,6 +228,8 @@ def test_clients_that_vanish(limited):
         b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n" % SAMPLE.encode(),
         b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n" % (b"a" * 50_000),
         b"GET /models HTTP/1.1\r\n%s\r\n" % (b"x: y\r\n" * 1_000),
+        b"GET /models HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+        b"sec-websocket-key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n",
         b"GET /\xff\xfe%00/../.. HTTP/1.1\r\nhost: x\r\n\r\n",
     ],
 )

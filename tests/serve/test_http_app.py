@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import re
+import sys
 import threading
+import tracemalloc
 
 import httpx
 import numpy as np
@@ -14,9 +17,12 @@ from served import TIMEOUT_S, serving, until
 
 import gendist
 from gendist.bulk import sample
+from gendist.noise import MAX_SEED
 from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
+from gendist.serve import http_app as http_app_module
 from gendist.serve import questions
+from gendist.serve.answers import SLICE_BYTES
 from gendist.serve.computing import Drawn
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
@@ -193,6 +199,30 @@ def test_the_document_describes_every_route(server):
                     assert response["content"]["application/json"]["example"].keys() == {"error", "field", "allowed"}
 
 
+def test_the_document_names_the_options_that_a_verb_has_and_where_they_stand(server, hosted):
+    document = server.get("/openapi.json").json()
+    for verb in set(VERBS) - {"sample"}:
+        operation = document["paths"][f"/models/{{name}}/{verb}"]["post"]
+        has = {option for model in hosted.values() for option in model.trial.options.get(verb, ())}
+        body = operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
+        assert body.keys() - {"x", "z"} == has
+        assert {each["name"] for each in operation["parameters"] if each["in"] == "query"} == has | {"format"}
+        assert "X-Gendist-Num-Samples" in operation["responses"]["200"]["headers"]
+    sample = document["paths"]["/models/{name}/sample"]["post"]
+    assert {each["name"] for each in sample["parameters"] if each["in"] == "query"} == {"format"}
+    seed = sample["requestBody"]["content"]["application/json"]["schema"]["properties"]["seed"]
+    pattern = next(each["pattern"] for each in seed["anyOf"] if "pattern" in each)
+    for number in (0, 9, 10**19, MAX_SEED - 1, MAX_SEED):
+        assert re.search(pattern, str(number)), number
+    for text in (str(MAX_SEED + 1), "9" * 20, "1" * 21, "", "-1", "1.5"):
+        assert not re.search(pattern, text), text
+
+
+def test_the_document_says_whether_a_token_is_needed(hosted):
+    for tokens, security in (((), []), (("secret",), [{"token": []}])):
+        assert http_app({"gmm": hosted["gmm"]}, tokens=tokens).openapi()["security"] == security
+
+
 def test_health(server):
     assert server.get("/healthz").json() == {"status": "alive"}
     assert server.get("/readyz").json()["status"] == "ready"
@@ -272,6 +302,28 @@ def test_mistakes_are_told_with_the_field(server, path, content, status, field):
     assert len(answer.content) < 2_000
 
 
+@pytest.mark.parametrize(("verb", "field"), [("log_prob", "x"), ("decode", "z")])
+def test_a_long_text_among_numbers_takes_no_memory(server, verb, field):
+    num_rows, num_characters = 3_000, 20_000
+    body = json.dumps({field: [[0.0, 1.0]] * num_rows + [[0.0, "x" * num_characters]]})
+    tracemalloc.start()
+    try:
+        answer = server.post(f"/models/gmm/{verb}", content=body, headers=JSON)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (answer.status_code, answer.json()["field"]) == (422, f"{field}[{num_rows}][1]")
+    assert peak < num_rows * num_characters
+
+
+def test_no_memory_for_a_body_is_told(server, monkeypatch):
+    def none(values):
+        raise MemoryError
+
+    monkeypatch.setattr("gendist.serve.rows.np.asarray", none)
+    assert server.post("/models/gmm/log_prob", json={"x": [[0.0, 1.0]]}).status_code == 413
+
+
 def test_bodies_of_other_types(server):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/x-npy"):
         answer = server.post(SAMPLE, content=b"{}", headers={"content-type": kind})
@@ -295,6 +347,29 @@ def test_bodies_that_are_too_large(hosted):
         answer = server.post(SAMPLE, content=parts(), headers=JSON)
         assert answer.status_code == 413
         assert server.post(SAMPLE, json={}).status_code == 200
+
+
+def test_json_has_a_smaller_limit(hosted):
+    rows = np.zeros((100, 2))
+    binary = io.BytesIO()
+    np.save(binary, rows)
+    with serving(http_app({"gmm": hosted["gmm"]}, Limits(max_json_bytes=100))) as server:
+        refused = server.post("/models/gmm/log_prob", json={"x": rows.tolist()})
+        assert (refused.status_code, refused.json()["field"]) == (413, "body")
+        kind = {"content-type": "application/x-npy"}
+        assert server.post("/models/gmm/log_prob", content=binary.getvalue(), headers=kind).status_code == 200
+        assert server.post("/models/gmm/log_prob", json={"x": rows[:2].tolist()}).status_code == 200
+
+
+def test_room_is_for_what_a_body_becomes(watched):
+    body = {"seed": 666}
+    with serving(http_app({"gmm": watched})) as server, server.connected() as client:
+        client.sendall(_request(SAMPLE, body))
+        until(lambda: len(watched.calls) == 1, "it is computed")
+        objects = sys.getsizeof([]) * len(json.dumps(body)) // len("[],")  # in as many bytes
+        assert server.app.state.server.room.num_bytes > objects
+        watched.leave.set()
+        until(lambda: server.app.state.server.room.num_bytes == 0, "its room is free")
 
 
 def test_a_slow_body_is_cut_off(hosted):
@@ -385,6 +460,45 @@ def test_a_failure_on_the_way_cuts_the_answer_off(watched, format_, caplog):
         assert "test's" not in failed.text
 
 
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_an_answer_is_sent_in_slices_and_held_in_the_room(watched, num_chunks):
+    num_samples, sent, held = num_chunks * watched.chunk_rows - 1, [], []
+
+    async def asked():
+        app = http_app({"gmm": watched})
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                sent.append(message["body"])
+                held.append(app.state.server.room.num_bytes)
+
+        body = json.dumps({"num_samples": num_samples, "seed": 1}).encode()
+        await _asked(app, send, [{"type": "http.request", "body": body}], query=b"format=json")
+        assert app.state.server.room.num_bytes == 0
+
+    asyncio.run(asked())
+    assert len(json.loads(b"".join(sent))["x"]) == num_samples
+    assert max(map(len, sent)) <= SLICE_BYTES < sum(map(len, sent))
+    assert min(held) > 8 * min(num_samples, watched.chunk_rows)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3])
+def test_who_takes_nothing_is_given_up(watched, num_chunks, caplog):
+    async def asked():
+        app = http_app({"gmm": watched}, Limits(time_limit_s=0.2))
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        body = json.dumps({"num_samples": num_chunks * watched.chunk_rows, "seed": 1}).encode()
+        await _asked(app, send, [{"type": "http.request", "body": body}], query=b"format=json")
+        assert app.state.server.room.num_bytes == 0
+
+    asyncio.run(asked())
+    assert "the client took nothing" in caplog.text
+
+
 # Clients that hang up
 
 
@@ -410,6 +524,43 @@ def test_who_hangs_up_frees_the_queue(watched):
         watched.leave.set()
         assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
         assert {call.seed for call in watched.calls} == {666, 1}
+
+
+@pytest.fixture
+def slow_reading(monkeypatch):
+    """Large bodies are read only when this is set; and whether one is."""
+    leave, began = threading.Event(), threading.Event()
+    read = http_app_module._asked
+
+    def slowly(*args):
+        began.set()
+        assert leave.wait(TIMEOUT_S)
+        return read(*args)
+
+    monkeypatch.setattr(http_app_module, "_asked", slowly)
+    yield leave, began
+    leave.set()
+
+
+LARGE = {"seed": 1, "given": "x" * http_app_module.MOST_AT_ONCE}
+
+
+def test_who_hangs_up_while_his_body_is_read_is_noticed(watched, slow_reading):
+    leave, began = slow_reading
+    with serving(http_app({"gmm": watched})) as server:
+        with server.connected() as client:
+            client.sendall(_request(SAMPLE, LARGE))
+            assert began.wait(TIMEOUT_S)
+        text = 'gendist_requests_total{model="gmm",status="499",verb="sample"} 1.0'
+        until(lambda: text in server.get("/metrics").text, "the request is given up")
+        assert not leave.is_set()
+        leave.set()
+
+
+def test_the_time_limit_is_that_of_reading_a_body_too(watched, slow_reading):
+    with serving(http_app({"gmm": watched}, Limits(time_limit_s=0.2))) as server:
+        assert server.post(SAMPLE, json=LARGE).status_code == 504
+        slow_reading[0].set()
 
 
 def test_who_hangs_up_in_a_stream_ends_it(watched):
