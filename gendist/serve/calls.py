@@ -32,6 +32,7 @@ class SampleCall:
 
     given   a label or a component to draw from alone
     length  of each sequence, in steps; None: what the model says. Of models of sequences alone
+    alone   without labels and states, which are drawn anew to be told
     """
 
     num_samples: int
@@ -39,6 +40,7 @@ class SampleCall:
     offset: int = 0
     given: Any = None
     length: int | None = None
+    alone: bool = False
 
     @property
     def verb(self) -> str:

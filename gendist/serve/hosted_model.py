@@ -241,6 +241,8 @@ class HostedModel:
         """x and what it was drawn from. Sparse rows become dense ones, which the size of a chunk has room for."""
         which: dict[str, Any] = {"seed": call.seed, "offset": call.offset, "given": call.given}
         answer = {"x": (x.to_dense() if x.is_sparse_csr else x).numpy()}
+        if call.alone:
+            return answer
         if self.model.labels and hasattr(self._within, "sample_classes"):
             answer["label"] = self._within.sample_classes(call.num_samples, **which).numpy()
         if self.takes_sequences and hasattr(self._within, "sample_states"):

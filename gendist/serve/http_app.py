@@ -254,7 +254,7 @@ def _asked(
             raise Problem(413, "there is no memory for what is in the body", "body") from None
     if array is not None:
         raise Problem(415, f"content-type {shortened(kind)}", "content-type", listing(taken(verb)))
-    return questions.sample(options)
+    return questions.sample(options, format_)
 
 
 def _options_of(kind: str, body: bytes, query: dict[str, str]) -> tuple[dict[str, Any], bytes | None]:

@@ -23,6 +23,7 @@ from gendist.serve.rows import RowReader, array_of_npy, numbers_of_json
 
 OF_ROWS = ("log_prob", "elbo", "log_prob_bound")  # one number a row
 LIKE_X = ("x", "decode", "impute", "reconstruct")
+X_ALONE = ("npy", "png")  # formats that have no room for labels and states
 LATENTS = "a list of rows of latents, or of numbers of components"
 
 
@@ -45,11 +46,11 @@ class Questions:
 
     # Samples
 
-    def sample(self, content: Mapping[str, Any]) -> tuple[SampleCall, Described]:
+    def sample(self, content: Mapping[str, Any], format_: str) -> tuple[SampleCall, Described]:
         body = sample_body(content)
         # Below 2^53, so that whoever reads it as a number of JavaScript's has the same one.
         seed = secrets.randbits(53) if body.seed is None else body.seed
-        call = SampleCall(body.num_samples, seed, body.offset, body.given, body.length)
+        call = SampleCall(body.num_samples, seed, body.offset, body.given, body.length, alone=format_ in X_ALONE)
         self._check(call)
         described = Described(
             name="x",
