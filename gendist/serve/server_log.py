@@ -1,13 +1,18 @@
 """The log of a server: a line of JSON for each request, and what went wrong.
 
 Replicas of a cluster write it to their standard error, which Ray keeps with its own logs. Those of `gendist serve`, with which
-Ray's logs go, write it into a pipe that it shows on its own standard error.
+Ray's logs go, write it into a pipe that it shows on its own standard error. No request waits until that is read: a thread
+writes, a little later, and what nobody reads for long is lost.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +21,8 @@ from typing import BinaryIO, TextIO
 
 VARIABLE = "GENDIST_LOG"  # of a replica's environment: the pipe
 LAST_LINES_S = 5.0
+LATER_S = 0.2
+MOST_LINES = 100_000  # that wait to be written
 
 
 def write_log() -> None:
@@ -24,8 +31,39 @@ def write_log() -> None:
     # A line of less than 4096 bytes goes into a pipe in one piece, also where several write to it.
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     logger = logging.getLogger("gendist")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers, logger.propagate = [_Later(handler)], False
     logging.getLogger("gendist.access").setLevel(logging.INFO)
+
+
+class _Later(logging.Handler):
+    """Hands records to another handler, in a thread."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+        self._waiting: deque[logging.LogRecord] = deque(maxlen=MOST_LINES)
+        self._is_urgent = threading.Event()
+        Thread(target=self._run, name="log", daemon=True).start()
+        atexit.register(self._end)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._waiting.append(record)
+        if record.levelno > logging.INFO:
+            self._is_urgent.set()
+
+    def _run(self) -> None:
+        while True:
+            self._is_urgent.wait(LATER_S)
+            self._is_urgent.clear()
+            while self._waiting:
+                self._handler.handle(self._waiting.popleft())
+
+    def _end(self) -> None:
+        """Wait for the last lines, if somebody reads them."""
+        until = time.monotonic() + LAST_LINES_S
+        while self._waiting and time.monotonic() < until:
+            self._is_urgent.set()
+            time.sleep(0.01)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 
-from gendist.serve.server_log import shown_log
+from gendist.serve.server_log import VARIABLE, shown_log
 
 REPLICA = """
 import logging, sys
@@ -51,3 +51,21 @@ def test_every_line_of_every_replica_is_shown(tmp_path):
 def test_elsewhere_it_is_standard_error():
     log = started(0).communicate(timeout=120)[1]
     assert is_complete(log, 0), log
+
+
+def test_nobody_waits_for_a_log_that_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        # Many times what a pipe holds.
+        words = [sys.executable, "-c", REPLICA.replace("range(100)", "range(20_000)") + "print('done', flush=True)", "0"]
+        replica = subprocess.Popen(
+            words, env={**os.environ, VARIABLE: str(tmp_path / "log")}, stdout=subprocess.PIPE, text=True
+        )
+        assert replica.stdout is not None
+        assert replica.stdout.readline() == "done\n"  # else the test's own time limit ends it
+    finally:
+        replica.kill()
+        replica.wait()
+        replica.stdout.close()
+        os.close(reader)
