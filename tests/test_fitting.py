@@ -72,6 +72,7 @@ def test_what_a_run_leaves(unbroken):
         "checkpoints",
         "artifact",
         "samples.png",
+        "components.png",  # the family's own figure
     }
     manifest = json.loads((unbroken / "manifest.json").read_text())
     assert manifest["results"]["num_iterations"] == 12
