@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 WAIT_S = 0.5
 
@@ -37,4 +38,7 @@ class _Mailbox:
         return self._num_checkpoints
 
 
-Mailbox: Any = ray.remote(num_cpus=0)(_Mailbox)
+def new_mailbox() -> Any:
+    """On the driver's node, since it is of no use without the driver, and must not be lost with the node of a worker."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()

@@ -36,7 +36,7 @@ from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, chec
 from gendist.train.processes import TIMEOUT_S
 from gendist.train.ray_line import Line, log_over
 from gendist.train.ray_listener import Listener
-from gendist.train.ray_mailbox import Mailbox
+from gendist.train.ray_mailbox import new_mailbox
 
 NO_ROOM_LIMIT_S = 300.0
 NUM_STARTS = 30  # of a group that does not get as far as the function; each waits 10 s for a cluster that is busy
@@ -89,7 +89,7 @@ def train_on_ray(
     check_room(least, each)
     storage = folder / ".ray_train"
     shutil.rmtree(storage, ignore_errors=True)
-    mailbox = Mailbox.remote()
+    mailbox = new_mailbox()
 
     def work() -> Any:
         return _work(function, mailbox, use_gpu, silence_limit_s)
