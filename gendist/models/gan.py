@@ -38,6 +38,9 @@ DISCRIMINATOR = Phase("discriminator", "discriminator")
 PENALTY = Phase("penalty", "discriminator")
 GENERATOR = Phase("generator", "generator")
 
+# What D judges in a phase, each with noise of its own: the ends of the names of its draws.
+OF_REAL, OF_FAKE, OF_OTHER = "", "_of_fake", "_of_other"
+
 HAS_WON = 0.99  # D's accuracy, over many samples, from which G has nothing to learn from
 
 
@@ -298,11 +301,14 @@ class GenerativeAdversarialNetwork:
             draws["other_latent"] = Draw("normal", self.config.latent_dim)
         if self._has_penalty(phase) and self.config.penalty == "gradient_penalty":
             draws["interpolation"] = Draw("uniform", 1)
-        if width := num_uniforms(self.config.augmentation):
-            of_real = ["augmentation"] if phase != GENERATOR or self._is_semi_supervised else []
-            of_fake = ["augmentation_of_fake"] if phase != PENALTY else []
-            of_other = ["augmentation_of_other"] if "other_latent" in draws else []
-            draws |= dict.fromkeys([*of_real, *of_fake, *of_other], Draw("uniform", width))
+        of_real = [OF_REAL] if phase != GENERATOR or self._is_semi_supervised else []
+        of_fake = [OF_FAKE] if phase != PENALTY else []
+        of_other = [OF_OTHER] if "other_latent" in draws else []
+        for judged in (*of_real, *of_fake, *of_other):
+            if width := num_uniforms(self.config.augmentation):
+                draws[f"augmentation{judged}"] = Draw("uniform", width)
+            if width := getattr(self.discriminator, "noise_width", 0):
+                draws[f"discriminator{judged}"] = Draw("normal", width)
         return draws
 
     def check_labels(self, counts: LabelCounts) -> None:
@@ -342,7 +348,7 @@ class GenerativeAdversarialNetwork:
         watched: dict[str, Tensor] = {}
         if phase == DISCRIMINATOR:
             assert fake is not None
-            outputs, fake_outputs = self._judged(real, noise), self._judged(fake, noise, "augmentation_of_fake")
+            outputs, fake_outputs = self._judged(real, noise), self._judged(fake, noise, OF_FAKE)
             real_B, fake_B = self._logits(outputs, classes_BC), self._logits(fake_outputs, classes_BC)
             of_real_B, of_fake_B = discriminator_loss(self.config.loss, real_B, fake_B)
             if self._is_semi_supervised:
@@ -373,14 +379,14 @@ class GenerativeAdversarialNetwork:
         """() what G minimises, summed over the samples."""
         if not self._is_semi_supervised:
             classes_BC = self._classes(batch)
-            fake = self._judged(self._generated(noise["latent"], classes_BC), noise, "augmentation_of_fake")
+            fake = self._judged(self._generated(noise["latent"], classes_BC), noise, OF_FAKE)
             return self._sum_of_samples(generator_loss(self.config.loss, self._logits(fake, classes_BC)), batch)
         with torch.no_grad():
             real_BF = self._judged(self._seen(batch.x), noise, gives_features=True)
-        fake_BF = self._judged(self._generated(noise["latent"]), noise, "augmentation_of_fake", gives_features=True)
+        fake_BF = self._judged(self._generated(noise["latent"]), noise, OF_FAKE, gives_features=True)
         if self._matches_pairs:
             other = self._generated(noise["other_latent"])
-            other_BF = self._judged(other, noise, "augmentation_of_other", gives_features=True)
+            other_BF = self._judged(other, noise, OF_OTHER, gives_features=True)
             return weighted_sum(semi_supervised.pairwise_feature_matching(real_BF, fake_BF, other_BF), batch)
         return batch.num_rows * semi_supervised.feature_matching(real_BF, fake_BF, batch.weights_or_ones().to(real_BF))
 
@@ -399,14 +405,13 @@ class GenerativeAdversarialNetwork:
         assert batch.evidence is not None
         return batch.evidence.softmax(1).float()
 
-    def _judged(
-        self, y: Tensor, noise: Mapping[str, Tensor], augmentation: str = "augmentation", gives_features: bool = False
-    ) -> Tensor:
+    def _judged(self, y: Tensor, noise: Mapping[str, Tensor], judged: str = OF_REAL, gives_features: bool = False) -> Tensor:
         """(B, outputs) what D gives of samples as networks see them, augmented; or (B, F) its features."""
         if self.config.augmentation:
-            y = augment(y, self.config.augmentation, noise[augmentation])
-        judged: Tensor = self.discriminator(y, True) if gives_features else self.discriminator(y)
-        return judged.float()
+            y = augment(y, self.config.augmentation, noise[f"augmentation{judged}"])
+        within = [noise[name] for name in (f"discriminator{judged}",) if name in noise]
+        output: Tensor = self.discriminator(y, *within, **({"gives_features": True} if gives_features else {}))
+        return output.float()
 
     def _logits(self, outputs_B: Tensor, classes_BC: Tensor | None) -> Tensor:
         """(B,) larger for data."""

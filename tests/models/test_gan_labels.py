@@ -295,18 +295,20 @@ def test_validation_counts_the_errors_of_rows_with_a_label():
 
 # Both
 
-
+NOISY = {"hidden_sizes": [6, 5], "activation": "tanh", "input_noise": 0.3, "hidden_noise": 0.5}
 CASES = {
     "condition": {"penalty_every": 2, "augmentation": ["color", "translation", "cutout"]},
     "wasserstein": {"loss": "wasserstein", "penalty": "gradient_penalty", "augmentation": ["translation"]},
     "pairs": {"labels": "semi_supervised", "feature_matching": "pairs", "augmentation": ["cutout", "translation"]},
+    "noise": {"penalty_every": 2, "discriminator": NOISY},
+    "pairs and noise": {"labels": "semi_supervised", "feature_matching": "pairs", "discriminator": NOISY},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_of_micro_batches_add_up_to_that_of_the_whole(name):
     model = small(**CASES[name])
-    is_semi = name == "pairs"
+    is_semi = "pairs" in name
     batch = batch_of([0, 2, -1, 1, -1, -1, 0] if is_semi else [0, 2, 1, 1, 0, 2, 0], weights=torch.linspace(0.5, 2.0, 7))
     for phase in (DISCRIMINATOR, PENALTY, GENERATOR):
         if phase not in model.phases(0):
@@ -339,6 +341,31 @@ def test_data_and_samples_are_augmented_and_verbs_are_not():
     assert all(not torch.equal(first[name], second[name]) for name in ("real", "fake", "penalty"))
     assert torch.equal(plain.sample(5), augmented.sample(5))
     assert torch.equal(plain.encode(batch.x), augmented.encode(batch.x))
+
+
+def test_noise_is_added_to_what_each_layer_is_given_and_verbs_see_none():
+    model = small(x_shape=(4,), output="linear", penalty="none", discriminator=NOISY)
+    assert {name: d.width for name, d in model.draws(DISCRIMINATOR).items()} == {
+        "latent": 3,
+        "discriminator": 4 + 6 + 5,
+        "discriminator_of_fake": 4 + 6 + 5,
+    }
+    batch = batch_of([0, 1, 2], width=4)
+    noise = noise_of(model, DISCRIMINATOR, 3)
+    first, second, last = (layer for layer in model.discriminator if isinstance(layer, nn.Linear))
+
+    def logits(x, noise_BW):
+        h = (first(x + 0.3 * noise_BW[:, :4])).tanh() + 0.5 * noise_BW[:, 4:10]
+        outputs = last(second(h).tanh() + 0.5 * noise_BW[:, 10:])
+        return adversarial.projection(outputs, batch.evidence.softmax(1))
+
+    fake = model.generator(torch.cat([noise["latent"], batch.evidence.softmax(1)], 1))
+    by_hand = adversarial.discriminator_loss(
+        "non_saturating", logits(batch.x, noise["discriminator"]), logits(fake, noise["discriminator_of_fake"])
+    )
+    terms = model.loss(DISCRIMINATOR, batch, noise, 0).terms
+    torch.testing.assert_close(torch.stack([terms["real"], terms["fake"]]), torch.stack([term.sum() for term in by_hand]))
+    torch.testing.assert_close(model.encode(batch.x), second(first(batch.x).tanh()).tanh())
 
 
 def test_a_discriminator_that_has_won_is_told():
@@ -419,6 +446,7 @@ def test_classify_is_offered_where_classes_are_learned():
     [
         ({"labels": "semi_supervised", "loss": "hinge"}, "loss hinge"),
         ({"feature_matching": "pairs"}, "semi_supervised alone"),
+        ({"discriminator": {"channels": [8], "hidden_noise": 0.5}}, "hidden_noise is of fully connected layers"),
     ],
 )
 def test_configurations_that_are_no_game_are_refused(fields, match):

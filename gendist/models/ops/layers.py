@@ -22,23 +22,54 @@ Normalization = Literal["none", "layer", "group"]
 MAX_GROUPS, LEAST_CHANNELS = 32, 4  # of a group normalization, and of each of its groups
 
 
-class Layers(nn.Sequential):
-    """One layer after the other; the last that has weights is linear in the features before it."""
+class AddedNoise(nn.Module):
+    """Where normal noise of this standard deviation is added to `width` numbers of each sample, in a call that brings noise."""
 
-    def features(self, x: Tensor) -> Tensor:
+    def __init__(self, width: int, standard_deviation: float) -> None:
+        super().__init__()
+        self.width, self.standard_deviation = width, standard_deviation
+
+    def forward(self, x: Tensor, noise_BW: Tensor | None = None) -> Tensor:
+        return x if noise_BW is None else x + self.standard_deviation * noise_BW
+
+
+class Layers(nn.Sequential):
+    """One layer after the other; the last that has weights is linear in the features before it.
+
+    noise_BW  (B, noise_width) standard normal numbers for all of its `AddedNoise`, as when it is trained; None adds none
+    """
+
+    @property
+    def noise_width(self) -> int:
+        return sum(layer.width for layer in self if isinstance(layer, AddedNoise))
+
+    def forward(self, x: Tensor, noise_BW: Tensor | None = None) -> Tensor:
+        return self._through(len(self), x, noise_BW)
+
+    def features(self, x: Tensor, noise_BW: Tensor | None = None) -> Tensor:
         """(B, F) what the last layer is given."""
-        for layer in list(self)[:-1]:
-            x = layer(x)
+        return self._through(len(self) - 1, x, noise_BW)
+
+    def _through(self, num_layers: int, x: Tensor, noise_BW: Tensor | None) -> Tensor:
+        taken = 0
+        for layer in list(self)[:num_layers]:
+            if isinstance(layer, AddedNoise) and noise_BW is not None:
+                x = layer(x, noise_BW[:, taken : taken + layer.width])
+                taken += layer.width
+            else:
+                x = layer(x)
         return x
 
 
 @dataclass(frozen=True)
 class LayerKinds:
-    """What a configuration says of every layer of a network."""
+    """What a configuration says of every layer of a network. The noises are standard deviations (`AddedNoise`)."""
 
     activation: Activation
     normalization: Normalization
     spectral_norm: bool
+    input_noise: float = 0.0
+    hidden_noise: float = 0.0
 
     def linear(self, before: int, after: int) -> nn.Linear:
         return (SpectralLinear if self.spectral_norm else nn.Linear)(before, after)
@@ -48,6 +79,9 @@ class LayerKinds:
 
     def transposed_convolution(self, before: int, after: int, kernel: int, **options: Any) -> nn.ConvTranspose2d:
         return (SpectralConvTranspose2d if self.spectral_norm else nn.ConvTranspose2d)(before, after, kernel, **options)
+
+    def added_noise(self, width: int, standard_deviation: float) -> list[nn.Module]:
+        return [AddedNoise(width, standard_deviation)] if standard_deviation > 0.0 else []
 
     def nonlinear(self, num_channels: int) -> list[nn.Module]:
         """What stands between two linear layers: each sample is normalized on its own, over all pixels."""

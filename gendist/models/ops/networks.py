@@ -165,10 +165,11 @@ def _layers(config: NetworkConfig, input_shape: tuple[int, ...], output_shape: t
 def _fully_connected(
     kinds: LayerKinds, hidden_sizes: tuple[int, ...], input_shape: tuple[int, ...], output_shape: tuple[int, ...]
 ) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Flatten()]
     size = prod(input_shape)
+    layers: list[nn.Module] = [nn.Flatten(), *kinds.added_noise(size, kinds.input_noise)]
     for hidden_size in hidden_sizes:
         layers += [kinds.linear(size, hidden_size), *kinds.nonlinear(hidden_size)]
+        layers += kinds.added_noise(hidden_size, kinds.hidden_noise)
         size = hidden_size
     layers.append(kinds.linear(size, prod(output_shape)))
     return layers if len(output_shape) == 1 else [*layers, nn.Unflatten(1, output_shape)]

@@ -30,13 +30,17 @@ class ClassifyingDiscriminator(nn.Module):
             )
         self.network = network
 
-    def forward(self, x: Tensor, gives_features: bool = False) -> Tensor:
+    @property
+    def noise_width(self) -> int:
+        return getattr(self.network, "noise_width", 0)
+
+    def forward(self, x: Tensor, *noise_BW: Tensor, gives_features: bool = False) -> Tensor:
         """(B, K) logits, or (B, F) what the last layer makes them of."""
-        features_or_logits: Tensor = self.features(x) if gives_features else self.network(x)
+        features_or_logits: Tensor = self.features(x, *noise_BW) if gives_features else self.network(x, *noise_BW)
         return features_or_logits
 
-    def features(self, x: Tensor) -> Tensor:
-        features: Tensor = self.network.features(x)  # type: ignore[operator]
+    def features(self, x: Tensor, *noise_BW: Tensor) -> Tensor:
+        features: Tensor = self.network.features(x, *noise_BW)  # type: ignore[operator]
         return features.flatten(1)
 
 
