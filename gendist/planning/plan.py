@@ -144,7 +144,7 @@ def _advice(spec: Spec, machine: Machine, found: em.EMPlan | deep.DeepPlan, bend
     if isinstance(found, em.EMPlan):
         leaves = found.work.leaves
         lines.append(
-            f"a block is {leaves.max_leaf_rows:,} rows, as the shape of the data has it: results hang on blocks, not on workers; "
+            f"a block is {leaves.max_leaf_rows:,} rows, by the shape of the data: results hang on blocks, not on workers; "
             f"{leaves.num_leaves:,} blocks keep as many workers busy, and no more"
         )
         if found.chosen.memory_bytes > machine.memory_bytes:
