@@ -524,6 +524,8 @@ class HiddenMarkovModel:
         else:
             num_gaussians = num_states * emission.num_components
             of_emission = gaussian_statistics.pass_cost(emission.covariance_type, num_gaussians, len(summary.features))
+            if emission.num_components > 1:  # whose densities are told once more when the moments are taken
+                of_emission += PassCost(0.5 * of_emission.flops_per_row, 0, tensor_bytes({"weights": (num_gaussians,)}))
         pairs = tensor_bytes({"initial": (num_states,), "transitions": (num_states, num_states)})
         num_sequences = max(1, summary.num_sequences)
         lengths = torch.full((num_sequences,), summary.num_rows // num_sequences)

@@ -121,12 +121,16 @@ def largest_micro_batch(networks: Networks, plain: Step, config: DeepConfig, mem
 def networks_of(spec: Spec, sizes: Sizes, labels: tuple[Any, ...], workers: int) -> Networks:
     """UserError where the configuration does not fit such data, or so many workers."""
     assert isinstance(spec.fit, DeepConfig)
-    with torch.device("meta"):
-        model = family_class(spec.family).create(spec.model, sizes.x_shape, labels, spec.seed)
+    try:
+        with torch.device("meta"):
+            model = family_class(spec.family).create(spec.model, sizes.x_shape, labels, spec.seed)
+    except (RuntimeError, NotImplementedError) as error:  # of a family that looks at values of tensors
+        why = str(error).strip().splitlines()[0]
+        raise UserError(f"the family {spec.family} cannot be made of shapes alone, as a plan has to ({why})") from error
     division = Division(spec.fit.global_batch_size, max(1, workers), spec.fit.micro_batch_size)
     for network in model.networks().values():
         network.train()
-    restrictions.check(model, 0, spec.fit, division, sizes.num_rows)
+    restrictions.check(model, 0, spec.fit, division, max(1, sizes.num_rows))
     entries = {name: sizes_of(network) for name, network in model.networks().items()}
     return Networks(entries, count_phases(model, spec.fit, len(labels)))
 

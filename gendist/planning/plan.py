@@ -82,6 +82,7 @@ class Plan:
             "phases": [asdict(cost) for cost in found.networks.phases],
             "step": deep.as_dict(found.chosen),
             "stages": stages,
+            "largest_micro_batch": found.micro_batch,
             "curve": [deep.as_dict(each) for each in found.curve],
         }
 

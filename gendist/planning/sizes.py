@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gendist.blocks import Leaves, LocalBlocks
-from gendist.config import Spec
+from gendist.config import Spec, is_trained
 from gendist.data import Dataset, Schema, as_rows, as_sequences, open_source
 from gendist.data.schema import Takes
 from gendist.data.sequence_source import SequenceSource
@@ -25,6 +25,7 @@ SEQUENCE_LENGTH = 100
 @dataclass(frozen=True)
 class Sizes:
     """
+    num_rows    0: nobody knows, and nothing depends on it
     x_shape     of a row behind the transforms: an image's, or (D,)
     length      the mean length of sequences; 0 where rows are independent
     assumed     lines about what nobody said
@@ -80,6 +81,8 @@ def sizes_of(spec: Spec, family: Any, num_rows: int | None, num_features: int | 
     except UserError as error:
         shape = spec.data.image_shape
         width = num_features or (prod(shape[1:] if takes_sequences else shape) if shape else None)
+        if num_rows is None and is_trained(family):
+            num_rows = 0  # a step does not depend on how many there are
         if num_rows is None or width is None:
             raise UserError(f"{error}; without the data say how large they are: --rows and --features") from None
         length = 0

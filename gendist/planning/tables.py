@@ -18,7 +18,8 @@ WIDTH = 100
 
 def show(plan: Plan, console: Console) -> None:
     found = plan.found
-    what = f"{plan.spec.name}: family {plan.spec.family}, {plan.sizes.num_rows:,} rows of {plan.sizes.num_features:,} features"
+    num_rows = f"{plan.sizes.num_rows:,} " if plan.sizes.num_rows else ""
+    what = f"{plan.spec.name}: family {plan.spec.family}, {num_rows}rows of {plan.sizes.num_features:,} features"
     console.print(what, highlight=False)
     if isinstance(found, EMPlan):
         each, cost = found.chosen, found.cost

@@ -73,7 +73,7 @@ def sent(processes: Processes, engine: str) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def traffic() -> Any:
-    return worlds.run([worlds.Job(name, 2, sent, (name,)) for name in ENGINES], timeout_s=150.0)
+    return worlds.run([worlds.Job(name, 2, sent, (name,)) for name in ENGINES], timeout_s=200.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
