@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -49,7 +50,8 @@ def show(plan: Plan, console: Console) -> None:
     for title, lines in (("advice", plan.advice), ("assumed", plan.assumptions)):
         console.print(f"{title}:")
         for line in lines:
-            console.print(f"  - {line}", highlight=False, markup=False)
+            said = fill(line, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+            console.print(said, highlight=False, markup=False)
 
 
 COLUMNS = ("engine", "params", "grads", "optim.", "EMA", "transit", "activ.", "total", "fits", "on host", "sent")
