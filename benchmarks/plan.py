@@ -3,9 +3,9 @@
     python benchmarks/plan.py [CASE ...] [--workers 0 1 2] [--scale 10] [--address HOST:PORT --workers-per-node N] [--no-memory]
 
 A plan is made before each fit, so that both meet the machine as it is. Measured are medians over the iterations after the
-second, and of steps over the records after the first; memory is the peak of a fit in one process less that of a fit of few
-rows (`memory.py`), beside the plan's rows, or states and activations. With --address the fits run on a cluster that is there:
-inside a host of cluster/testbed.py, say.
+second, and of steps over the records after the second, without workers as CPU time; memory is the peak of a fit in one process
+less that of a fit of few rows (`memory.py`), beside the plan's rows, or states and activations. With --address the fits run on
+a cluster that is there: inside a host of cluster/testbed.py, say.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ import numpy as np
 from memory import MIB, fit_gendist, main_or_measured, peak_mib
 from tables import print_machine, print_table, scale_option
 
-import gendist
 from gendist.config import load_spec
+from gendist.fitting import fit
 from gendist.planning import Where, plan_of
 from gendist.planning.em_plan import EMPlan
 
@@ -73,13 +74,14 @@ def _both(content: dict[str, Any], data: tuple[dict[str, Any], ...]) -> tuple[di
 
 
 def measured_s(content: dict[str, Any], workers: int, address: str | None) -> float:
+    """Between two records, a step or an iteration: of one process its CPU time, which others at work change little."""
+    clock, times = time.perf_counter if workers else time.process_time, []
     with tempfile.TemporaryDirectory() as folder:
         spec = load_spec({**content, "cluster": {"num_workers": workers}})
-        run = gendist.fit(spec, run_dir=Path(folder) / "run", address=address if workers else None)
-        if "global_batch_size" in content["fit"]:
-            records = [r for r in run.history if "samples_per_s" in r][1:]
-            return statistics.median(content["fit"]["global_batch_size"] / r["samples_per_s"] for r in records)
-        return statistics.median(record["seconds"] for record in run.history[2:])
+        place = Path(folder) / "run"
+        fit(spec, run_dir=place, address=address if workers else None, watch=lambda record: times.append(clock()))
+    each = [after - before for before, after in pairwise(times)][1:]
+    return statistics.median(each) / (RECORD_EVERY if "global_batch_size" in content["fit"] else 1)
 
 
 def main() -> None:
