@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -100,9 +101,9 @@ def this_machine() -> Machine:
         rates = {}
         for name in ("float64", "float32"):
             a, out = (torch.ones(GEMM_SIDE, GEMM_SIDE, dtype=getattr(torch, name)) for _ in range(2))
-            rates[name] = 2.0 * GEMM_SIDE**3 / fastest_s(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
+            rates[name] = 2.0 * GEMM_SIDE**3 / usual_s(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
         stream = torch.ones(8 * 2**20)
-        bytes_per_s = 2.0 * stream.nbytes / fastest_s(lambda: stream.add_(1.0))
+        bytes_per_s = 2.0 * stream.nbytes / usual_s(lambda: stream.add_(1.0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     # Half precision is emulated, at about half the speed of single.
@@ -110,11 +111,12 @@ def this_machine() -> Machine:
     return Machine("a core of this machine", rates, bytes_per_s, memory_bytes / cores, achieved=0.5, is_gpu=False)
 
 
-def fastest_s(function: Callable[[], object]) -> float:
-    """Of a few calls."""
-    fastest, began = float("inf"), time.perf_counter()
-    while fastest == float("inf") or time.perf_counter() - began < TRIALS_S:
-        start = time.process_time()  # of this process: others may be at work
+def usual_s(function: Callable[[], object], once: bool = False) -> float:
+    """The median of some calls, in CPU time, which others at work on the machine change little."""
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while not seconds or (not once and (len(seconds) < 3 or time.perf_counter() - began < TRIALS_S)):
+        start = time.process_time()
         function()
-        fastest = min(fastest, time.process_time() - start)
-    return fastest
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
