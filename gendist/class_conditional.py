@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from gendist.blocks import Blocks, Run
+from gendist.cost import PassCost, tensor_bytes
 from gendist.data.survey import Summary, survey
 from gendist.em.start import start_from_data
 from gendist.figures import Figure
@@ -229,6 +230,16 @@ class ClassConditional:
         models = tuple(update.model for update in updates)
         repairs = _told(labels, [update.repairs for update in updates])
         return Update(cls(config, weights_C / weights_C.sum(), models, labels), repairs)
+
+    @classmethod
+    def pass_cost(cls, config: Any, summary: Any, labels: tuple[Any, ...]) -> PassCost:
+        """Where all rows have a label: each is of the model of its class alone, which tells its density first."""
+        own, num_classes = cls.family.pass_cost(config, summary, ()), len(labels)
+        counts = tensor_bytes({"counts": (num_classes,)})
+        statistics_bytes, parameters_bytes = (
+            num_classes * size + counts for size in (own.statistics_bytes, own.parameters_bytes)
+        )
+        return PassCost(1.5 * own.flops_per_row, statistics_bytes, parameters_bytes)
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> ClassStatistics:
         """Each model's own E-step, of the rows, or sequences, weighed by p(class | x, evidence)."""

@@ -308,6 +308,8 @@ class DataSummary(Protocol):
     @property
     def variance(self) -> Tensor: ...
     @property
+    def num_sequences(self) -> int: ...
+    @property
     def num_missing(self) -> Tensor: ...
 
 
@@ -407,7 +409,12 @@ class LogLikelihood:
 
 @runtime_checkable
 class StatisticsModel(GenerativeModel, Protocol):
-    """A family fitted by expected sufficient statistics: all that the EM engine knows of it."""
+    """A family fitted by expected sufficient statistics: all that the EM engine knows of it.
+
+    A family may have more, which is asked for where it is there:
+        pass_cost(config, summary, labels)   a class method, which `plan` needs: the `PassCost` of a model of this configuration
+                                             for such data, told before any is made, however large it would be
+    """
 
     @property
     def num_latents(self) -> int: ...

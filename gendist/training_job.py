@@ -232,7 +232,12 @@ def _nothing() -> Asked:
 
 
 def make_engine(processes: Processes, config: DeepConfig) -> Engine:
-    """The engine that `fit.engine` names."""
+    """The engine that `fit.engine` names, of one process."""
+    return engine_class(config)(processes, config)
+
+
+def engine_class(config: DeepConfig) -> Any:
+    """The class of it, which knows what it costs."""
     if config.engine.kind == "deepspeed":
         try:
             from gendist.train.deepspeed_engine import DeepSpeedEngine
@@ -240,10 +245,10 @@ def make_engine(processes: Processes, config: DeepConfig) -> Engine:
             raise UserError(
                 f"fit.engine.kind: deepspeed cannot be imported ({error}); pip install 'gendist[deepspeed]', or take ddp"
             ) from error
-        return DeepSpeedEngine(processes, config)
+        return DeepSpeedEngine
     from gendist.train.ddp_engine import DdpEngine
 
-    return DdpEngine(processes, config)
+    return DdpEngine
 
 
 def _cut_back(directory: RunDirectory, step: int) -> None:

@@ -285,6 +285,49 @@ def serve(
 
 
 @app.command()
+def plan(
+    spec: SpecArgument,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(metavar="N", min=0, help="Processes, each on a core or a GPU.")] = 64,
+    gpus_per_node: Annotated[int, typer.Option(metavar="N", min=0, help="0: workers are cores.")] = 0,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help="a100, h100 or h200.")] = "h100",
+    workers_per_node: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Cores of a node; as many as here if not given.", show_default=False)
+    ] = 0,
+    memory_gb: Annotated[
+        float | None, typer.Option(metavar="GB", min=0.0, help="That a worker has to itself.", show_default=False)
+    ] = None,
+    network_gbits: Annotated[
+        float | None, typer.Option(metavar="GBIT", min=0.001, help="A second, between nodes.", show_default=False)
+    ] = None,
+    latency_us: Annotated[
+        float | None, typer.Option(metavar="US", min=0.0, help="Of a message between nodes.", show_default=False)
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Where the data are not here, or will be more.", show_default=False)
+    ] = None,
+    features: Annotated[
+        int | None, typer.Option(metavar="D", min=1, help="Of a row, where the data are not here.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="The same, for programs.", show_default=False)] = None,
+) -> None:
+    """Tell what a fit will hold, send and take on so many workers, and what it assumes; nothing is started."""
+    import json
+
+    from rich.console import Console
+
+    from gendist.config import load_spec
+    from gendist.planning import Where, plan_of
+    from gendist.planning.tables import WIDTH, show
+
+    where = Where(workers, gpus_per_node, gpu, workers_per_node, memory_gb, network_gbits, latency_us)
+    planned = plan_of(load_spec(spec, overrides or ()), where, rows, features)
+    if out is not None:
+        out.write_text(json.dumps(planned.as_dict(), indent=2, allow_nan=False) + "\n")
+    show(planned, Console(width=WIDTH))
+
+
+@app.command()
 def demo(overrides: Overrides = None) -> None:
     """Fit every configs/*_digits.yaml on embedded real data, and draw pictures from what comes out."""
     from gendist.config import load_spec, overrides_it_knows

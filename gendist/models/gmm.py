@@ -15,12 +15,13 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import NUM_POINTS, Figure, Mixture, named
 from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.models.distributions.gaussian_estimation import GaussianConfig, GaussianEstimator, NormalInverseWishart
 from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import drawn, expected
-from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference
+from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference, pass_cost
 from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_joint, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
@@ -383,6 +384,13 @@ class GaussianMixture:
                 f"model.num_components is {config.num_components}, but there are only {summary.num_weighted_rows} rows of "
                 "positive weight to fit; ask for fewer components"
             )
+
+    @classmethod
+    def pass_cost(cls, config: GaussianMixtureConfig, summary: DataSummary, labels: tuple[Any, ...]) -> PassCost:
+        num_features = len(summary.features)
+        worst = tensor_bytes({"log_prob": (NUM_WORST,), "rows": (NUM_WORST,), "x": (NUM_WORST, num_features)})
+        own = PassCost(0.0, worst, tensor_bytes({"weights": (config.num_components,)}))
+        return pass_cost(config.covariance_type, config.num_components, num_features) + own
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> GaussianMixtureStatistics:
         """Responsibilities (PRML 9.23) of a block's rows, and the moments that they weigh.

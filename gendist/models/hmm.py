@@ -17,7 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
+from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import NUM_STRIPS, Figure, Matrices, Strips, named
+from gendist.models.distributions import column_kinds, gaussian_statistics
 from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
@@ -27,6 +29,7 @@ from gendist.models.ops.chain_statistics import HiddenMarkovStatistics, Piece, R
 from gendist.models.ops.forward_backward import drawn_states, log_forward, most_likely_states
 from gendist.models.ops.independent_latent import latent_of, loaded, log_prob_of_rows
 from gendist.models.ops.packing import Packing
+from gendist.models.ops.segments import pays
 from gendist.noise import Noise
 from gendist.one_thread import one_thread
 from gendist.protocols import EXACT, Block, Compute, DataSummary, Update, UserError, as_tensor, sequences_of
@@ -511,6 +514,23 @@ class HiddenMarkovModel:
             raise UserError("the model to start from begins in states that model.topology does not allow to begin in")
         emission = _adopted_emission(config, summary, model.emission)
         return replace(model, config=config, emission=emission, labels=labels or model.labels)
+
+    @classmethod
+    def pass_cost(cls, config: HiddenMarkovModelConfig, summary: DataSummary, labels: tuple[Any, ...]) -> PassCost:
+        """Forward, backward and pairs of states; where sequences are cut into segments, their transfers, too."""
+        num_states, emission = config.num_states, config.emission
+        if isinstance(emission, ColumnsConfig):
+            of_emission = column_kinds.pass_cost(emission, summary, num_states)
+        else:
+            num_gaussians = num_states * emission.num_components
+            of_emission = gaussian_statistics.pass_cost(emission.covariance_type, num_gaussians, len(summary.features))
+            if emission.num_components > 1:  # whose densities are told once more when the moments are taken
+                of_emission += PassCost(0.5 * of_emission.flops_per_row, 0, tensor_bytes({"weights": (num_gaussians,)}))
+        pairs = tensor_bytes({"initial": (num_states,), "transitions": (num_states, num_states)})
+        num_sequences = max(1, summary.num_sequences)
+        lengths = torch.full((num_sequences,), summary.num_rows // num_sequences)
+        of_transfers = 2.0 * num_states**3 if pays(lengths, num_states) else 0.0
+        return of_emission + PassCost(6.0 * num_states**2 + of_transfers, pairs, pairs)
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> HiddenMarkovStatistics:
         """Posteriors of the states and of pairs of them (PRML 13.33, 13.43), and what they weigh.

@@ -16,8 +16,9 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
+from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import Figure, named
-from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
+from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values, pass_cost
 from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
 from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
@@ -283,6 +284,11 @@ class NaiveBayes:
         columns = model.columns.adopted(blank.columns, config)
         weights_K = model.weights if config.class_prior == "empirical" else blank.weights
         return cls(config, weights_K, columns, labels)
+
+    @classmethod
+    def pass_cost(cls, config: NaiveBayesConfig, summary: DataSummary, labels: tuple[Any, ...]) -> PassCost:
+        num_classes = cls.count_latents(config, labels)
+        return pass_cost(config, summary, num_classes) + PassCost(0.0, 0, tensor_bytes({"weights": (num_classes,)}))
 
     def e_step(self, block: Block, compute: Compute = EXACT) -> NaiveBayesStatistics:
         """The statistics of a block's rows, weighed by p(class | x, evidence).

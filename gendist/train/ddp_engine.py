@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gendist.cost import StateBytes, Traffic
 from gendist.protocols import UserError
 from gendist.train import ema, optimizers
 from gendist.train.buffers import Buffers
 from gendist.train.config import DeepConfig
 from gendist.train.loss_scale import LossScale
+from gendist.train.memory import FLOAT32_BYTES, state_bytes
 from gendist.train.networks import arrange
 from gendist.train.processes import Processes
 from gendist.train.state_entries import (
@@ -50,6 +52,18 @@ class DdpEngine:
         self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
         self._config = config
         self._trained: dict[str, _Trained] = {}
+
+    @classmethod
+    def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
+        # Gradients lie in the buckets that they travel in.
+        return state_bytes(config, network, sum(sizes), num_processes)
+
+    @classmethod
+    def traffic(
+        cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int, num_micro_batches: int
+    ) -> Traffic:
+        num_bytes = FLOAT32_BYTES * sum(sizes)
+        return Traffic.ring(num_bytes, num_processes, -(-num_bytes // BUCKET_BYTES)).times(2)  # an all-reduce
 
     def prepare(self, networks: Mapping[str, torch.nn.Module], state: Mapping[str, Tensor] | None = None) -> None:
         if state is not None:

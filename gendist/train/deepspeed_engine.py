@@ -11,14 +11,16 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gendist.cost import StateBytes, Traffic
 from gendist.protocols import UserError
 from gendist.train import ema, optimizers
 from gendist.train.batches import Division
@@ -26,6 +28,7 @@ from gendist.train.buffers import Buffers
 from gendist.train.config import DeepConfig
 from gendist.train.deepspeed_config import merged, read_user_config
 from gendist.train.loss_scale import LossScale
+from gendist.train.memory import FLOAT32_BYTES, state_bytes
 from gendist.train.networks import arrange
 from gendist.train.processes import Processes
 from gendist.train.state_entries import (
@@ -43,6 +46,9 @@ from gendist.train.state_entries import (
 )
 
 _SECOND_DERIVATIVE = -1  # stands for a module, whose numbers begin at 0
+
+# DeepSpeed's own, where a user's file has no others. In entries.
+_MAX_LIVE, _PERSISTENCE_THRESHOLD = 10**9, 10**5
 
 _group: dist.ProcessGroup | None = None  # that DeepSpeed knows
 
@@ -70,6 +76,43 @@ class DeepSpeedEngine:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         _forget_former_groups()
         self._trained: dict[str, _Trained] = {}
+
+    @classmethod
+    def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
+        state = state_bytes(config, network, sum(sizes), num_processes)
+        zero, stage = _zero_settings(config, network, sizes, num_processes), config.engine.zero_stage
+        bucket = FLOAT32_BYTES * zero["reduce_bucket_size"]
+        whole = FLOAT32_BYTES * sum(sizes)
+        # At stage 1 gradients are whole until the end of the backward pass. At stage 3 parameters are until they will not be
+        # needed soon, and of up to `stage3_max_live_parameters` entries that is the same.
+        live = min(whole, FLOAT32_BYTES * zero.get("stage3_max_live_parameters", _MAX_LIVE)) * (1.0 - 1.0 / num_processes)
+        state = replace(state, in_transit=(0.0, whole - state.gradients, bucket, bucket + live)[stage])
+        if zero.get("offload_optimizer", {}).get("device") == "cpu":  # gradients lie there, too, where the optimizer steps
+            moved = state.gradients + state.optimizer + state.average
+            state = replace(state, gradients=0.0, optimizer=0.0, average=0.0, on_host=moved)
+        if zero.get("offload_param", {}).get("device") == "cpu":
+            state = replace(state, parameters=0.0, on_host=state.on_host + state.parameters)
+        return state
+
+    @classmethod
+    def traffic(
+        cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int, num_micro_batches: int
+    ) -> Traffic:
+        zero = _zero_settings(config, network, sizes, num_processes)
+        whole, stage = FLOAT32_BYTES * sum(sizes), config.engine.zero_stage
+        num_buckets = -(-sum(sizes) // zero["reduce_bucket_size"])
+        once = Traffic.ring(whole, num_processes, num_buckets)
+        if stage < 3:
+            # Gradients are all-reduced, at stage 2 those of each micro-batch (DeepSpeed 0.19.8 scatters none there); then
+            # parameters are gathered from those that stepped them.
+            return once.times(2 * (num_micro_batches if stage == 2 else 1)) + once.times(1 if stage else 0)
+        threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENCE_THRESHOLD)
+        large = [size for size in sizes if size >= threshold]
+        few = Traffic.ring(FLOAT32_BYTES * (sum(sizes) - sum(large)), num_processes, len(sizes) - len(large))
+        # For the forward pass, and for the backward pass once more where they are not all kept until then.
+        num_gathers = 1 if sum(large) <= zero.get("stage3_max_live_parameters", _MAX_LIVE) else 2
+        gathered = Traffic.ring(FLOAT32_BYTES * sum(large), num_processes, len(large))
+        return (gathered.times(num_gathers) + once).times(num_micro_batches) + few
 
     def prepare(self, networks: Mapping[str, torch.nn.Module], state: Mapping[str, Tensor] | None = None) -> None:
         if state is not None:
@@ -411,6 +454,13 @@ class _ShardedParameters(_Sharded):
 
 
 _TRAINED = {0: _Trained, 1: _Sharded, 2: _Sharded, 3: _ShardedParameters}
+
+
+def _zero_settings(config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> dict[str, Any]:
+    user = read_user_config(config.engine.config) if config.engine.config else {}
+    settings = merged(user, config, optimizers.config_of(config, network), sum(sizes), num_processes)
+    zero: dict[str, Any] = settings["zero_optimization"]
+    return zero
 
 
 def _refuse(processes: Processes, config: DeepConfig) -> None:

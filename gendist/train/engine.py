@@ -15,12 +15,15 @@ For each phase of each step the loop calls, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from gendist.cost import StateBytes, Traffic
+from gendist.train.config import DeepConfig
 
 
 class Engine(Protocol):
@@ -29,6 +32,18 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+
+    @classmethod
+    def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
+        """What each process will hold of a network whose parameters have so many entries, beside activations."""
+        ...
+
+    @classmethod
+    def traffic(
+        cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int, num_micro_batches: int
+    ) -> Traffic:
+        """What each process will send in an optimizer step of such a network."""
+        ...
 
     def prepare(self, networks: Mapping[str, torch.nn.Module], state: Mapping[str, Tensor] | None = None) -> None:
         """Take over the networks, the same on every process, which stay where and what they are for the caller; and, where

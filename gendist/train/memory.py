@@ -6,6 +6,7 @@ parameters of the modules that are just computed with.
 
 from __future__ import annotations
 
+from gendist.cost import StateBytes
 from gendist.train.config import DeepConfig
 from gendist.train.optimizers import MOMENTS, config_of
 
@@ -18,10 +19,18 @@ def bytes_per_parameter(config: DeepConfig, network: str, num_processes: int) ->
     At stages 1 to 3 the optimizer steps a flat copy of its share of the parameters. At stage 1 gradients are whole until the
     end of the backward pass, which adds 4 - 4 / num_processes to the peak within it. What DeepSpeed offloads is counted, too.
     """
-    state = len(MOMENTS[config_of(config, network).kind]) + (1 if config.ema else 0)
-    parameters = gradients = copy = 1.0
+    return state_bytes(config, network, 1, num_processes).on_device
+
+
+def state_bytes(config: DeepConfig, network: str, num_parameters: int, num_processes: int) -> StateBytes:
+    """The same in its parts, of all parameters of a network; the copy that is stepped stands with the optimizer."""
     stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
-    if stage == 0:
-        return FLOAT32_BYTES * (parameters + gradients + state)
-    shared = (gradients + copy + state) / num_processes
-    return FLOAT32_BYTES * (shared + (parameters / num_processes if stage == 3 else parameters))
+    whole = float(FLOAT32_BYTES * num_parameters)
+    shared = whole / num_processes if stage else whole
+    num_moments = len(MOMENTS[config_of(config, network).kind])
+    return StateBytes(
+        parameters=shared if stage == 3 else whole,
+        gradients=shared,
+        optimizer=shared * (num_moments + (1 if stage else 0)),
+        average=shared if config.ema else 0.0,
+    )

@@ -12,10 +12,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from gendist.cost import PassCost, tensor_bytes
 from gendist.models.distributions.bernoulli import Bernoulli
 from gendist.models.distributions.categorical import Categorical
 from gendist.models.distributions.columns import Columns, Group
 from gendist.models.distributions.gaussian import Gaussian
+from gendist.models.distributions.gaussian_statistics import pass_cost as gaussian_pass_cost
 from gendist.models.distributions.multinomial import Multinomial
 from gendist.models.distributions.normal import Normal
 from gendist.models.distributions.poisson import Poisson
@@ -104,11 +106,32 @@ def _blank(config: ColumnsConfig, kind: str, columns: Tensor, summary: DataSumma
         smooth_D = mean_D + 1e-3 * torch.where(length > 0, length, 1.0) / len(columns)
         distribution = Multinomial((smooth_D / smooth_D.sum()).repeat(num_classes, 1), length, pseudocount)
     else:
-        numbers = [summary.features[d].num_categories or int(summary.maximum[d]) + 1 for d in columns.tolist()]
-        num_slots = torch.tensor(numbers) + int(config.unseen_categories)
+        num_slots = torch.tensor(_num_slots(config, summary, columns.tolist()))
         probs_F = torch.repeat_interleave(1.0 / num_slots.to(torch.float64), num_slots)
         distribution = Categorical(probs_F.repeat(num_classes, 1), num_slots, pseudocount, config.unseen_categories)
     return Group(kind, columns, distribution)
+
+
+def _num_slots(config: ColumnsConfig, summary: DataSummary, columns: Sequence[int]) -> list[int]:
+    """How many categories each of these columns has, with one for those that are not seen if there is to be one."""
+    more = int(config.unseen_categories)
+    return [(summary.features[d].num_categories or int(summary.maximum[d]) + 1) + more for d in columns]
+
+
+def pass_cost(config: ColumnsConfig, summary: DataSummary, num_latents: int) -> PassCost:
+    """Of an E-step in which nothing is missing, by the shapes of the statistics of each kind."""
+    cost = PassCost(0.0, 0, 0)
+    kinds = config.kinds_of(summary)
+    for kind in set(kinds):
+        columns = [d for d, other in enumerate(kinds) if other == kind]
+        if kind == "gaussian":
+            cost += gaussian_pass_cost("diag", num_latents, len(columns))
+            continue
+        width = len(columns) if kind != "categorical" else sum(_num_slots(config, summary, columns))
+        kept = {"counts": (num_latents,), "sums": (num_latents, width), "present": (num_latents, 1)}
+        parameters = tensor_bytes({"probs": (num_latents, width), "columns": (len(columns),)})
+        cost += PassCost(4.0 * num_latents * len(columns), tensor_bytes(kept), parameters)
+    return cost
 
 
 # What columns of a kind may hold

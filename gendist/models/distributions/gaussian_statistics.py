@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gendist.models.distributions.gaussian import Gaussian
+from gendist.cost import PassCost, tensor_bytes
+from gendist.models.distributions.gaussian import CovarianceType, Gaussian
 from gendist.one_thread import one_thread
 from gendist.protocols import Compute
 
@@ -213,6 +214,31 @@ class GaussianStatistics:
         scatter = own * covariances + self.completed.second - others * (shift_KD[:, :, None] * shift_KD[:, None, :])
         scatter += own * share * (delta_KD[:, :, None] * delta_KD[:, None, :])
         return merged, symmetric(scatter / both[:, :, None])
+
+
+def pass_cost(covariance_type: CovarianceType, num_latents: int, num_features: int) -> PassCost:
+    """Of an E-step in which no latent is narrow and nothing is missing, by the shapes of `GaussianStatistics`."""
+    K, D = num_latents, num_features
+    has_matrices = covariance_type in ("full", "tied")
+    square = (D, D) if has_matrices else (D,)
+    by_differences = covariance_type == "full" and D > MAX_PACKED_FEATURES
+    F = {"full": D + (0 if by_differences else D * (D + 1) // 2), "diag": 2 * D}.get(covariance_type, D + 1)
+    # The densities and the moments; before them z, and of tied ones their products.
+    flops = 4.0 * K * D**2 if by_differences else 4.0 * K * F + {"full": 2.0, "tied": 4.0}.get(covariance_type, 0.0) * D**2
+    n = K if by_differences else 0
+    second = {"full": (n, D, D), "tied": (D, D), "diag": (n, D), "spherical": (n, D)}[covariance_type]
+    kept = {
+        "counts": (K,),
+        "present": (K, 1 if has_matrices else D),
+        "shared": (K, F),
+        "first": (n, D),
+        "second": second,
+        "reference.center": (D,),
+        "reference.scale": square,
+        "reference.points": (K, D),
+    }
+    covariances = {"full": (K, D, D), "tied": (D, D), "diag": (K, D), "spherical": (K,)}[covariance_type]
+    return PassCost(flops, tensor_bytes(kept) + K, tensor_bytes({"means": (K, D), "covariances": covariances}))
 
 
 def precision_in(whitening: Tensor, scale: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gendist.cost import has_values
 from gendist.protocols import UserError, as_tensor
 
 
@@ -76,5 +77,5 @@ class Layout:
 
 def check_between_0_and_1(x: Tensor, because: str) -> None:
     """UserError where x is not; because: what needs it and what to try, such as "likelihood bernoulli takes 0 to 1"."""
-    if x.numel() and not bool(((x >= 0.0) & (x <= 1.0)).all()):
+    if x.numel() and has_values(x) and not bool(((x >= 0.0) & (x <= 1.0)).all()):
         raise UserError(f"x goes from {float(x.min()):g} to {float(x.max()):g}; {because}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gendist.cost import has_values
 from gendist.models.ops.layout import check_between_0_and_1
 from gendist.protocols import UserError
 
@@ -145,7 +146,7 @@ class DiscretizedLogisticMixture(nn.Module):
         check_between_0_and_1(x_BD, f"{name} takes 0 to 1: rescale the columns, or choose gaussian")
         levels_BD = x_BD * (self.num_levels - 1)
         off_BD = (levels_BD - levels_BD.round()).abs() > OFF_LEVEL
-        if bool(off_BD.any()):
+        if has_values(x_BD) and bool(off_BD.any()):
             raise UserError(
                 f"x holds {float(x_BD[off_BD][0]):g}; {name} takes {self.num_levels} levels, 0, 1/{self.num_levels - 1} to "
                 "1: set model.num_levels to how many there are, or choose gaussian"

@@ -48,7 +48,7 @@ def cut(bounds: Tensor, counts_S: Tensor, open_ends: tuple[bool, bool], num_stat
     sequences = torch.nonzero(counts_S & (lengths_S > 0))[:, 0]
     lengths = lengths_S[sequences]
     size = 0
-    if any(open_ends) or (can_cut and _pays(lengths, num_states)):
+    if any(open_ends) or (can_cut and pays(lengths, num_states)):
         most = max(1, TRANSFER_BYTES // (8 * num_states**2))
         size = max(SEGMENT_STEPS, -(-int(lengths.sum()) // most))
     numbers = torch.ones_like(lengths) if size == 0 else (lengths + size - 1).div(size, rounding_mode="floor")
@@ -62,7 +62,7 @@ def cut(bounds: Tensor, counts_S: Tensor, open_ends: tuple[bool, bool], num_stat
     return Segments(bounds[:-1][sequences][which] + within * size, of_segment, sequences[which], begins, ends)
 
 
-def _pays(lengths: Tensor, num_states: int) -> bool:
+def pays(lengths: Tensor, num_states: int) -> bool:
     """Whether the transfer of each segment, a forward pass from every state, costs less than steps of few sequences do."""
     if len(lengths) == 0:
         return False

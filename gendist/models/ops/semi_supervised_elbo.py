@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gendist.cost import has_values
 from gendist.protocols import UserError, is_labelled
 
 
@@ -32,7 +33,11 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(evidence_BC: Tensor) -> Pairs:
-    """Each row with each class that its evidence does not exclude."""
+    """Each row with each class that its evidence does not exclude; with every one where a cost is counted."""
+    if not has_values(evidence_BC):
+        num_rows, num_classes = evidence_BC.shape
+        rows_P = torch.arange(num_rows).repeat_interleave(num_classes)
+        return Pairs(rows_P, torch.arange(num_classes).repeat(num_rows))
     rows_P, classes_P = (evidence_BC > -torch.inf).nonzero(as_tuple=True)
     return Pairs(rows_P, classes_P)
 
@@ -44,7 +49,8 @@ def class_weights(evidence_BC: Tensor, log_q_BC: Tensor | None, weights_B: Tenso
     label_BC = torch.softmax(evidence_BC.float(), 1)
     if log_q_BC is None:
         lacking_B = ~labelled_B if weights_B is None else ~labelled_B & (weights_B > 0)
-        check_all_are_labelled(int(lacking_B.sum()), len(lacking_B))
+        if has_values(lacking_B):
+            check_all_are_labelled(int(lacking_B.sum()), len(lacking_B))
         return label_BC
     return torch.where(labelled_B[:, None], label_BC, log_q_BC.exp())
 

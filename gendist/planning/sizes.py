@@ -1,0 +1,134 @@
+"""How many rows and features a spec's data have: as the files' own metadata say, or as whoever plans says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from gendist.blocks import Leaves, LocalBlocks
+from gendist.config import Spec, is_trained
+from gendist.data import Dataset, Schema, as_rows, as_sequences, open_source
+from gendist.data.schema import Takes
+from gendist.data.sequence_source import SequenceSource
+from gendist.protocols import Block, Feature, UserError, csr_from_arrays
+
+MAX_LOOK_ROWS = 1_000_000  # that are looked at for labels, categories and tokens, where nobody says how many there are
+NUM_CATEGORIES = 50  # of a column of texts
+ENTRIES_PER_ROW = 100  # of sparse rows
+SEQUENCE_LENGTH = 100
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """
+    num_rows    0: nobody knows, and nothing depends on it
+    x_shape     of a row behind the transforms: an image's, or (D,)
+    length      the mean length of sequences; 0 where rows are independent
+    assumed     lines about what nobody said
+    """
+
+    num_rows: int
+    features: tuple[Feature, ...]
+    x_shape: tuple[int, ...]
+    leaves: Leaves
+    labels: tuple[Any, ...] = ()
+    length: int = 0
+    is_sparse: bool = False
+    assumed: list[str] = field(default_factory=list)
+
+    @property
+    def num_features(self) -> int:
+        return len(self.features)
+
+    @property
+    def row_bytes(self) -> float:
+        return 16.0 * ENTRIES_PER_ROW if self.is_sparse else 8.0 * (self.num_features + 1)
+
+    def trial_block(self, num_rows: int, kind: str) -> Block:
+        """Rows of noise, of such a shape. kind: "normal" numbers, or whole ones, "categories", from 0 on."""
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.arange(num_rows)
+        if self.is_sparse:
+            entries = min(ENTRIES_PER_ROW, self.num_features)
+            picks = torch.randint(self.num_features // entries, (num_rows, entries), generator=generator)
+            columns = picks + torch.arange(entries) * (self.num_features // entries)
+            ends, ones = np.arange(num_rows + 1) * entries, np.ones(num_rows * entries)
+            return Block(csr_from_arrays(ends, columns.flatten().numpy(), ones, (num_rows, self.num_features)), rows)
+        x = torch.randn(num_rows, self.num_features, generator=generator, dtype=torch.float64)
+        for d, feature in enumerate(self.features):
+            if kind == "categories" or feature.type != "real":
+                most = feature.num_categories or 2
+                x[:, d] = torch.randint(most, (num_rows,), generator=generator).double()
+        bounds = None
+        if self.length:
+            bounds = torch.tensor([*range(0, num_rows, self.length), num_rows])
+        return Block(x, rows, sequence_bounds=bounds)
+
+
+def sizes_of(spec: Spec, family: Any, num_rows: int | None, num_features: int | None) -> Sizes:
+    """What is said goes before what is found; UserError where neither tells."""
+    takes_sequences = getattr(family, "takes_sequences", False)
+    assumed: list[str] = []
+    labels = spec.data.labels or (spec.data.label if isinstance(spec.data.label, tuple) else ())
+    try:
+        opened = open_source(spec.data)
+        source = (as_sequences if takes_sequences else as_rows)(opened, spec.data)
+        schema = Schema.of(source, spec.data, Takes.of(family))
+    except UserError as error:
+        shape = spec.data.image_shape
+        width = num_features or (prod(shape[1:] if takes_sequences else shape) if shape else None)
+        if num_rows is None and is_trained(family):
+            num_rows = 0  # a step does not depend on how many there are
+        if num_rows is None or width is None:
+            raise UserError(f"{error}; without the data say how large they are: --rows and --features") from None
+        length = 0
+        if takes_sequences:
+            length = min(num_rows, shape[0] if shape else SEQUENCE_LENGTH)
+            assumed.append(f"sequences of {length} steps")
+        features = tuple(Feature(f"x_{d}", f"x_{d}") for d in range(width))
+        x_shape = shape if shape and not num_features else (width,)
+        return Sizes(num_rows, features, x_shape, _leaves(num_rows, width, length, False), labels, length, False, assumed)
+    found = source.num_rows
+    unknown = schema.columns_to_survey or schema.needs_features or (spec.data.label is not None and not labels)
+    if unknown and num_features is None and found <= MAX_LOOK_ROWS:
+        dataset = Dataset.open(source, spec.data, schema, LocalBlocks, getattr(family, "cuts_sequences", True))
+        schema, labels = dataset.schema, dataset.labels
+    if schema.needs_features and num_features is None:
+        raise UserError(f"{source.name}: how many features its texts have takes a pass over them to tell: say --features")
+    features = schema.features if not schema.needs_features else _numbered(num_features or 0)
+    if any(feature.type == "category" and not feature.num_categories for feature in features):
+        assumed.append(f"{NUM_CATEGORIES} categories in each column of texts")
+        features = tuple(
+            Feature(f.name, f.column, f.type, f.num_categories or NUM_CATEGORIES) if f.type == "category" else f
+            for f in features
+        )
+    if schema.is_sparse:
+        assumed.append(f"{ENTRIES_PER_ROW} entries in each sparse row")
+    for step in spec.data.transforms:
+        if step.pca is not None:
+            if not isinstance(step.pca.num_components, int):
+                raise UserError("data.transforms: how many columns pca leaves depends on the data; plan with a whole number")
+            features = _numbered(step.pca.num_components)
+    length = round(found / source.num_sequences) if isinstance(source, SequenceSource) else 0
+    if num_rows is None and isinstance(source, SequenceSource):
+        leaves = Leaves.of_sequences(source.bounds, len(features), getattr(family, "cuts_sequences", True))
+    else:
+        leaves = _leaves(num_rows or found, len(features), length, schema.is_sparse)
+    shape = None if spec.data.transforms else schema.image_shape
+    x_shape = shape or (len(features),)
+    return Sizes(num_rows or found, features, x_shape, leaves, labels, length, schema.is_sparse, assumed)
+
+
+def _numbered(number: int) -> tuple[Feature, ...]:
+    return tuple(Feature(f"x_{d}", f"x_{d}") for d in range(number))
+
+
+def _leaves(num_rows: int, num_features: int, length: int, is_sparse: bool) -> Leaves:
+    if length:
+        bounds = np.array([*range(0, num_rows, length), num_rows], dtype=np.int64)
+        return Leaves.of_sequences(bounds, num_features)
+    return Leaves.of_sparse_rows(num_rows) if is_sparse else Leaves.of_shape(num_rows, num_features)

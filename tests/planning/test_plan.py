@@ -1,0 +1,156 @@
+"""Plans: what follows from costs, as numbers that can be no others, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+
+from gendist.blocks import Leaves
+from gendist.blocks.reduction import _merge_siblings, _Node
+from gendist.config import load_spec
+from gendist.cost import StateBytes, Traffic
+from gendist.launch.cli import main
+from gendist.planning import Where, plan_of
+from gendist.planning.deep_plan import largest_micro_batch
+from gendist.planning.machines import GPUS, Network, network
+from gendist.planning.passes import Pass, iteration, num_nodes
+from gendist.planning.plan import bend_of, efficiency
+
+WIRES = Network(8, 1e9, 50e-6, 1e9, 100e-6)
+
+
+def work(num_leaves: int = 100, **changes: float) -> Pass:
+    leaves = Leaves(tuple(1000 * i for i in range(num_leaves + 1)))
+    values = {
+        "leaves": leaves, "max_leaves_per_run": 1000, "row_s": 1e-5, "row_bytes": 80.0, "statistics_bytes": 10_000,
+        "parameters_bytes": 5_000, "merge_s": 1e-5, "m_step_s": 1e-3, "working_bytes": 1e6,
+    }  # fmt: skip
+    return Pass(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_an_iteration_is_its_parts_and_no_more_workers_are_busy_than_there_are_leaves():
+    one, hundred, thousand = (iteration(work(), number, WIRES) for number in (1, 100, 1000))
+    assert one.compute_s == pytest.approx(100_000 * 1e-5)
+    assert hundred.compute_s == pytest.approx(one.compute_s / 100)
+    assert thousand.compute_s == hundred.compute_s
+    assert one.seconds == one.compute_s + one.tasks_s + one.transfer_s + one.merge_s + one.m_step_s
+    assert iteration(work(), 0, WIRES).sent_bytes == 0
+    assert iteration(work(num_restarts=3), 4, WIRES).sent_bytes == 3 * iteration(work(), 4, WIRES).sent_bytes
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (0, 8), (3, 8), (5, 6), (7, 61), (0, 100), (64, 96)])
+def test_nodes_are_those_of_the_reduction(start, stop):
+    class Nothing:
+        def merge(self, other: object) -> Nothing:
+            return self
+
+    assert num_nodes(start, stop) == len(_merge_siblings(_Node(leaf, 0, Nothing()) for leaf in range(start, stop)))
+
+
+def test_efficiency_never_passes_one_and_bends_where_doubling_stops_to_pay():
+    numbers = [2**i for i in range(10)]
+    for changes in ({}, {"num_leaves": 127}, {"statistics_bytes": 10**7}, {"share_held_out": 0.2}, {"num_passes": 2}):
+        seconds = [iteration(work(**changes), number, WIRES).seconds for number in numbers]
+        shares = efficiency(numbers, seconds)
+        assert shares[0] == 1.0
+        assert all(share <= 1.0 + 1e-12 for share in shares)
+    assert bend_of([1, 2, 4, 8], [8.0, 4.0, 2.5, 2.0]) == 2 + 2
+    assert bend_of([1, 2, 4], [4.0, 2.0, 1.0]) is None
+
+
+def test_a_message_takes_latency_and_bandwidth_and_between_nodes_more():
+    wires = network(workers_per_node=4, is_gpu=False, gbits=8.0, latency_us=200.0)
+    traffic = Traffic.ring(1e9, 4).times(2)
+    assert traffic == Traffic(1.5e9, 6)
+    assert wires.seconds(traffic, 1) == 0.0
+    assert wires.seconds(traffic, 4) == pytest.approx(1.5 + 6 * 50e-6)
+    assert wires.seconds(traffic, 8) == pytest.approx(1.5 + 6 * 200e-6)
+    assert StateBytes(1.0, 2.0) + StateBytes(1.0, on_host=3.0) == StateBytes(2.0, 2.0, on_host=3.0)
+
+
+LARGE = "configs/vae_1b.yaml"
+
+
+@pytest.fixture(scope="module")
+def large():
+    began = time.process_time()
+    plan = plan_of(load_spec(LARGE), Where(8, gpus_per_node=8))
+    return plan, time.process_time() - began
+
+
+def test_a_thousand_million_parameters_are_planned_in_seconds(large):
+    plan, seconds = large
+    assert seconds < 60.0
+    assert plan.found.networks.num_parameters == 1_052_264_196
+
+
+def test_it_fits_as_the_comment_of_its_spec_says(large):
+    found = large[0].found
+    room = GPUS["h100"].memory_bytes
+    assert found.stages["ddp"].memory_bytes > room > found.stages["ZeRO 3"].memory_bytes
+    assert found.chosen.state.on_host > 0
+    in_order = [found.stages[name].memory_bytes for name in ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")]
+    assert in_order == sorted(in_order, reverse=True)
+    assert all(share <= 1.0 for share in large[0].efficiency)
+    assert largest_micro_batch(found.networks, found.chosen, large[0].spec.fit, room) == 224
+    assert largest_micro_batch(found.networks, found.chosen, large[0].spec.fit, 24e9) < 100
+    assert largest_micro_batch(found.networks, found.chosen, large[0].spec.fit, 1e9) == 0
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["gendist", "plan", *arguments])
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_prints_within_100_columns_and_writes_the_same_for_programs(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "plan.json"
+    code, printed, _ = run(monkeypatch, capsys, "configs/gmm_digits.yaml", "--workers", "4", "--out", str(out))
+    assert code == 0
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "assumed:" in printed
+    content = json.loads(out.read_text())
+    assert content["num_rows"] == 1797
+    assert content["efficiency"][0] == 1.0
+    assert content["iteration"]["num_workers"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("configs/gmm_parquet.yaml", "data.path=nowhere.parquet"), "--rows and --features"),
+        (("configs/gmm_digits.yaml", "--gpus-per-node", "8", "--gpu", "abacus"), "there are a100, h100, h200"),
+        (("configs/vae_digits.yaml", "--workers", "4096"), "fit.global_batch_size"),
+        (("configs/nothing.yaml",), "no such file"),
+        (("configs/gmm_digits.yaml", "--workers", "-1"), "workers"),
+        (
+            ("configs/gmm_parquet.yaml", "data.path=nowhere.parquet", "data.label=y", "--rows", "9", "--features", "2"),
+            "data.labels=",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(monkeypatch, capsys, arguments, said):
+    code, _, error = run(monkeypatch, capsys, *arguments)
+    assert code == 2
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_family_that_does_not_say_what_it_costs_is_told_so(monkeypatch, counter):
+    spec = load_spec({"name": "x", "family": counter, "model": {}})
+    with pytest.raises(ValueError, match="pass_cost"):
+        plan_of(spec, Where(2), 1000, 4)
+
+
+def test_one_whose_networks_cannot_be_made_of_shapes_is_told_so(toy):
+    spec = load_spec({"name": "x", "family": toy, "model": {}, "fit": {"global_batch_size": 8}})
+    with pytest.raises(ValueError, match="of shapes alone"):
+        plan_of(spec, Where(2), 1000, 4)
