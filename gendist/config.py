@@ -62,12 +62,15 @@ class ClusterConfig(BaseModel):
     num_workers  Ray tasks or training processes at work at a time; 0 computes in this process, without Ray. Of a family that
                  is trained by gradient it may be [least, most]: as many as the cluster has at the time
     use_gpu      whether each computes on a GPU of its own
+    storage      where runs are kept that are given no run directory, each by its name: a folder that all nodes share, or a URL
+                 such as s3://bucket/runs
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_workers: Annotated[Count | tuple[Count, Count], BeforeValidator(_number_or_range)] = 0
     use_gpu: bool = False
+    storage: Annotated[str, Field(min_length=1)] | None = None
 
     @property
     def fixed_num_workers(self) -> int:

@@ -89,7 +89,9 @@ def fit(
         for line in sizes(resolved):
             print(f"# {line}")
         return
-    run = _fit(resolved, run_dir or Path("runs") / resolved.name, address)
+    if run_dir is None:
+        run_dir = Path(resolved.cluster.storage or "runs") / resolved.name
+    run = _fit(resolved, run_dir, address)
     if _is_one_of_others():
         return
     print(f"\nnext:  {_command()} sample {run.path} -n 64 --out samples.png")
