@@ -112,8 +112,8 @@ class Lease:
             done.set()
             if renewing.ident:
                 renewing.join()
-            self.release()
             _held_here.discard(self.holder.token)
+            self.release()
 
     def seize(self) -> None:
         """Take it from whoever has it, who will find out."""

@@ -284,8 +284,8 @@ class RunDirectory:
             (self.path / STOP).touch()
 
     def forget_to_stop(self) -> None:
-        if self.storage:
-            self.storage.remove([STOP])
+        if self.mirror:
+            self.mirror.forget([STOP])
         else:
             (self.path / STOP).unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from gendist.patience import patiently, reason
 from gendist.protocols import UserError
 
 T = TypeVar("T")
-URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]*://")
+URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.:-]*://")
 BROKEN_URL = re.compile(r"^(?!file:)[a-z][a-z0-9+-]+:/(?!/)")  # what pathlib makes of one
 FOLDERS = ("file://", "local://")  # another way to write a path
 

@@ -70,7 +70,8 @@ def kept(spec: Spec, directory: RunDirectory | None) -> Iterator[Training]:
             try:
                 yield Training(spec, directory, is_asked_for=True)
             finally:
-                directory.forget_to_stop()
+                with suppress(UserError), directory.quickly():
+                    directory.forget_to_stop()
         return
     with tempfile.TemporaryDirectory(prefix="gendist-") as folder, RunDirectory(Path(folder) / "run", spec) as nowhere:
         yield Training(spec, nowhere, is_asked_for=False)

@@ -70,6 +70,7 @@ class CheckpointWriter:
         self._folder, self._keep_last, self._written = folder, keep_last, written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._begun: deque[Future[None]] = deque()
+        self._saving: Future[None] | None = None
         self._has_failed = False
 
     def __enter__(self) -> CheckpointWriter:
@@ -82,12 +83,14 @@ class CheckpointWriter:
 
     def save(self, checkpoint: TrainingCheckpoint) -> None:
         """Begin to write; returns at once, unless the checkpoint before is being written still."""
-        self.wait()
-        self.submit(lambda: self._save(checkpoint))
+        if self._saving is not None:
+            self._saving.result()
+        self._saving = self.submit(lambda: self._save(checkpoint))
 
-    def submit(self, act: Callable[[], object]) -> None:
+    def submit(self, act: Callable[[], object]) -> Future[None]:
         """Write something else, after all that was begun before."""
         self._begun.append(self._thread.submit(self._do, act))
+        return self._begun[-1]
 
     def check(self) -> None:
         """Raise what went wrong in the meantime, without waiting."""
