@@ -30,6 +30,7 @@ from gendist.patience import StorageError, patiently
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
 from gendist.storage import Storage, place_of
+from gendist.storage_check import MARK
 from gendist.working_copy import working_copy
 
 STOP = ".stop"  # while it is there, whoever fits is asked to leave a checkpoint and stop
@@ -120,7 +121,8 @@ class RunDirectory:
         assert self.mirror
         with suppress(UserError), self.quickly():
             self.mirror.push_folder("wandb")
-            self.mirror.forget([WRITER, STOP])
+            marks = [name for name in self.mirror.storage.names() if name.startswith(MARK)]  # of a look that was killed
+            self.mirror.forget([WRITER, STOP, *marks])
 
     def _check_what_is_there(self) -> None:
         """UserError unless there is nothing, or a run of the same spec."""
