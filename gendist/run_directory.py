@@ -71,7 +71,9 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.place}: a file; a run directory is a folder")
             self._check_what_is_there()
-            if not self.is_finished:  # else there is nothing to write, and reading needs no lock
+            if self.is_finished:  # there is nothing to write, and reading needs no lock
+                self._tidy()
+            else:
                 if self.mirror:
                     self.mirror.writer = held.enter_context(Lease(self.mirror.storage, LEASE).held())
                     held.callback(self._leave_nothing_behind)
@@ -115,6 +117,13 @@ class RunDirectory:
     def _copied(self, held: ExitStack, storage: Storage) -> Mirror:
         self.path = held.enter_context(working_copy())
         return Mirror(storage, self.path)
+
+    def _tidy(self) -> None:
+        """Take away the lease of a process that was killed when it had finished the run."""
+        if self.mirror:
+            with suppress(UserError), self.quickly():
+                if self.mirror.storage.read(LEASE) is not None:
+                    self.mirror.forget([LEASE, WRITER, STOP])
 
     def _leave_nothing_behind(self) -> None:
         """Of what only a run that is at work needs; and bring what wandb has left in the working copy."""
