@@ -19,7 +19,7 @@ SPEC = {
     "family": "gan",
     "model": {"latent_dim": 2, "generator": SMALL, "discriminator": SMALL},
     "data": {"source": "digits"},
-    "fit": {"num_steps": 400, "global_batch_size": 32, "checkpoint_every": 20, "record_every": 5, "max_failures": 1},
+    "fit": {"num_steps": 120, "global_batch_size": 32, "checkpoint_every": 20, "record_every": 5, "max_failures": 1},
     "cluster": {"num_workers": 2},
 }
 
@@ -33,7 +33,7 @@ def test_killed_workers_change_nothing_of_a_run_in_a_store(cluster, store, tmp_p
     killed = []
 
     def kill_all(record):
-        if not killed and record["step"] >= 50:
+        if not killed and record["step"] >= 30:
             from ray._private.state import actors
 
             killed.extend(
