@@ -39,6 +39,7 @@ from gendist.data.embedded import EMBEDDED
 from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
+from gendist.storage import place_of
 from gendist.tracking import TrackingConfig
 from gendist.train.config import DeepConfig
 
@@ -62,12 +63,21 @@ class ClusterConfig(BaseModel):
     num_workers  Ray tasks or training processes at work at a time; 0 computes in this process, without Ray. Of a family that
                  is trained by gradient it may be [least, most]: as many as the cluster has at the time
     use_gpu      whether each computes on a GPU of its own
+    storage      where runs are kept that are given no run directory, each by its name: a folder that all nodes share, or a URL
+                 such as s3://bucket/runs
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     num_workers: Annotated[Count | tuple[Count, Count], BeforeValidator(_number_or_range)] = 0
     use_gpu: bool = False
+    storage: Annotated[str, Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")  # of the whole block, so that no message repeats what the field holds
+    def _has_no_credentials(self) -> Self:
+        if self.storage is not None:
+            place_of(self.storage)
+        return self
 
     @property
     def fixed_num_workers(self) -> int:
@@ -101,6 +111,12 @@ class Spec(BaseModel):
                 "data, which any number of workers share; give one number"
             )
         return self
+
+    @property
+    def place_in_storage(self) -> str | None:
+        """The run directory where none is given: by the name in `cluster.storage`, if there is one."""
+        storage = self.cluster.storage
+        return None if storage is None else f"{storage.rstrip('/')}/{self.name}"
 
     def to_yaml(self) -> str:
         """The resolved spec: every field with its value."""

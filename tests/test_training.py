@@ -21,7 +21,7 @@ import yaml
 from power_cut import PowerCut, cut_power_at
 
 import gendist
-from gendist import training, training_job
+from gendist import patience, training, training_job
 from gendist.config import load_spec
 from gendist.launch import cli
 from gendist.protocols import UserError
@@ -166,7 +166,7 @@ def test_a_fit_that_fails_anywhere_goes_on_to_the_same_bytes(unbroken, tmp_path,
 def no_pictures(monkeypatch) -> None:
     """Of samples that are no images, which take longer than to make them."""
     for module in (training, training_job):
-        monkeypatch.setattr(module, "draw_samples", lambda *_: None)
+        monkeypatch.setattr(module, "draw_samples" if module is training else "samples_picture", lambda *_: None)
 
 
 def test_power_cut_at_any_moment_ends_in_the_same_bytes(monkeypatch, no_pictures, tmp_path):
@@ -487,6 +487,7 @@ def test_a_disk_without_room_for_records_or_checkpoints_is_told_in_one_line(monk
             gendist.fit(SPEC, run_dir=path, watch=stop_at(15))
         with monkeypatch.context() as patched:
             patched.setattr(module, name, no_room)
+            patched.setattr(patience, "PATIENCE_S", 0.2)
             with pytest.raises((UserError, OSError), match="No space left") as caught:
                 gendist.fit(SPEC, run_dir=path)
         assert "\n" not in str(caught.value)
