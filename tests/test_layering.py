@@ -31,6 +31,7 @@ ALLOWED = {
     "gendist.column_names": (),
     "gendist.protocols": ("gendist.errors",),
     "gendist.noise": ("gendist.protocols",),
+    "gendist.secrets_in_urls": ("gendist.errors",),
     "gendist.machine": (),
     "gendist.atomic": (),
     "gendist.one_thread": (),
