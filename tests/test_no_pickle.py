@@ -7,7 +7,7 @@ import logging
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +80,16 @@ SPECS = {
 X = np.random.default_rng(0).random((40, 4))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures() -> Iterator[None]:
+    """Which take longest, and of which nothing is read."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in ("em_fitting", "training", "training_job"):
+            for name in ("draw_figures", "draw_samples"):
+                patched.setattr(f"gendist.{module}.{name}", lambda *_, **__: None, raising=False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
     """A finished run of each, with its checkpoints."""
@@ -104,6 +114,7 @@ def test_a_pickle_in_place_of_any_file_of_a_run_is_not_executed_and_told_in_one_
     # Nobody reads the checkpoints of a finished run, and of an unfinished one the newest comes first.
     newest = max(path.name for path in (runs[family] / "checkpoints").iterdir() if path.name.isdigit())
     unread = {name for name in names if name.parts[0] == "checkpoints" and (is_finished or name.parts[1] != newest)}
+    unread |= set() if is_finished else {Path("metrics.jsonl")}  # which a checkpoint may hold, too
     if not is_finished:
         names = [name for name in names if name.parts[0] != "artifact"]
     assert len(set(names) - unread) > 3
