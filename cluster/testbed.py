@@ -100,12 +100,15 @@ class Testbed:
     """Hosts 0, 1, 2, ..., of which the first is the head of the cluster, once Ray is started.
 
     num_cpus             that each host tells Ray of
+    head_cpus            that the head does, where it is another number: with 0 no worker runs beside the head and its driver
     object_store_memory  bytes of each host
     """
 
     __test__ = False  # pytest would take it for tests
 
-    def __init__(self, num_hosts: int = 3, num_cpus: int = 1, object_store_memory: int = 120_000_000):
+    def __init__(
+        self, num_hosts: int = 3, num_cpus: int = 1, object_store_memory: int = 120_000_000, head_cpus: int | None = None
+    ):
         if reason := why_not():
             raise NoTestbed(reason)
         with _alone():
@@ -115,7 +118,9 @@ class Testbed:
             self._folder.mkdir(mode=0o755)
             _write(self._folder / "owner", _birth(os.getpid()))
             subnet = _free_subnet()
-            self._settings = {"subnet": subnet, "num_cpus": num_cpus, "object_store_memory": object_store_memory}
+            head_cpus = num_cpus if head_cpus is None else head_cpus
+            self._settings = {"subnet": subnet, "num_cpus": num_cpus, "head_cpus": head_cpus}
+            self._settings |= {"object_store_memory": object_store_memory}
             _write(self._folder / "bed.json", json.dumps(self._settings))
             # It reads to the end of its input, which comes with the end of this process.
             reap = [sys.executable, __file__, "reap", self.name]
@@ -337,7 +342,8 @@ class Testbed:
 
     def _start_ray_on(self, host: Host) -> None:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host.address}"]
-        ray += [f"--num-cpus={self._settings['num_cpus']}", "--num-gpus=0", f"--temp-dir={host.folder}"]
+        num_cpus = self._settings["num_cpus" if host.number else "head_cpus"]
+        ray += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={host.folder}"]
         ray += [f"--object-store-memory={self._settings['object_store_memory']}", "--include-log-monitor=false"]
         if host.number == 0:
             ray += ["--head", f"--port={GCS_PORT}", "--include-dashboard=true"]
@@ -488,6 +494,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     up = verbs.add_parser("up", help="make a bed, start Ray on it, and keep it until Ctrl-C")
     up.add_argument("--hosts", type=int, default=3)
     up.add_argument("--cpus", type=int, default=1, help="that each host has for Ray (1)")
+    up.add_argument("--head-cpus", type=int, help="that the head has (as many)")
     up.add_argument("--token", help="of the cluster (one that is made up)")
     for verb, text in {
         "status": "the hosts, and which of them are nodes of the cluster",
@@ -532,7 +539,7 @@ def _up(given: argparse.Namespace) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
-    with Testbed(given.hosts, given.cpus) as bed:
+    with Testbed(given.hosts, given.cpus, head_cpus=given.head_cpus) as bed:
         bed.start_ray(given.token)
         here = f"{shlex.quote(sys.executable)} {os.path.relpath(__file__)}"
         for host in bed.hosts:
