@@ -21,6 +21,7 @@ ENVIRONMENT=${ENVIRONMENT:-$PWD/.venv}        # of Python, with gendist installe
 NODE_FOLDER=${NODE_FOLDER:-/tmp}              # on a disk of each node, with room for what does not fit in memory; a short path
 INTERFACE=${INTERFACE:-}                      # of the network that carries the traffic, such as ib0; empty: the first that a node has
 START_TIMEOUT_S=${START_TIMEOUT_S:-300}       # for all nodes to be there
+KEEP_RAY_LOGS=${KEEP_RAY_LOGS:-}              # yes: leave them in NODE_FOLDER, where they say why something failed
 # -----------------------------------------------------------------------------------------------------------------------------
 set -euo pipefail
 spec=${1:?usage: sbatch cluster/slurm.sh SPEC.yaml [key=value ...]}
@@ -42,16 +43,23 @@ export INTERFACE
 if [ -n "$INTERFACE" ]; then export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE; fi
 
 # This script runs on the first node, which is the head. Ports that another job on this node is unlikely to have.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}
 head_address=$(bash -c "$address_of_this_node")
 port=$((20000 + SLURM_JOB_ID % 10000))
 address="$head_address:$port"
-export NODE_FOLDER CPUS=${SLURM_CPUS_PER_TASK:-1} GPUS=${SLURM_GPUS_ON_NODE:-0}
+export NODE_FOLDER KEEP_RAY_LOGS CPUS=${SLURM_CPUS_PER_TASK:-1} GPUS=${SLURM_GPUS_ON_NODE:-0}
+# A folder of its own each time: what an earlier start of this job left on a node would be in the way.
 start_ray='
     node_address=$('"$address_of_this_node"')
+    folder=$(mktemp -d "$NODE_FOLDER/ray-XXXXXX")
     ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
-    exec ray start --block --node-ip-address="$node_address" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats \
-        ${OBJECT_STORE_BYTES:+--object-store-memory="$OBJECT_STORE_BYTES"} --temp-dir="$NODE_FOLDER/ray-$SLURM_JOB_ID" "$@"'
+    ray start --block --node-ip-address="$node_address" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats \
+        ${OBJECT_STORE_BYTES:+--object-store-memory="$OBJECT_STORE_BYTES"} --temp-dir="$folder" "$@" > /dev/null &
+    ray=$!
+    trap "kill -TERM $ray 2> /dev/null" TERM INT
+    while kill -0 "$ray" 2> /dev/null; do wait "$ray"; done
+    [ -n "$KEEP_RAY_LOGS" ] || rm -rf "$folder"'
 
 steps=()
 fit=""
@@ -70,7 +78,7 @@ trap on_signal TERM INT
 
 step=(srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1)
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head" bash -c "$start_ray" ray \
-    --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 10000)) > /dev/null &
+    --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 10000)) &
 steps+=($!)
 
 until (exec 3<> "/dev/tcp/$head_address/$port") 2> /dev/null; do
@@ -81,8 +89,7 @@ until (exec 3<> "/dev/tcp/$head_address/$port") 2> /dev/null; do
 done
 if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     workers=$((SLURM_JOB_NUM_NODES - 1))
-    "${step[@]}" --nodes="$workers" --ntasks="$workers" --exclude="$head" bash -c "$start_ray" ray --address="$address" \
-        > /dev/null &
+    "${step[@]}" --nodes="$workers" --ntasks="$workers" --exclude="$head" bash -c "$start_ray" ray --address="$address" &
     steps+=($!)
 fi
 # Until all nodes are there; and how the spec calls the run.
@@ -106,7 +113,7 @@ while not ray.is_initialized():
         time.sleep(0.5)
 while (there := sum(node["Alive"] for node in ray.nodes())) < wanted:
     if time.monotonic() > until:
-        sys.exit(f"error: {there} of {wanted} nodes are there; the logs of Ray on the others say why")
+        sys.exit(f"error: {there} of {wanted} nodes are there; with KEEP_RAY_LOGS=yes the logs of Ray on the others say why")
     time.sleep(0.5)
 print(name)
 PYTHON

@@ -68,13 +68,14 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_the_same_end(
             **SECRETS,
         }
 
-        def job(log: Path) -> subprocess.Popen[str]:
+        def job(log: Path, **more: str) -> subprocess.Popen[str]:
             with log.open("w") as file:
+                environment = {**slurm, **settings, **more}
                 return bed.hosts[0].popen(
-                    "bash", str(SCRIPT), "spec.yaml", env={**slurm, **settings}, cwd=tmp_path, stdout=file, stderr=file
+                    "bash", str(SCRIPT), "spec.yaml", env=environment, cwd=tmp_path, stdout=file, stderr=file
                 )
 
-        first = job(tmp_path / "first.log")
+        first = job(tmp_path / "first.log", KEEP_RAY_LOGS="yes")
         run = tmp_path / "runs" / "in-slurm"
         await_(lambda: (run / "manifest.json").exists() and "iteration" in (tmp_path / "first.log").read_text(), first)
         first.send_signal(signal.SIGTERM)
@@ -87,11 +88,13 @@ def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_the_same_end(
         second = job(tmp_path / "second.log")
         assert second.wait(400) == 0, (tmp_path / "second.log").read_text()
         assert not any(host.pids() for host in bed.hosts)
-        kept = b"".join(path.read_bytes() for path in bed.folder.rglob("*.log"))  # of both Rays
+        assert len(list(bed.folder.glob("ray-*"))) == 2  # those that were to be kept
+        kept = b"".join(path.read_bytes() for path in bed.folder.glob("ray-*/session_*/logs/*") if path.is_file())
     iterations = [json.loads(line)["iteration"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert iterations == list(range(iterations[0], 41))
     assert load(run).num_components == 8
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert kept
     for secret in SECRETS.values():
         assert secret.encode() not in written + kept
 
