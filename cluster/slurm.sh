@@ -27,7 +27,7 @@ set -euo pipefail
 spec=${1:?usage: sbatch cluster/slurm.sh SPEC.yaml [key=value ...]}
 shift
 export PATH="$ENVIRONMENT/bin:$PATH"
-export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 OMP_NUM_THREADS=1 RAY_raylet_start_wait_time_s=120
+export RAY_USAGE_STATS_ENABLED=0 RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0 OMP_NUM_THREADS=1
 
 # Made here, and known to the steps of this job alone; no file and no list of processes shows it to others.
 RAY_AUTH_TOKEN=$(python -c 'import secrets; print(secrets.token_hex(32))')
@@ -49,17 +49,23 @@ head_address=$(bash -c "$address_of_this_node")
 port=$((20000 + SLURM_JOB_ID % 10000))
 address="$head_address:$port"
 export NODE_FOLDER KEEP_RAY_LOGS CPUS=${SLURM_CPUS_PER_TASK:-1} GPUS=${SLURM_GPUS_ON_NODE:-0}
-# A folder of its own each time: what an earlier start of this job left on a node would be in the way.
+# A folder of its own each time: what an earlier start of this job left on a node would be in the way. A cluster ends with its
+# head; on any other node Ray is started again when it ends, as where the node was cut off for a while.
 start_ray='
     node_address=$('"$address_of_this_node"')
-    folder=$(mktemp -d "$NODE_FOLDER/ray-XXXXXX")
     ulimit -n 65536 2> /dev/null || ulimit -n "$(ulimit -Hn)"
-    ray start --block --node-ip-address="$node_address" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats \
-        ${OBJECT_STORE_BYTES:+--object-store-memory="$OBJECT_STORE_BYTES"} --temp-dir="$folder" "$@" > /dev/null &
-    ray=$!
-    trap "kill -TERM $ray 2> /dev/null" TERM INT
-    while kill -0 "$ray" 2> /dev/null; do wait "$ray"; done
-    [ -n "$KEEP_RAY_LOGS" ] || rm -rf "$folder"'
+    ending=""
+    trap "ending=yes; kill -TERM \$ray 2> /dev/null" TERM INT
+    while [ -z "$ending" ]; do
+        folder=$(mktemp -d "$NODE_FOLDER/ray-XXXXXX")
+        ray start --block --node-ip-address="$node_address" --num-cpus="$CPUS" --num-gpus="$GPUS" --disable-usage-stats \
+            ${OBJECT_STORE_BYTES:+--object-store-memory="$OBJECT_STORE_BYTES"} --temp-dir="$folder" "$@" > /dev/null &
+        ray=$!
+        while kill -0 "$ray" 2> /dev/null; do wait "$ray"; done
+        [ -n "$KEEP_RAY_LOGS" ] || rm -rf "$folder"
+        if [ "$1" = --head ]; then exit 1; fi
+        [ -n "$ending" ] || sleep 1
+    done'
 
 steps=()
 fit=""
