@@ -223,8 +223,8 @@ class _Server:
     async def readyz(self, request: Request) -> Response:
         """That a model is here says that it is loaded and that its first sample was made: see `HostedModel`.
 
-        A replica that Serve takes away says so at Serve's own `/-/healthz` at once (503), which its proxies ask; the application
-        is told when all that was asked is answered.
+        A replica that Serve takes away says so at Serve's own `/-/healthz` at once (503), which its proxies ask; the
+        application is told when all that was asked is answered.
         """
         if self.is_closing:
             raise Problem(503, "the server is shutting down", headers={"retry-after": "1"})
