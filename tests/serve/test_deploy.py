@@ -36,6 +36,7 @@ def test_serve_deploy_answers_with_the_bytes_of_the_model(artifacts, tmp_path, m
     args["models"] = {"gmm": str(artifacts["gmm"])}
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.setenv(args["token_variable"], TOKEN)
+    monkeypatch.setitem(testbed.RAY_SETTINGS, "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine takes its time
     with testbed.Testbed(num_hosts=1, num_cpus=2) as bed:
         bed.start_ray()
 
