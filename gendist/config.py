@@ -39,6 +39,7 @@ from gendist.data.embedded import EMBEDDED
 from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
+from gendist.secrets_in_urls import require_no_secrets, without_secrets
 from gendist.storage import place_of
 from gendist.tracking import TrackingConfig
 from gendist.train.config import DeepConfig
@@ -191,6 +192,7 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     else:
         raise UserError(f"spec: a {type(spec).__name__}; give a path to a YAML file, or a dict")
     content = apply_overrides(content, overrides, name)
+    require_no_secrets(content)
     family = content.get("family")
     if family is None:
         raise UserError(f"{name}: family is missing; allowed are {', '.join(families())}")
@@ -232,12 +234,15 @@ def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
         content = read_yaml(data)
     else:
         content = {"data": {"source": data} if data in EMBEDDED and not Path(data).exists() else {"path": data}}
-    return validated(ScoreSpec, apply_overrides(content, overrides, data), data)
+    content = apply_overrides(content, overrides, without_secrets(data))
+    require_no_secrets(content)
+    return validated(ScoreSpec, content, data)
 
 
 def load_cluster_config(overrides: Iterable[str]) -> ClusterConfig:
     """Where to compute, from `cluster.KEY=value` alone."""
     content = apply_overrides({"cluster": {}}, _of_blocks(overrides, "cluster"), "cluster")
+    require_no_secrets(content)
     return validated(ClusterConfig, content["cluster"], "cluster")
 
 

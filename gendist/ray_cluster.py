@@ -1,9 +1,14 @@
-"""A connection to Ray: this machine by default, a cluster by its address."""
+"""A connection to Ray: this machine by default, a cluster by its address.
+
+Ray listens on all interfaces of a machine, whatever it is told: what keeps others out is the token. A Ray of our own has one,
+and a cluster that has one is told ours by the environment (RAY_AUTH_MODE=token, and the token as below).
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -108,6 +113,7 @@ def _connect(num_workers: int, address: str | None) -> None:
         # More workers than cores are granted on one's own machine: it is slower, and gives the same result.
         num_cpus = max(num_workers, os.cpu_count() or 1)
         os.environ.update({name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ})
+        require_token()
         ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         return
     check_reachable(address)
@@ -120,6 +126,32 @@ def _connect(num_workers: int, address: str | None) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot connect to Ray at {address}: {reason}") from error
     _warn_of_mixed_machines()
+
+
+def require_token(token_file: Path | None = None) -> None:
+    """The Ray that is started next answers nobody without a token: of the environment, or the user's own, which is made where
+    there is none. Ray would make it, too, but so that others on this machine could read it.
+
+    token_file  where Ray looks for it (default ~/.ray/auth_token)
+    """
+    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
+        logger.warning(
+            "RAY_AUTH_MODE is %s: whoever reaches this machine can run code in this Ray", os.environ["RAY_AUTH_MODE"]
+        )
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    token_file = token_file or Path.home() / ".ray" / "auth_token"
+    try:
+        token_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    except OSError:  # no home of one's own, or none that can be written to
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
 
 
 def check_reachable(address: str) -> None:
@@ -141,7 +173,18 @@ def check_reachable(address: str) -> None:
     try:
         subprocess.run(status, timeout=ANSWER_TIMEOUT_S, check=True, capture_output=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise UserError(f"--address {address}: something listens there, but it is no Ray head of this version") from error
+        said = b"".join(each or b"" for each in (error.stdout, error.stderr)).decode(errors="replace")
+        raise UserError(f"--address {address}: {refusal(said)}") from error
+
+
+def refusal(said: str) -> str:
+    """Why `ray status` did not get its answer, from what it said."""
+    if "authenticat" in said.lower() or "auth_token" in said.lower() or "authtoken" in said.lower():
+        return (
+            "this Ray answers those alone who have its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a file that "
+            "holds it (or RAY_AUTH_TOKEN; ~/.ray/auth_token is looked at, too)"
+        )
+    return "something listens there, but it is no Ray head of this version"
 
 
 def _warn_of_mixed_machines() -> None:

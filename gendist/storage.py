@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from gendist.patience import patiently, reason
 from gendist.protocols import UserError
+from gendist.secrets_in_urls import require_no_secret, without_secrets
 
 T = TypeVar("T")
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.:-]*://")
@@ -52,15 +53,10 @@ def absolute(given: str | Path) -> str:
 
 
 def check_url(url: str) -> None:
-    """UserError, which does not repeat them, where a URL holds credentials or is a chain of file systems."""
-    parts = urlsplit(url)
-    has_password = "@" in parts.netloc and ":" in parts.netloc.rpartition("@")[0]
-    if has_password or parts.query:
-        netloc = parts.netloc.rpartition("@")[2]
-        bare = urlunsplit((parts.scheme, netloc, parts.path, "", ""))
-        what = "a password" if has_password else "what follows the question mark"
-        raise UserError(f"{bare}: {what} has no place in a URL, which is written down and shown; credentials belong in the "
-                        "environment of every node, or in the files where its client looks for them")  # fmt: skip
+    """UserError where a URL holds credentials, which are not repeated, or is none of a folder."""
+    require_no_secret(url, "the place of a run")
+    if urlsplit(url).query:
+        raise UserError(f"{without_secrets(url)}: a folder has no question mark behind it")
     if "::" in url:
         raise UserError(f"{url}: a chain of file systems; a run is kept in one")
 

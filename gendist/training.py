@@ -183,6 +183,10 @@ class Training:
         model = self._averaged_model(chosen)
         fitted = transformed(model, self._dataset.transforms)
         records = directory.read_metrics()
+        if not records:
+            raise UserError(
+                f"{directory.metrics_file}: damaged (no record in it); restore it, or remove the run directory and fit again"
+            )
         at_best = next((record for record in records if record["step"] == chosen.progress.step), records[-1])
         results = {
             "stopped": records[-1]["stopped"],

@@ -221,7 +221,11 @@ class _Server:
         return _json({"status": "alive"})
 
     async def readyz(self, request: Request) -> Response:
-        """That a model is here says that it is loaded and that its first sample was made: see `HostedModel`."""
+        """That a model is here says that it is loaded and that its first sample was made: see `HostedModel`.
+
+        A replica that Serve takes away says so at Serve's own `/-/healthz` at once (503), which its proxies ask; the
+        application is told when all that was asked is answered.
+        """
         if self.is_closing:
             raise Problem(503, "the server is shutting down", headers={"retry-after": "1"})
         self._check_not_stuck()

@@ -194,7 +194,19 @@ def test_an_artifact_with_networks_of_the_users_own_is_loaded_where_they_can_be_
     [
         ("nowhere_at_all:Net", r"model.encoder.module 'nowhere_at_all:Net': cannot be imported.*PYTHONPATH"),
         ("{own}:Missing", r"cannot be imported \(AttributeError"),
-        ("{own}", r"write package.module:Class"),
+        *[
+            (name, r"write package.module:Class")
+            for name in (
+                "{own}",
+                "{own}:",
+                ":Net",
+                ".{own}:Net",
+                "./{own}:Net",
+                "/tmp/{own}.py:Net",
+                "{own}:Net.layers",
+                "{own}:Net()",
+            )
+        ],
         ("{own}:function", r"a class derived from torch.nn.Module is needed"),
         ("os:system", r"a class derived from torch.nn.Module is needed"),
         ("{own}:Narrow", r"gives \(2, 2\) for 2 samples of shape \(1, 8, 8\); \(2, 3\) is needed"),

@@ -188,7 +188,8 @@ def _imported(config: NetworkConfig, input_shape: tuple[int, ...], output_shape:
     """The user's own module, once it has been seen to give what is needed."""
     assert config.module is not None
     module_name, colon, name = config.module.partition(":")
-    if not colon or not name or not module_name:
+    # A dotted path and nothing else: no file, nothing relative, nothing reached through a class.
+    if not colon or not all(part.isidentifier() for part in (*module_name.split("."), name)):
         raise UserError(f"{where}: write package.module:Class, such as mynets.encoders:Encoder")
     try:
         cls = getattr(importlib.import_module(module_name), name)
