@@ -8,6 +8,7 @@ it again where it dies; the run directory has what it goes on from. Ray itself d
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,6 @@ import time
 from collections.abc import Sequence
 from enum import Enum
 from types import FrameType
-from typing import IO
 
 from gendist.launch.job_lines import Progress, heard, say
 
@@ -89,27 +89,33 @@ class Keeper:
         """Start the process and wait for its end. It ends with this one: its standard input is closed then."""
         if self._was_told_to_stop:
             return INTERRUPTED
-        with subprocess.Popen(
-            self._driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ) as self._process:
-            if self._was_told_to_stop:  # just now
-                self._process.terminate()
-            passing_on = threading.Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True)
-            passing_on.start()
-            code = self._process.wait()
-            passing_on.join(REST_S)
-            return code
+        # Without buffers, whose locks the thread would hold at the end, where something keeps the pipe open.
+        self._process = subprocess.Popen(
+            self._driver, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        if self._was_told_to_stop:  # just now
+            self._process.terminate()
+        passing_on = threading.Thread(target=self._pass_on, args=(self._process.stdout.fileno(),), daemon=True)
+        passing_on.start()
+        code = self._process.wait()
+        self._process.stdin.close()
+        passing_on.join(REST_S)
+        if not passing_on.is_alive():
+            self._process.stdout.close()
+        return code
 
-    def _pass_on(self, said: IO[bytes]) -> None:
-        try:
-            for line in said:
-                sys.stdout.buffer.write(line)
-                sys.stdout.buffer.flush()
+    def _pass_on(self, pipe: int) -> None:
+        begun = b""
+        while said := os.read(pipe, 1 << 16):
+            sys.stdout.buffer.write(said)
+            sys.stdout.buffer.flush()
+            *lines, begun = (begun + said).split(b"\n")
+            for line in lines:
                 _, message = heard(line.decode(errors="replace"))
                 if message is not None and message.kind == "record":
                     self._progress.saw(message.value)
-        except ValueError:
-            pass  # closed meanwhile
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         """Hand it on. Ray sends the signal to all processes of a job itself; others may know of this one only."""

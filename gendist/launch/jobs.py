@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -20,7 +20,7 @@ from gendist.config import Spec
 from gendist.launch.arguments import command
 from gendist.launch.job_keeper import INTERRUPTED, MAX_ENDS
 from gendist.launch.job_lines import Message, Progress, heard, reached
-from gendist.launch.job_package import PACKAGE, package
+from gendist.launch.job_package import PACKAGE, Package, package
 from gendist.launch.job_versions import check_versions
 from gendist.launch.progress import fit_progress
 from gendist.launch.ray_jobs import AlreadyThere, RayJobs, Unknown, Unreachable
@@ -51,6 +51,7 @@ RACES = 5  # lost against others who submit the same
 LAST_LINES = 100  # of a log, among which the newest record is looked for
 GIVEN_UP = 1
 
+T = TypeVar("T")
 Tell = Callable[[str], None]
 
 
@@ -149,7 +150,7 @@ class Submission:
                     return
                 raise
 
-    def _package(self) -> Any:
+    def _package(self) -> Package:
         return package(self.spec, self.run_dir, versions())
 
     def follow(self, attempt: Attempt, console: Console) -> int:
@@ -168,7 +169,7 @@ class Submission:
                 if followed.progress.num_ends >= MAX_ENDS:
                     break
                 console.print(f"{attempt.submission_id} was lost with its node or process", highlight=False)
-                attempt = self.begin()
+                attempt = patiently(self.begin)
         if end is End.FINISHED:
             self.tell_what_came(followed.finished)
         elif end is End.REFUSED:
@@ -200,7 +201,7 @@ class Submission:
                         console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
                     else:
                         preamble.append(text)
-            ended = self.jobs.attempt(attempt.submission_id)
+            ended = patiently(lambda: self.jobs.attempt(attempt.submission_id))
         except Unknown:
             return None
         if end_of(ended) is End.FAILED:
@@ -273,6 +274,18 @@ def submit(spec: Spec, run_dir: str | None, address: str | None, is_detached: bo
         return GIVEN_UP
 
 
+def patiently(ask: Callable[[], T]) -> T:
+    """What is answered; where nothing is, asked again for a while, and then Lost."""
+    until = time.monotonic() + RECONNECT_S
+    while True:
+        try:
+            return ask()
+        except Unreachable as error:
+            if time.monotonic() > until:
+                raise Lost(str(error)) from error
+        time.sleep(PAUSE_S)
+
+
 def last_word(jobs: RayJobs, attempt: Attempt) -> dict[str, Any] | None:
     """What a finished job said in the end, where its log still has it."""
     said = [
@@ -282,12 +295,8 @@ def last_word(jobs: RayJobs, attempt: Attempt) -> dict[str, Any] | None:
 
 
 def how_to_look_after(attempt: Attempt, jobs: RayJobs) -> str:
-    where = (
-        ""
-        if any(os.environ.get(name) == jobs.address for name in ("RAY_API_SERVER_ADDRESS",))
-        else f" --address {jobs.address}"
-    )
-    program, job = command(), attempt.submission_id
+    where = "" if os.environ.get("RAY_API_SERVER_ADDRESS") == jobs.address else f" --address {jobs.address}"
+    program, job = command(), attempt.run_id  # which stands for its newest attempt
     return (
         f"the job goes on. The same command attaches again; see it:  {program} status {job}{where}; "
         f"stop it:  {program} stop {job}{where}"
@@ -346,6 +355,9 @@ def stop(name_or_id: str, address: str | None, tell: Tell) -> int:
             tell(f"{attempt.submission_id} is {attempt.state.value}{kept}")
             return 0
         time.sleep(PAUSE_S)
+        if attempt.state is State.PENDING:  # there was nobody yet to hear it
+            with suppress(Unreachable):
+                jobs.stop(attempt.submission_id)
     tell(f"{attempt.submission_id} has not ended yet; `{command()} status {attempt.submission_id}` says when it has")
     return GIVEN_UP
 

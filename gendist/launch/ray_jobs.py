@@ -64,8 +64,9 @@ class RayJobs:
 
     def versions(self) -> dict[str, str]:
         """Of Ray and Python on the head. UserError where no Ray head answers, or it wants another token."""
+        answer = self._ask("GET", "/api/version")
         try:
-            found = {"ray": str(self._ask("GET", "/api/version").json()["ray_version"])}
+            found = {"ray": str(answer.json()["ray_version"])}
         except (ValueError, KeyError, TypeError):
             raise UserError(f"--address {self.address}: something answers there, but it is no Ray dashboard") from None
         answer = self._ask("GET", "/api/v0/cluster_metadata", may_fail=True)

@@ -46,7 +46,17 @@ def kept_in(spec: Spec, run_dir: str | None) -> str:
             f"{run_dir}: a relative path means nothing on a cluster; give the absolute path of a folder that all nodes share, "
             "or a URL such as s3://bucket/runs/NAME"
         )
+    check_no_credentials(run_dir, "--run-dir")
     return run_dir.rstrip("/") or run_dir
+
+
+def check_no_credentials(url: str, where: str) -> None:
+    """UserError where a URL holds a key or password: everybody can read it who reaches the cluster."""
+    if "://" in url and "@" in url.partition("://")[2].partition("/")[0]:
+        raise UserError(
+            f"{where}: credentials stand in the URL, which is kept with the job; give them to the cluster's nodes instead, "
+            "as the library of the file system wants them"
+        )
 
 
 def is_of_the_cluster(path: str) -> bool:
