@@ -75,13 +75,15 @@ def head(tmp_path_factory) -> Iterator[Head]:
     mark, token, folder = secrets.token_hex(8), secrets.token_hex(32), f"/tmp/ray-jobs-{os.getpid()}"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # the code comes with the job
     environment |= {MARK: mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "OMP_NUM_THREADS": "1"}
+    environment["RAY_raylet_start_wait_time_s"] = "120"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--port={port}", f"--temp-dir={folder}"]
     command += ["--num-cpus=2", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     command += [f"--{name}={value}" for name, value in zip(names, others, strict=True)]
     head = Head(f"http://127.0.0.1:{others[0]}", token, mark)
     try:
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+        begun = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert begun.returncode == 0, begun.stdout + begun.stderr
         yield head
     finally:
         while processes := head.processes():
@@ -185,8 +187,9 @@ def test_pressed_twice_at_once_it_is_one_job_with_the_bytes_of_a_local_fit(head,
     assert "is finished; nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.timeout(600)  # four processes one after the other, each of which has to import torch
 def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
-    overrides = ["name=long", "fit.max_iterations=600"]
+    overrides = ["name=long", "fit.max_iterations=500"]
     command = submitted(here, *overrides)
     until(lambda: num_records(here / "run") > 15)
     (driver,) = head.processes(of="gendist.launch.job_driver")
@@ -209,9 +212,11 @@ def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
 
     # No iteration is lost: told to stop, it left a checkpoint of the last one.
     checkpoints = [int(folder.name) for folder in (here / "run" / "checkpoints").glob("[0-9]*")]
-    assert max(checkpoints) == num_records(here / "run") < 600
+    assert max(checkpoints) == num_records(here / "run") < 500
 
-    out, _ = ended(submitted(here, *overrides))
+    spec = load_spec(here / "spec.yaml", overrides)
+    assert jobs.submit(spec, str(here / "run"), None, False, False, print) == 0
+    out = capsys.readouterr().out
     assert "-2 was stopped" in out
     assert "-3 goes on in" in out
     check_same_as_here(here, *overrides)
@@ -223,14 +228,10 @@ def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
 
 
 def test_what_the_cluster_has_not_is_told_in_one_line(head, here):
-    for override, said in (
-        ("cluster.num_workers=99", "cluster.num_workers is 99, but the cluster has 2 CPUs; ask for at most 2"),
-        ("cluster.use_gpu=true", "but the cluster has 0 GPUs"),
-    ):
-        _, err = ended(submitted(here, override, "name=greedy"), 2)
-        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert said in line
-        assert "Traceback" not in err
+    _, err = ended(submitted(here, "cluster.num_workers=99", "name=greedy"), 2)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "cluster.num_workers is 99, but the cluster has 2 CPUs; ask for at most 2" in line
+    assert "Traceback" not in err
     assert not (here / "run").exists()
     assert not head.processes(of="gendist.launch")
 
