@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from gendist.config import families, family_class, model_class, validated
 from gendist.data.schema import Schema
 from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
+from gendist.storage import Storage, place_of
 from gendist.transformed import taken_apart, transformed
+from gendist.working_copy import working_copy
 
 # 2 has transforms, 3 a schema of texts or sparse rows, 4 one of sequences or of tokens by a pattern, 5 a prior. What has
 # none of these is written as 1, which any gendist reads.
@@ -97,22 +100,40 @@ def load(path: str | Path) -> Any:
 def digest(path: str | Path) -> str:
     """SHA-256 of all bytes of the artifact in a run directory or at `path` itself, with the names of its files."""
     sha256 = hashlib.sha256()
-    folder = _folder(path)
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and not file.name.startswith("."):
-            content = file.read_bytes()
-            sha256.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+    with _folder(path) as folder:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file() and not file.name.startswith("."):
+                content = file.read_bytes()
+                sha256.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
     return sha256.hexdigest()
 
 
-def _folder(path: str | Path) -> Path:
-    inside = Path(path) / "artifact"
-    return inside if inside.is_dir() else Path(path)
+@contextmanager
+def _folder(path: str | Path) -> Iterator[Path]:
+    """The folder of the artifact; of a URL a copy of it."""
+    place = place_of(path)
+    if isinstance(place, Path):
+        inside = place / "artifact"
+        yield inside if inside.is_dir() else place
+        return
+    with working_copy() as copy:
+        is_run = Storage(place, is_patient=False).read("artifact/model.json") is not None  # a mistake is told at once
+        storage = Storage(f"{place}/artifact" if is_run else place)
+        names = storage.names() if storage.read("model.json") is not None else []
+        if not names and storage.read("spec.yaml") is not None:
+            names = ["spec.yaml"]
+        for name in names:
+            storage.download(name, copy / name)
+        yield copy
 
 
 def load_artifact(path: str | Path) -> Artifact:
-    """The model in a run directory or an artifact, and what came with it."""
-    folder = _folder(path)
+    """The model in a run directory or an artifact, at a path or a URL, and what came with it."""
+    with _folder(path) as folder:
+        return _load(path, folder)
+
+
+def _load(path: str | Path, folder: Path) -> Artifact:
     if not (folder / "model.json").is_file():
         hint = "its fit is not finished; run it again" if (folder / "spec.yaml").exists() else "no model.json there"
         raise UserError(f"{path}: no such artifact ({'no such folder' if not folder.exists() else hint})")

@@ -39,6 +39,7 @@ from gendist.data.embedded import EMBEDDED
 from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
+from gendist.storage import place_of
 from gendist.tracking import TrackingConfig
 from gendist.train.config import DeepConfig
 
@@ -72,6 +73,12 @@ class ClusterConfig(BaseModel):
     use_gpu: bool = False
     storage: Annotated[str, Field(min_length=1)] | None = None
 
+    @model_validator(mode="after")  # of the whole block, so that no message repeats what the field holds
+    def _has_no_credentials(self) -> Self:
+        if self.storage is not None:
+            place_of(self.storage)
+        return self
+
     @property
     def fixed_num_workers(self) -> int:
         """UserError where it is elastic, which only training is."""
@@ -104,6 +111,12 @@ class Spec(BaseModel):
                 "data, which any number of workers share; give one number"
             )
         return self
+
+    @property
+    def place_in_storage(self) -> str | None:
+        """The run directory where none is given: by the name in `cluster.storage`, if there is one."""
+        storage = self.cluster.storage
+        return None if storage is None else f"{storage.rstrip('/')}/{self.name}"
 
     def to_yaml(self) -> str:
         """The resolved spec: every field with its value."""

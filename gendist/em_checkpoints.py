@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.data import Schema
+from gendist.patience import patiently
 from gendist.protocols import GenerativeModel
 from gendist.run_directory import RunDirectory, parse
 
@@ -43,19 +44,26 @@ class Checkpoint(Generic[M]):
 def save_checkpoint(directory: RunDirectory, state: Checkpoint[Any], schema: Schema) -> None:
     """Keep a state for an interrupted run to go on from; the oldest checkpoints are removed."""
     folder = directory.checkpoints / f"{state.iteration:08d}"
-    if folder.exists():
+    if folder.name == directory.last_written:
         return
-    with new_folder(folder) as inside:
-        for index, model in enumerate(state.models):
-            save(Artifact(directory.spec.family, model, schema), inside / str(index))
-        content = {"records": state.records, "repairs_of_start": state.repairs_of_start}
-        write_atomically(inside / "history.json", json.dumps(content))
-    for old in _folders(directory)[:-KEEP_CHECKPOINTS]:
-        shutil.rmtree(old)
+
+    def write() -> None:
+        if not folder.exists():
+            with new_folder(folder) as inside:
+                for index, model in enumerate(state.models):
+                    save(Artifact(directory.spec.family, model, schema), inside / str(index))
+                content = {"records": state.records, "repairs_of_start": state.repairs_of_start}
+                write_atomically(inside / "history.json", json.dumps(content))
+        for old in _folders(directory)[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    patiently(str(folder), write)
+    directory.checkpoint_written(folder.name, lambda iterations: set(iterations[-KEEP_CHECKPOINTS:]))
 
 
 def resume(directory: RunDirectory) -> Checkpoint[Any] | None:
     """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none."""
+    directory.fetch_newest()
     for folder in reversed(_folders(directory)):
         try:
             content = parse(folder / "history.json", (folder / "history.json").read_bytes())
@@ -69,6 +77,7 @@ def resume(directory: RunDirectory) -> Checkpoint[Any] | None:
             folder.rename(folder.with_name(f".{folder.name}.unreadable"))
             continue
         directory.write_metrics(state.records)
+        directory.last_written = folder.name
         return state
     directory.metrics_file.unlink(missing_ok=True)
     return None

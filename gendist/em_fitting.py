@@ -27,11 +27,13 @@ from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
 from gendist.one_thread import one_thread
+from gendist.patience import StorageError
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import Block, Compute, Feature, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished
+from gendist.storage import is_url
 from gendist.tracking import tracked
 from gendist.transformed import taken_apart, transformed
 
@@ -80,7 +82,10 @@ def estimate(
                     f"init: a model in memory does not say which texts its categories are (column "
                     f"'{next(iter(dataset.schema.categories))}'); name its run or artifact in fit.init instead"
                 )
-            return EMFitting(spec, spec.fit, family, dataset, start, directory, watch).run()
+            try:
+                return EMFitting(spec, spec.fit, family, dataset, start, directory, watch).run()
+            except StorageError as error:
+                raise (directory.explained(error) if directory else error) from error
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class EMFitting:
             draw_figures(model, dataset.schema, directory.path, spec.seed)
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
             directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
-        return Run(model, list(best.history), directory.path if directory else None, results)
+        return Run(model, list(best.history), directory.place if directory else None, results)
 
     def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
         num_latents = self.family.count_latents(self.spec.model, dataset.labels)
@@ -300,7 +305,7 @@ def _model_to_start_from(
     rows where it is known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
     if init is None and config.init in STARTS:
         return None, None
-    if init is None and not Path(config.init).exists():
+    if init is None and not is_url(config.init) and not Path(config.init).exists():
         raise UserError(f"fit.init '{config.init}': none of {', '.join(STARTS)}, and no artifact that exists")
     if config.num_restarts > 1:
         raise UserError(

@@ -28,8 +28,8 @@ def fit(
     data      an array or a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a datasets.Dataset, instead of
               the spec's
     init      a model to start from, or an estimator that the family's `from_sklearn` understands
-    run_dir   where the run is kept, and resumed from where it is unfinished; None keeps it in cluster.storage by the name of
-              the spec, or nowhere without that
+    run_dir   a path or a URL, where the run is kept, and resumed from where it is unfinished; None keeps it in cluster.storage,
+              by the name of the spec, or nowhere without that
     address   of a Ray cluster, for `cluster.num_workers` of 1 and more
     watch     called with each record as it is written
 
@@ -37,9 +37,8 @@ def fit(
     """
     spec = load_spec(spec)
     family = model_class(spec.family, spec.model)
-    if run_dir is None and spec.cluster.storage is not None:
-        run_dir = f"{spec.cluster.storage.rstrip('/')}/{spec.name}"
-    directory = RunDirectory(Path(run_dir), spec) if run_dir is not None else None
+    run_dir = run_dir or spec.place_in_storage
+    directory = RunDirectory(run_dir, spec) if run_dir is not None else None
     watch = watch or (lambda record: None)
     # Only what is needed is imported.
     if is_trained(family):

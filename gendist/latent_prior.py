@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gendist import bulk
 from gendist.artifact import load_artifact, save
 from gendist.atomic import new_folder
@@ -20,6 +22,7 @@ from gendist.config import Spec, load_spec
 from gendist.fitting import fit
 from gendist.protocols import UserError
 from gendist.run import Run
+from gendist.storage import Storage, place_of
 from gendist.transformed import taken_apart, transformed
 
 PRIOR = "prior"  # in the run directory, where nothing else is said
@@ -35,7 +38,7 @@ class LatentPrior:
     mixture  the spec of the mixture
     """
 
-    run_dir: Path
+    run_dir: str | Path
     path: Path
     spec: Spec
     mixture: Spec
@@ -55,11 +58,14 @@ class LatentPrior:
             raise UserError(
                 f"{run_dir}: of a {loaded.family}, which draws no latents of rows, so a prior has nothing to be fitted to"
             )
-        path = Path(run_dir) / PRIOR if out is None else Path(out)
+        place = place_of(run_dir)
+        if out is None and isinstance(place, str):
+            raise UserError(f"{run_dir}: the latents and the mixture need a folder; choose one with --out")
+        path = Path(place) / PRIOR if out is None else Path(out)
         if (path / "spec.yaml").exists() or (path / "model.json").exists():
             raise UserError(f"--out {path}: holds a run or an artifact; choose another folder")
-        spec = _spec_of(Path(run_dir))
-        return cls(Path(run_dir), path, spec, load_spec(_mixture(model.prior_spec, spec, path), overrides))
+        spec = _spec_of(place)
+        return cls(place, path, spec, load_spec(_mixture(model.prior_spec, spec, path), overrides))
 
     def encode(self, address: str | None = None, watch: Callable[[int, int], None] = lambda done, num_rows: None) -> None:
         """Draw one latent of q(z | x) a row, in the order of the rows; watch is called with how many are, and with all."""
@@ -85,11 +91,14 @@ class LatentPrior:
         return run
 
 
-def _spec_of(run_dir: Path) -> Spec:
-    path = run_dir / "spec.yaml"
-    if not path.exists():
-        raise UserError(f"{run_dir}: no run directory (no spec.yaml there), so nothing says what data it was trained on")
-    return load_spec(path)
+def _spec_of(place: Path | str) -> Spec:
+    if isinstance(place, str):
+        content = Storage(place).read("spec.yaml")
+        if content is not None:
+            return load_spec(yaml.safe_load(content))
+    elif (path := place / "spec.yaml").exists():
+        return load_spec(path)
+    raise UserError(f"{place}: no run directory (no spec.yaml there), so nothing says what data it was trained on")
 
 
 def _mixture(prior_spec: Mapping[str, Any], spec: Spec, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,9 @@ import numpy as np
 
 from gendist import plots
 from gendist.data.schema import Schema
+from gendist.errors import UserError
 from gendist.figures import Figure, Matrices, Mixture, Paths, Profiles, Strips
+from gendist.patience import patiently
 
 NUM_PICTURED = 100
 MAX_SHOWN = 5_000  # samples, as points
@@ -32,16 +34,27 @@ logger = logging.getLogger("gendist")
 
 
 def draw_samples(model: Any, schema: Schema, path: Path, seed: int) -> None:
-    """A picture of the first samples of a model, always those of the same noise, label by label where it has some; a warning
-    where it cannot be drawn."""
+    """Write a picture of the first samples of a model; a warning where it cannot be drawn."""
+    picture = samples_picture(model, schema, path.name, seed)
+    if picture is not None:
+        _keep(path, picture)
+
+
+def samples_picture(model: Any, schema: Schema, name: str, seed: int) -> bytes | None:
+    """The bytes of a PNG file of the first samples of a model, always those of the same noise, label by label where it has
+    some; None and a warning where it cannot be drawn.
+
+    name  for the warning
+    """
     try:
         conditions = getattr(model, "conditions", model.labels)
         each = max(1, NUM_PICTURED // max(len(conditions), 1))
         labels = conditions[:NUM_PICTURED] or (None,)
         samples = [np.asarray(model.sample(each, seed=seed, offset=i * each, given=y)) for i, y in enumerate(labels)]
-        save_picture(np.concatenate(samples), schema, path)
+        return picture_bytes(np.concatenate(samples), schema)
     except Exception as error:  # a fit of hours is not lost to a plot of odd numbers
-        logger.warning("%s could not be drawn (%s)", path.name, error)
+        logger.warning("%s could not be drawn (%s)", name, error)
+        return None
 
 
 def draw_figures(model: Any, schema: Schema, folder: Path, seed: int) -> None:
@@ -51,9 +64,16 @@ def draw_figures(model: Any, schema: Schema, folder: Path, seed: int) -> None:
     try:
         figures = model.figures(seed) if hasattr(model, "figures") else {}
         for name, figure in figures.items():
-            (folder / f"{name}.png").write_bytes(figure_bytes(figure, schema))
+            _keep(folder / f"{name}.png", figure_bytes(figure, schema))
     except Exception as error:  # as above
         logger.warning("%s could not be drawn (%s)", name, error)
+
+
+def _keep(path: Path, picture: bytes) -> None:
+    try:
+        patiently(str(path), lambda: path.write_bytes(picture))
+    except (OSError, UserError) as error:
+        logger.warning("%s could not be written (%s)", path.name, error)
 
 
 def most_shown(schema: Schema) -> int:

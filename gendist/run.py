@@ -15,11 +15,11 @@ class Run:
     """
     model    the fitted model; a `Transformed` behind `data.transforms`, so that it takes and makes rows as the data have them
     history  the records of metrics.jsonl that led to the model: one dict an iteration, or every few steps
-    path     the run directory, or None where none was asked for
+    path     the run directory, which may be a URL, or None where none was asked for
     results  the manifest's: why it stopped and how good the fitted model is; of EM every repair, and how each restart ended
     """
 
     model: Any = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
-    path: Path | None
+    path: Path | str | None
     results: dict[str, Any]

@@ -2,6 +2,9 @@
 
 A run is new, unfinished or finished. It is finished when its artifact stands there, which appears whole or not at all; the
 newest checkpoint is what an unfinished one goes on from.
+
+It lies in a folder, or in a store that a URL names: then the folder is a working copy of this process, and what is complete in
+it is brought to the store (`gendist.mirror`).
 """
 
 from __future__ import annotations
@@ -9,9 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Set
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,49 +24,115 @@ from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.folder_lock import locked
+from gendist.lease import Lease
+from gendist.mirror import Mirror, StopSign
+from gendist.patience import StorageError, patiently
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
+from gendist.storage import Storage, place_of
+from gendist.working_copy import working_copy
+
+STOP = ".stop"  # while it is there, whoever fits is asked to leave a checkpoint and stop
+LEASE, WRITER = ".lease.json", ".writer.json"  # in a store: of the process that began the run, and of the one that writes to it
 
 logger = logging.getLogger("gendist")
 
 
 @dataclass
 class RunDirectory:
-    """Used as `with RunDirectory(path, spec) as run:`, which one process at a time may do.
+    """Used as `with RunDirectory(place, spec) as run:`, which one process at a time may do.
 
-    UserError where the folder holds a run of another spec, or something that is no run.
+    place         as people call it: a path, or a URL
+    path          of the folder; of a URL that of the working copy, which is there inside of the `with` block alone
+    last_written  the name of the newest checkpoint that was written or gone on from here
+
+    UserError where the place holds a run of another spec, or something that is no run.
     """
 
-    path: Path
+    place: Path | str
     spec: Spec
-    _held: ExitStack = field(default_factory=ExitStack, repr=False)
+    path: Path = field(init=False)
+    mirror: Mirror | None = field(default=None, init=False)
+    last_written: str | None = field(default=None, init=False)
+    _held: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.place = place_of(self.place)
+        self.storage = Storage(self.place) if isinstance(self.place, str) else None
+        self.path = self.place if isinstance(self.place, Path) else Path("a working copy that was not made")
 
     def __enter__(self) -> RunDirectory:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: a file; a run directory is a folder")
-        self._check_what_is_there()
-        if self.is_finished:
-            return self  # there is nothing to write, and reading needs no lock
         with ExitStack() as held:
-            held.enter_context(locked(self.path))
-            self._check_what_is_there()  # again: another process may have begun a run in between
+            if self.storage:
+                self.mirror = self._copied(held, self.storage)
+                with self.quickly():  # so that a mistake is told at once
+                    self.mirror.pull_run()
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.place}: a file; a run directory is a folder")
+            self._check_what_is_there()
+            if not self.is_finished:  # else there is nothing to write, and reading needs no lock
+                if self.mirror:
+                    self.mirror.writer = held.enter_context(Lease(self.mirror.storage, LEASE).held())
+                    held.callback(self._leave_nothing_behind)
+                    self.mirror.pull_run()
+                else:
+                    held.enter_context(locked(self.path))
+                self._check_what_is_there()  # again: another process may have begun a run in between
             self._held = held.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._held.close()
 
+    @contextmanager
+    def seen(self) -> Iterator[RunDirectory]:
+        """`with directory.seen():` read what another process has begun. UserError where this machine does not see it."""
+        with ExitStack() as held:
+            if self.storage:
+                self.mirror = self._copied(held, self.storage)
+                self.mirror.pull_run()
+            if not (self.path / "spec.yaml").exists():
+                raise UserError(
+                    f"{self.place}: {os.uname().nodename} does not see the run directory; choose one with --run-dir that all "
+                    "machines share"
+                )
+            yield self
+
+    @contextmanager
+    def quickly(self) -> Iterator[None]:
+        """A store that fails is not waited for."""
+        if self.mirror is None:
+            yield
+            return
+        patient = self.mirror.storage
+        self.mirror.storage = replace(patient, is_patient=False)
+        try:
+            yield
+        finally:
+            self.mirror.storage = patient
+
+    def _copied(self, held: ExitStack, storage: Storage) -> Mirror:
+        self.path = held.enter_context(working_copy())
+        return Mirror(storage, self.path)
+
+    def _leave_nothing_behind(self) -> None:
+        """Of what only a run that is at work needs; and bring what wandb has left in the working copy."""
+        assert self.mirror
+        with suppress(UserError), self.quickly():
+            self.mirror.push_folder("wandb")
+            self.mirror.forget([WRITER, STOP])
+
     def _check_what_is_there(self) -> None:
         """UserError unless there is nothing, or a run of the same spec."""
         if not (self.path / "spec.yaml").exists():
             if self.path.exists() and any(not file.name.startswith(".") for file in self.path.iterdir()):
-                raise UserError(f"{self.path}: holds files that are not of a run; choose another folder with --run-dir")
+                raise UserError(f"{self.place}: holds files that are not of a run; choose another folder with --run-dir")
             return
         # Read as a spec, so that a field that this gendist added has its default.
         different = _differences(load_spec(self.path / "spec.yaml").identity(), self.spec.identity())
         if different:
             raise UserError(
-                f"{self.path}: holds a run of another spec (different: {', '.join(different)}); "
+                f"{self.place}: holds a run of another spec (different: {', '.join(different)}); "
                 "choose another folder with --run-dir (fit.init=OLD_FOLDER starts from what was fitted here)"
             )
 
@@ -87,7 +156,7 @@ class RunDirectory:
             for key, what in (("data", "the data has changed"), ("init", "the model to start from has changed")):
                 if earlier.get(key) != manifest.get(key):
                     raise UserError(
-                        f"{self.path}: {what} since this run began ({_brief(earlier.get(key))} then, "
+                        f"{self.place}: {what} since this run began ({_brief(earlier.get(key))} then, "
                         f"{_brief(manifest.get(key))} now); restore it, or choose another folder with --run-dir"
                     )
 
@@ -100,9 +169,18 @@ class RunDirectory:
             if earlier["machine"] != manifest["machine"]:
                 logger.warning("this run began on %s and goes on on %s: its last bits may differ from those of an "
                                "unbroken run", earlier["machine"], manifest["machine"])  # fmt: skip
-        write_atomically(self.path / "spec.yaml", self.spec.to_yaml())
+        self._write("spec.yaml", self.spec.to_yaml())
         self.write_manifest(manifest)
+        if self.mirror:
+            self.mirror.push("spec.yaml", "manifest.json")
         return manifest
+
+    def abandon(self) -> None:
+        """Take away what `begin` wrote, of a run that has come nowhere."""
+        for name in ("spec.yaml", "manifest.json", ".writer.lock"):
+            (self.path / name).unlink(missing_ok=True)
+        if self.mirror:
+            self.mirror.forget(["manifest.json", "spec.yaml"])
 
     def read_manifest(self) -> dict[str, Any]:
         """The manifest; empty before the run began."""
@@ -112,15 +190,25 @@ class RunDirectory:
         return parse(file, file.read_bytes())
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        write_atomically(self.path / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        self._write("manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     def append_metrics(self, records: Iterable[dict[str, Any]], sync: bool = False) -> None:
         """sync: wait until the disk has them, as before a checkpoint that does not hold them itself."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(_lines(records))
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
+        text, ends_at = _lines(records).encode(), None
+
+        def append() -> None:
+            nonlocal ends_at
+            with self.metrics_file.open("ab") as file:
+                if ends_at is None:
+                    ends_at = file.tell()
+                else:
+                    file.truncate(ends_at)  # what an attempt before left, which may be a part
+                file.write(text)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+
+        patiently(str(self.metrics_file), append)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():
@@ -141,23 +229,90 @@ class RunDirectory:
         """Write the artifact, last of all: with it the run is finished."""
         self.write_manifest(manifest)
         self.write_metrics(records)
-        with new_folder(self.path / "artifact") as inside:
-            save(Artifact(self.spec.family, model, schema), inside)
+        artifact = self.path / "artifact"
+
+        def write() -> None:
+            if not artifact.exists():
+                with new_folder(artifact) as inside:
+                    save(Artifact(self.spec.family, model, schema), inside)
+
+        patiently(str(artifact), write)
+        if self.mirror:
+            pictures = [path.name for path in sorted(self.path.glob("*.png"))]
+            self.mirror.push("manifest.json", self.metrics_file.name, *pictures)
+            self.mirror.push_artifact()
 
     def write_metrics(self, records: Iterable[dict[str, Any]]) -> None:
-        write_atomically(self.metrics_file, _lines(records))
+        self._write(self.metrics_file.name, _lines(records))
+
+    def _write(self, name: str, content: str) -> None:
+        patiently(str(self.path / name), lambda: write_atomically(self.path / name, content))
+
+    def fetch_newest(self) -> str | None:
+        """Of a store, bring its newest checkpoint that is whole, and the metrics up to it; a folder has them. Its name."""
+        return self.mirror.pull_newest() if self.mirror else None
+
+    def fetch(self, name: str) -> None:
+        """The same of one of its checkpoints."""
+        if self.mirror:
+            self.mirror.pull_checkpoint(name)
+
+    def checkpoint_written(self, name: str, kept: Callable[[list[int]], Set[int]]) -> None:
+        """One is complete in the folder.
+
+        kept  of the numbers of checkpoints, those that are to stay
+        """
+        if self.mirror:
+            self.mirror.push_checkpoint(name, kept)
+        self.last_written = name
+
+    def bring(self, name: str) -> None:
+        """Of a store, bring it a file that is complete in the working copy, such as a picture."""
+        if self.mirror:
+            self.mirror.push(name)
+
+    def explained(self, error: StorageError) -> StorageError:
+        """What is to be said when storage has failed for too long."""
+        kept = f"checkpoints/{self.last_written}" if self.last_written else "none yet"
+        return StorageError(f"{error}; the last good checkpoint is {kept} in {self.place}: mend the storage, and run again")
+
+    def ask_to_stop(self) -> None:
+        """Whoever fits, on whatever machine."""
+        if self.storage:
+            self.storage.write(STOP, b"")
+        else:
+            (self.path / STOP).touch()
+
+    def forget_to_stop(self) -> None:
+        if self.mirror:
+            self.mirror.forget([STOP])
+        else:
+            (self.path / STOP).unlink(missing_ok=True)
+
+    def stop_sign(self) -> Callable[[], bool]:
+        """What tells whether somebody has asked to stop."""
+        return StopSign(self.storage, STOP) if self.storage else (self.path / STOP).exists
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one process that writes to a store. Whoever started the run holds it, but a worker that was given up may still
+        be about to end, and is shut out from here on."""
+        assert self.mirror
+        self.mirror.writer = Lease(self.mirror.storage, WRITER)
+        self.mirror.writer.seize()
+        yield
 
 
 def finished(directory: RunDirectory) -> Run:
     """What a finished run has left."""
-    logger.info("%s is finished; nothing to do", directory.path)
+    logger.info("%s is finished; nothing to do", directory.place)
     return read_run(directory)
 
 
 def read_run(directory: RunDirectory) -> Run:
     results = directory.read_manifest().get("results", {})
     history = [record for record in directory.read_metrics() if record.get("restart") == results.get("restart")]
-    return Run(load_artifact(directory.path).model, history, directory.path, results)
+    return Run(load_artifact(directory.path).model, history, directory.place, results)
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -6,19 +6,15 @@ Rank 0 looks at the data and holds the run directory; the others learn from it w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from gendist.config import Spec
 from gendist.protocols import UserError
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory
 from gendist.tracking import tracked
-from gendist.train.processes import Processes, joined
+from gendist.train.processes import joined, told_by_first
 from gendist.training import LocalLine, Training, held_back, kept
 
 
@@ -39,10 +35,10 @@ def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address:
             training.append(held.enter_context(kept(spec, directory)))
             return training[0].prepare(data)
 
-        prepared = _told_by_first(processes, begin)
+        prepared = told_by_first(processes, begin)
         if isinstance(prepared, Run):
             return prepared
-        held.enter_context(held_back(Path(prepared.path)))
+        held.enter_context(held_back(training[0].directory if training else RunDirectory(prepared.place, spec)))
         if training:
             watch = held.enter_context(tracked(directory, watch))
         try:
@@ -53,21 +49,5 @@ def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address:
             raise
         if not has_ended:
             raise KeyboardInterrupt
-        run: Run = _told_by_first(processes, lambda: training[0].finish())
+        run: Run = told_by_first(processes, lambda: training[0].finish())
         return run
-
-
-def _told_by_first(processes: Processes, function: Callable[[], Any]) -> Any:
-    """What the function returns in rank 0, in every process; a UserError there is one everywhere."""
-    told: list[Any] = [None, None]
-    if processes.rank == 0:
-        try:
-            told = [function(), None]
-        except UserError as error:
-            told = [None, str(error)]
-    if processes.world_size > 1:
-        dist.broadcast_object_list(told, src=0, device=processes.device)
-    value, mistake = told
-    if mistake is not None:
-        raise UserError(mistake)
-    return value

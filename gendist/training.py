@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,17 @@ from gendist.data.dataset import Part
 from gendist.data.rows import RowsOnDisk
 from gendist.data.transforms import Transforms
 from gendist.execution import check_gpu_here
+from gendist.patience import PATIENCE_S, StorageError
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
 from gendist.tracking import tracked
-from gendist.train.checkpoints import TrainingCheckpoint, newest, read
+from gendist.train.checkpoints import TrainingCheckpoint, name_of, newest, read
 from gendist.train.config import DeepConfig
 from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks, part
-from gendist.training_job import STOP_FILE, TrainingJob, new_model
+from gendist.training_job import TrainingJob, new_model
 from gendist.transformed import transformed
 
 NO_RESULTS = ("seconds", "samples_per_s", "gradient_norm", "learning_rate")  # of the last record
@@ -54,7 +55,7 @@ def train(
         prepared = inside.prepare(data)
         if isinstance(prepared, Run):
             return prepared
-        with tracked(directory, watch) as watch, held_back(inside.directory.path):
+        with tracked(directory, watch) as watch, held_back(inside.directory):
             has_ended = inside.run(prepared, address, watch)
         if not has_ended:
             raise KeyboardInterrupt
@@ -69,7 +70,8 @@ def kept(spec: Spec, directory: RunDirectory | None) -> Iterator[Training]:
             try:
                 yield Training(spec, directory, is_asked_for=True)
             finally:
-                (directory.path / STOP_FILE).unlink(missing_ok=True)
+                with suppress(UserError), directory.quickly():
+                    directory.forget_to_stop()
         return
     with tempfile.TemporaryDirectory(prefix="gendist-") as folder, RunDirectory(Path(folder) / "run", spec) as nowhere:
         yield Training(spec, nowhere, is_asked_for=False)
@@ -119,13 +121,14 @@ class Training:
         if directory.is_finished:
             return finished(directory)
         new_model(spec, dataset)  # a configuration that does not fit the data is told before anything is written
-        (directory.path / STOP_FILE).unlink(missing_ok=True)
+        directory.forget_to_stop()
         self._dataset, self._manifest = dataset, directory.begin(manifest)
         fingerprints: dict[Part, bytes] = {"training": summary.fingerprint}
         if held_out is not None:
             fingerprints["validation"] = held_out.fingerprint
         rows = RowsOnDisk(dataset, num_labels, spec.seed, fingerprints)
-        return TrainingJob(spec.model_dump(mode="json"), str(directory.path.absolute()), rows)
+        place = directory.place if directory.storage else directory.path.absolute()
+        return TrainingJob(spec.model_dump(mode="json"), str(place), rows)
 
     def run(self, job: TrainingJob, address: str | None, watch: Watch) -> bool:
         """Do the job in this process or on Ray; whether it came to its end. Where nothing was reached, no trace stays."""
@@ -138,10 +141,12 @@ class Training:
                     check_gpu_here()
                 return job(LocalLine(watch))
             from gendist.ray_cluster import ray_cluster
+            from gendist.ray_storage_check import check_storage
             from gendist.train.ray_trainer import train_on_ray
 
             least = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers[0]
             with ray_cluster(least, address, 1 if cluster.use_gpu else 0):
+                check_storage(job.place, cluster.use_gpu)
                 return train_on_ray(
                     job,
                     cluster.num_workers,
@@ -157,13 +162,21 @@ class Training:
     def undo(self) -> None:
         """Of a run that has come nowhere, as when the first step is refused, nothing stays, so that a spec that is put right
         may have its folder."""
-        if newest(self.directory.checkpoints) is None and not self.directory.metrics_file.exists():
-            for name in ("spec.yaml", "manifest.json", ".writer.lock"):
-                (self.directory.path / name).unlink(missing_ok=True)
+        with suppress(UserError), self.directory.quickly():
+            self.directory.fetch_newest()
+            if newest(self.directory.checkpoints) is None and not self.directory.metrics_file.exists():
+                self.directory.abandon()
 
     def finish(self) -> Run:
         """The artifact, of the best checkpoint where there are validations, else of the last one."""
+        try:
+            return self._finish()
+        except StorageError as error:
+            raise self.directory.explained(error) from error
+
+    def _finish(self) -> Run:
         directory = self.directory
+        directory.last_written = directory.fetch_newest()
         last = newest(directory.checkpoints)
         assert last is not None, "training ends with a checkpoint"
         chosen = self._best(last)
@@ -179,7 +192,7 @@ class Training:
             **{key: value for key, value in at_best.items() if key.startswith("validation/")},
         }
         for remark in model.remarks(results) if hasattr(model, "remarks") else ():
-            logger.warning("%s: %s", directory.path, remark)
+            logger.warning("%s: %s", directory.place, remark)
         draw_samples(fitted, self._dataset.schema, directory.path / "samples.png", self.spec.seed)
         draw_figures(fitted, self._dataset.schema, directory.path, self.spec.seed)
         self._manifest |= {"results": results, "wall_time_s": time.monotonic() - self._began}
@@ -193,7 +206,8 @@ class Training:
         if best_step is None or best_step == last.progress.step:
             return last
         try:
-            return read(self.directory.checkpoints / f"{best_step:08d}")
+            self.directory.fetch(name_of(best_step))
+            return read(self.directory.checkpoints / name_of(best_step))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             logger.warning("the checkpoint of the best validation cannot be read, and the last one is taken (%s)", error)
             return last
@@ -226,10 +240,11 @@ class LocalLine:
 
 
 @contextmanager
-def held_back(path: Path) -> Iterator[None]:
+def held_back(directory: RunDirectory) -> Iterator[None]:
     """Ctrl-C and SIGTERM ask the processes of the run in this directory to leave a checkpoint and stop, at the next record or
     in a few seconds. Asked again, after a while, this process ends at once."""
     asked_at: list[float] = []
+    asking: list[threading.Thread] = []
 
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
@@ -237,7 +252,9 @@ def held_back(path: Path) -> Iterator[None]:
         if not asked_at:
             logger.info("stopping at the next record, or in a few seconds; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
-        (path / STOP_FILE).touch()
+        # A store takes its time, which a handler of signals has not.
+        asking.append(threading.Thread(target=directory.ask_to_stop, name="ask-to-stop", daemon=True))
+        asking[-1].start()
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, ask) for number in signals}
@@ -246,3 +263,5 @@ def held_back(path: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        for thread in asking:
+            thread.join(PATIENCE_S)  # so that the sign is not set up when it has been taken down

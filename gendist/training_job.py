@@ -1,21 +1,19 @@
 """What every process of a training run does alike, wherever it was started: here, by torchrun, or by Ray Train.
 
 The run directory is what they share: each reads the newest checkpoint there, and rank 0 writes records, checkpoints and
-pictures. A process that is lost costs the steps since the newest checkpoint, and no more.
+pictures, in a thread of its own. A process that is lost costs the steps since the newest checkpoint, and no more.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -25,18 +23,18 @@ from gendist.data import Dataset
 from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
 from gendist.one_thread import one_thread
-from gendist.pictures import draw_samples
+from gendist.patience import StorageError, patiently
+from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
-from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, newest
+from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, name_of, newest
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
 from gendist.train.engine import Engine
 from gendist.train.loop import NotFinite, Report, train
-from gendist.train.processes import Processes, joined
+from gendist.train.processes import Processes, joined, told_by_first
 from gendist.transformed import transformed
 
-STOP_FILE = ".stop"  # in the run directory: while it is there, the processes are asked to leave a checkpoint and stop
 SAMPLES = "samples"  # in the run directory: the pictures along the way
 PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
@@ -63,24 +61,18 @@ class TrainingJob:
     """A function of one argument, which travels to the processes.
 
     spec   as plain values, since the class of a spec is made when it is needed
-    path   of the run directory, which every process must see
+    place  of the run directory, which every process must see: a path, or a URL
     rows   what is trained on, and held out
     """
 
     spec: Mapping[str, Any]
-    path: str
+    place: str
     rows: RowsOnDisk
 
     def __call__(self, line: Line) -> bool:
         """Train from the newest checkpoint on, until there is nothing left to do, which is True, or somebody asks to stop."""
         spec = load_spec(self.spec)
-        directory = RunDirectory(Path(self.path), spec)
-        if not (directory.path / "spec.yaml").exists():
-            raise UserError(
-                f"{directory.path}: {os.uname().nodename} does not see the run directory; choose one with --run-dir that all "
-                "machines share"
-            )
-        with joined(spec.cluster.use_gpu) as processes:
+        with RunDirectory(self.place, spec).seen() as directory, joined(spec.cluster.use_gpu) as processes:
             on_cpu = processes.device.type == "cpu"
             with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
                 return _Process(spec, directory, self.rows.dataset, processes, line).train(rows)
@@ -118,8 +110,11 @@ class _Process:
         if "validation" in rows:  # they are not learned from, but looked at
             _check_labels(model, [rows["training"], rows["validation"]])
         with _only_writer(self.directory) if self.is_first else nullcontext():
+            self._fetch_newest()
             resumed = newest(self.directory.checkpoints)
             progress = resumed.progress if resumed else Progress()
+            if resumed:
+                self.directory.last_written = name_of(progress.step)
             if self.is_first:
                 _cut_back(self.directory, progress.step)
             engine = make_engine(self.processes, self.config)
@@ -133,26 +128,36 @@ class _Process:
                 self.spec.seed,
                 progress,
                 rows.get("validation"),
-                _Asked(self.directory.path / STOP_FILE) if self.is_first else _nothing,
+                _Asked(self.directory.stop_sign()) if self.is_first else _nothing,
             )
-            writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last) if self.is_first else None
-            with writer or nullcontext():
-                try:
+            written = self.directory.checkpoint_written
+            writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last, written) if self.is_first else None
+            try:
+                with writer or nullcontext():
                     for report in reports:
                         self._keep(report, model, engine, writer, rows.get("validation") or rows["training"])
                         progress = report.progress if report.is_checkpoint_due else progress
                     return decide(progress, self.config) is not Decision.CONTINUE
-                except NotFinite as error:
-                    kept = f"that of step {progress.step} in {self.directory.checkpoints}" if progress.step else "none yet"
-                    raise UserError(f"{error}; the last good checkpoint is {kept}") from error
+            except NotFinite as error:
+                kept = f"that of step {progress.step} in {self.directory.place}/checkpoints" if progress.step else "none yet"
+                raise UserError(f"{error}; the last good checkpoint is {kept}") from error
+            except StorageError as error:
+                raise self.directory.explained(error) from error
+
+    def _fetch_newest(self) -> None:
+        """Of a store, its newest checkpoint, the same one in all processes, whatever an earlier worker writes meanwhile."""
+        if self.directory.mirror:
+            name = told_by_first(self.processes, self.directory.fetch_newest)
+            if name is not None and not self.is_first:
+                self.directory.fetch(name)
 
     def _keep(self, report: Report, model: DeepModel, engine: Engine, writer: CheckpointWriter | None, held_out: Any) -> None:
         """What is due after a step; every process takes part."""
         record = report.record
         if record and is_due(report.progress.step, self.config.eval_every, self.config):
-            record = record | self._look_at_samples(report, model, engine, held_out)
+            record = record | self._look_at_samples(report, model, engine, held_out, writer)
         if writer and record:
-            self.directory.append_metrics([record], sync=report.is_checkpoint_due)
+            writer.submit(lambda: self.directory.append_metrics([record], sync=report.is_checkpoint_due))
             self.line.record(record)
         if report.is_checkpoint_due:
             state = engine.state()
@@ -163,7 +168,9 @@ class _Process:
         if writer:
             writer.check()
 
-    def _look_at_samples(self, report: Report, model: DeepModel, engine: Engine, held_out: Any) -> dict[str, Any]:
+    def _look_at_samples(
+        self, report: Report, model: DeepModel, engine: Engine, held_out: Any, writer: CheckpointWriter | None
+    ) -> dict[str, Any]:
         """Samples of always the same noise, from the averaged networks, as a picture and, where no validation tells how good
         they are, beside rows that were held out, or of training where none were. What is found is returned, on rank 0."""
         step, networks = report.progress.step, list(model.networks().values())
@@ -171,11 +178,11 @@ class _Process:
         with engine.averaged(), torch.no_grad():
             for network in networks:
                 network.eval()
-            if self.is_first:
-                folder = self.directory.path / SAMPLES
-                folder.mkdir(exist_ok=True)
+            if writer:
                 pictured = transformed(model, self.dataset.transforms)
-                draw_samples(pictured, self.dataset.schema, folder / f"{step:08d}.png", self.spec.seed)
+                picture = samples_picture(pictured, self.dataset.schema, f"{name_of(step)}.png", self.spec.seed)
+                if picture is not None:
+                    writer.submit(lambda: _keep_picture(self.directory, f"{SAMPLES}/{name_of(step)}.png", picture))
                 if model.validation_objective is None:
                     try:
                         found = watch_samples(model, held_out, self.spec.seed, report.record, self.line.alive)
@@ -186,6 +193,16 @@ class _Process:
         for line in found.get("warnings", ()):
             logger.warning("step %d: %s", step, line)
         return found
+
+
+def _keep_picture(directory: RunDirectory, name: str, picture: bytes) -> None:
+    def write() -> None:
+        path = directory.path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(picture)
+
+    patiently(str(directory.path / name), write)
+    directory.bring(name)
 
 
 def _check_labels(model: Any, parts: Sequence[RowSet]) -> None:
@@ -215,13 +232,13 @@ class _Heard:
 
 @dataclass
 class _Asked:
-    """To stop, while there is a file."""
+    """To stop, while there is a sign."""
 
-    path: Path
+    is_there: Callable[[], bool]
     _since: float | None = None
 
     def __call__(self) -> Asked:
-        if not self.path.exists():
+        if not self.is_there():
             return Asked.NOTHING
         self._since = self._since or time.monotonic()
         return Asked.TO_STOP_NOW if time.monotonic() - self._since > PATIENCE_S else Asked.TO_STOP_AT_A_RECORD
@@ -264,6 +281,10 @@ def _cut_back(directory: RunDirectory, step: int) -> None:
 def _only_writer(directory: RunDirectory) -> Iterator[None]:
     """Be the one process that writes into the folder. Whoever started the run holds it, but a worker that was given up may
     still be about to end."""
+    if directory.mirror:
+        with directory.writing():
+            yield
+        return
     began = time.monotonic()
     with (directory.path / ".writer.lock").open("w") as file:
         while True:
@@ -272,7 +293,7 @@ def _only_writer(directory: RunDirectory) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() - began > WRITER_TIMEOUT_S:
-                    raise UserError(f"{directory.path}: an earlier worker of this run still writes there") from None
+                    raise UserError(f"{directory.place}: an earlier worker of this run still writes there") from None
                 time.sleep(0.1)
             except OSError:  # a file system without locks
                 break

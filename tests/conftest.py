@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,10 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["WANDB_MODE"] = "disabled"  # where it is installed, every fit would start it; its tests do without this
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the cores are taken by the processes beside this one
+
+# An object store that fsspec finds by itself, here and in every process that a test starts.
+sys.path.insert(0, str(Path(__file__).parent / "stores"))
+os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import numpy as np
 import pytest
@@ -64,6 +69,19 @@ def blobs() -> np.ndarray:
     factors = rng.normal(size=(3, 3, 3)) * 0.5 + np.eye(3)
     which = rng.integers(0, 3, 600)
     return means[which] + np.einsum("nij,nj->ni", factors[which], rng.normal(size=(600, 3)))
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """The URL of an empty object store (`tests/stores`), in which nobody waits for others that come at the same moment."""
+    from object_store import ObjectStore
+
+    from gendist import lease
+
+    monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    monkeypatch.setattr(ObjectStore, "calls", [])
+    monkeypatch.setattr(ObjectStore, "dies_at", None)
+    return f"objects://{tmp_path}/store"
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
-ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/.")]
+ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/; or its URL.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),

@@ -62,7 +62,12 @@ def fit(
     spec: SpecArgument,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to keep the run; runs/NAME if not given.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="DIR|URL",
+            help="Where to keep the run; if not given, NAME in cluster.storage, or runs/NAME.",
+            show_default=False,
+        ),
     ] = None,
     address: Address = None,
     dry_run: Annotated[
@@ -80,9 +85,7 @@ def fit(
         for line in sizes(resolved):
             print(f"# {line}")
         return
-    if run_dir is None:
-        run_dir = Path(resolved.cluster.storage or "runs") / resolved.name
-    run = _fit(resolved, run_dir, address)
+    run = _fit(resolved, run_dir or resolved.place_in_storage or f"runs/{resolved.name}", address)
     if _is_one_of_others():
         return
     from gendist.launch.summary import next_steps, verbs
@@ -201,7 +204,7 @@ def encode(
 
 @app.command()
 def prior(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a vae.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run directory of a vae.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[key=value ...]", help="Of the mixture's spec: model.num_components=50.", show_default=False),
@@ -261,10 +264,11 @@ def serve(
     from gendist.config import apply_overrides
     from gendist.serve import local_server
     from gendist.serve.server_config import named_artifacts, server_config
+    from gendist.storage import absolute
 
     limits = apply_overrides({}, limit or (), "--limit")
     content: dict[str, Any] = {
-        "models": {name: os.path.abspath(path) for name, path in named_artifacts(artifacts).items()},
+        "models": {name: absolute(path) for name, path in named_artifacts(artifacts).items()},
         **local_server.as_replicas(replicas),
         "gpus_per_replica": gpus_per_replica,
         "limits": limits,
@@ -289,7 +293,7 @@ def demo(overrides: Overrides = None) -> None:
     folder = next(place for place in places if place.is_dir())
     paths = sorted(folder.glob("*_digits.yaml"))
     specs = [load_spec(path, known) for path, known in overrides_it_knows(paths, overrides or ())]
-    runs = [_fit(spec, Path("runs") / "demo" / path.stem, None) for spec, path in zip(specs, paths, strict=True)]
+    runs = [_fit(spec, f"runs/demo/{path.stem}", None) for spec, path in zip(specs, paths, strict=True)]
     print("\npictures of digits that no one has written:")
     for run in runs:
         print(f"  {run.path}/samples.png")
@@ -298,16 +302,17 @@ def demo(overrides: Overrides = None) -> None:
     print("       what a spec can say  README.md")
 
 
-def _fit(spec: Any, run_dir: Path, address: str | None) -> Any:
+def _fit(spec: Any, run_dir: str, address: str | None) -> Any:
     """A fit with a progress bar, and what came of it."""
     from rich.console import Console
 
     from gendist import fitting
     from gendist.launch.progress import fit_progress, log_to
+    from gendist.storage import is_url
 
     console = Console(stderr=True, quiet=_is_one_of_others())
     log_to(console)
-    with _interruptible(run_dir / "spec.yaml"), fit_progress(console, spec.fit) as watch:
+    with _interruptible(None if is_url(run_dir) else Path(run_dir) / "spec.yaml"), fit_progress(console, spec.fit) as watch:
         run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     if not _is_one_of_others():
         _tell(spec, run)
@@ -340,12 +345,13 @@ def _writing(out: Path, what: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _interruptible(begun: Path) -> Iterator[None]:
-    """Ctrl-C is one line, which says how to go on where there is a file `begun`."""
+def _interruptible(begun: Path | None) -> Iterator[None]:
+    """Ctrl-C is one line, which says how to go on where there is a file `begun`; None: there may be one elsewhere."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = "; what was reached is kept: the same command goes on from there" if begun.exists() else ""
+        is_begun = begun is None or begun.exists()
+        kept = "; what was reached is kept: the same command goes on from there" if is_begun else ""
         _fail(f"interrupted{kept}", INTERRUPTED)
 
 

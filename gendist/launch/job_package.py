@@ -22,7 +22,7 @@ from gendist.config import Spec
 from gendist.data.formats import expand
 from gendist.em.config import STARTS
 from gendist.launch.job_lines import JOB_FILE
-from gendist.launch.submission import check_no_credentials, is_of_the_cluster
+from gendist.launch.submission import is_of_the_cluster
 from gendist.protocols import UserError
 
 # Ray keeps packages in the memory of the head, 512 MiB at most, and copies them to every node.
@@ -68,7 +68,6 @@ def _data(spec: Spec) -> Iterator[str]:
     paths = [given] if isinstance(given, str) else given or ()
     for path in paths:
         if is_of_the_cluster(path):
-            check_no_credentials(path, "data.path")
             continue
         if spec.data.source == "huggingface":
             if os.path.isdir(path):  # else the name of a data set on the hub

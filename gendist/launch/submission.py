@@ -16,6 +16,7 @@ from enum import Enum
 from gendist.config import Spec
 from gendist.launch.job_keeper import INTERRUPTED
 from gendist.protocols import UserError
+from gendist.storage import place_of
 
 # How Ray calls it when the process that holds a job is gone, with its node say; anything else that it calls an error would
 # happen again.
@@ -34,29 +35,19 @@ def run_id(spec: Spec, run_dir: str) -> str:
 
 def kept_in(spec: Spec, run_dir: str | None) -> str:
     """Where a submitted run is kept: the same for every machine of the cluster, or UserError."""
+    run_dir = run_dir or spec.place_in_storage
     if run_dir is None:
-        if spec.cluster.storage is None:
-            raise UserError(
-                "no run directory: give --run-dir (a folder that all nodes of the cluster share, or a URL such as "
-                "s3://bucket/runs/NAME), or cluster.storage in the spec"
-            )
-        run_dir = f"{spec.cluster.storage.rstrip('/')}/{spec.name}"
-    if not is_of_the_cluster(run_dir):
+        raise UserError(
+            "no run directory: give --run-dir (a folder that all nodes of the cluster share, or a URL such as "
+            "s3://bucket/runs/NAME), or cluster.storage in the spec"
+        )
+    place = str(place_of(run_dir))
+    if not is_of_the_cluster(place):
         raise UserError(
             f"{run_dir}: a relative path means nothing on a cluster; give the absolute path of a folder that all nodes share, "
             "or a URL such as s3://bucket/runs/NAME"
         )
-    check_no_credentials(run_dir, "--run-dir")
-    return run_dir.rstrip("/") or run_dir
-
-
-def check_no_credentials(url: str, where: str) -> None:
-    """UserError where a URL holds a key or password: everybody can read it who reaches the cluster."""
-    if "://" in url and "@" in url.partition("://")[2].partition("/")[0]:
-        raise UserError(
-            f"{where}: credentials stand in the URL, which is kept with the job; give them to the cluster's nodes instead, "
-            "as the library of the file system wants them"
-        )
+    return place
 
 
 def is_of_the_cluster(path: str) -> bool:

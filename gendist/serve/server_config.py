@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from gendist.config import validated
 from gendist.protocols import UserError
 from gendist.serve.limits import Limits
+from gendist.storage import absolute
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # that stands in a URL as it is
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?|\*")
@@ -120,7 +121,7 @@ def named_artifacts(arguments: Iterable[str]) -> dict[str, str]:
         name, equals, path = argument.partition("=")
         if not equals or not NAME.fullmatch(name):
             path = argument
-            folder = Path(os.path.abspath(path))
+            folder = Path(absolute(path))
             name = folder.parent.name if folder.name == "artifact" else folder.name
         if name in models:
             raise UserError(f"two models are called '{name}' ({models[name]} and {path}); name one of them: NAME={path}")

@@ -3,16 +3,20 @@
 00000100/training.json         how far training had come, and what the caller wants to know again
 00000100/training.safetensors  the tensors of `Engine.state`
 
-A folder appears whole or not at all. Writing happens in a thread of its own, beside the steps that follow.
+A folder appears whole or not at all. Writing happens in a thread of its own, beside the steps that follow; where storage
+fails for a while, training goes on meanwhile, but no further than the next checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +27,7 @@ import safetensors.torch
 from torch import Tensor
 
 from gendist.atomic import new_folder, sync_file, write
+from gendist.patience import patiently
 from gendist.protocols import UserError
 from gendist.train.decisions import Progress, kept
 
@@ -44,16 +49,29 @@ class TrainingCheckpoint:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+Kept = Callable[[list[int]], Set[int]]
+
+
+def name_of(step: int) -> str:
+    """Of the checkpoint after so many steps."""
+    return f"{step:08d}"
+
+
 class CheckpointWriter:
     """Used as `with CheckpointWriter(folder, keep_last) as writer:`, by one process; at the end all is on disk.
 
-    A checkpoint that cannot be written raises UserError at the next call, or at the end; those before it stay.
+    written  called in the thread, where a checkpoint is on disk, with its name and what tells which steps are to stay
+
+    What cannot be written raises UserError at the next call, or at the end, and nothing is written after it; what was before it
+    stays.
     """
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
-        self._folder, self._keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int, written: Callable[[str, Kept], None] = lambda name, kept: None) -> None:
+        self._folder, self._keep_last, self._written = folder, keep_last, written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future[None] | None = None
+        self._begun: deque[Future[None]] = deque()
+        self._saving: Future[None] | None = None
+        self._has_failed = False
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -65,47 +83,82 @@ class CheckpointWriter:
 
     def save(self, checkpoint: TrainingCheckpoint) -> None:
         """Begin to write; returns at once, unless the checkpoint before is being written still."""
-        self.wait()
-        self._writing = self._thread.submit(_write, self._folder, checkpoint, self._keep_last)
+        if self._saving is not None:
+            self._saving.result()
+        self._saving = self.submit(lambda: self._save(checkpoint))
+
+    def submit(self, act: Callable[[], object]) -> Future[None]:
+        """Write something else, after all that was begun before."""
+        self._begun.append(self._thread.submit(self._do, act))
+        return self._begun[-1]
 
     def check(self) -> None:
         """Raise what went wrong in the meantime, without waiting."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
+        while self._begun and self._begun[0].done():
+            self._begun.popleft().result()
 
     def wait(self) -> None:
         """Until what was begun is on disk."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        while self._begun:
+            self._begun.popleft().result()
+
+    def _do(self, act: Callable[[], object]) -> None:
+        if self._has_failed:
+            return
+        try:
+            act()
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def _save(self, checkpoint: TrainingCheckpoint) -> None:
+        path, best = self._folder / name_of(checkpoint.progress.step), checkpoint.progress.best_step
+
+        def kept_of(steps: list[int]) -> Set[int]:
+            return kept(steps, best, self._keep_last)
+
+        try:
+            patiently(str(path), lambda: _write(path, checkpoint, kept_of))
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(
+                f"{path}: the checkpoint cannot be written ({error}); those before it are whole: make room, and run again"
+            ) from error
+        self._written(path.name, kept_of)
 
 
-def _write(folder: Path, checkpoint: TrainingCheckpoint, keep_last: int) -> None:
-    step = checkpoint.progress.step
-    path = folder / f"{step:08d}"
+def _write(path: Path, checkpoint: TrainingCheckpoint, kept: Kept) -> None:
+    folder = path.parent
+    for other in _folders(folder):
+        if int(other.name) >= checkpoint.progress.step:  # passed over as unreadable, or training would not have come here again
+            shutil.rmtree(other.with_name(f".{other.name}.unreadable"), ignore_errors=True)
+            other.rename(other.with_name(f".{other.name}.unreadable"))
+    with new_folder(path) as inside:
+        tensors = inside / "training.safetensors"
+        _save_tensors(checkpoint.state, tensors)
+        sync_file(tensors)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "progress": asdict(checkpoint.progress),
+            "crc32": _crc32(tensors),
+            "extra": dict(checkpoint.extra),
+        }
+        write(inside / "training.json", (json.dumps(description, indent=2) + "\n").encode())
+    steps = {int(path.name): path for path in _folders(folder)}
+    for old in steps.keys() - kept(sorted(steps)):
+        shutil.rmtree(steps[old])
+
+
+def _save_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     try:
-        for other in _folders(folder):
-            if int(other.name) >= step:  # passed over as unreadable, or training would not have come here again
-                shutil.rmtree(other.with_name(f".{other.name}.unreadable"), ignore_errors=True)
-                other.rename(other.with_name(f".{other.name}.unreadable"))
-        with new_folder(path) as inside:
-            tensors = inside / "training.safetensors"
-            safetensors.torch.save_file(dict(checkpoint.state), tensors)
-            sync_file(tensors)
-            description = {
-                "format_version": FORMAT_VERSION,
-                "progress": asdict(checkpoint.progress),
-                "crc32": _crc32(tensors),
-                "extra": dict(checkpoint.extra),
-            }
-            write(inside / "training.json", (json.dumps(description, indent=2) + "\n").encode())
-        steps = {int(path.name): path for path in _folders(folder)}
-        for old in steps.keys() - kept(list(steps), checkpoint.progress.best_step, keep_last):
-            shutil.rmtree(steps[old])
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"{path}: the checkpoint cannot be written ({error}); those before it are whole: make room, and run again"
-        ) from error
+        safetensors.torch.save_file(dict(state), path)
+    except safetensors.SafetensorError as error:
+        raise _as_os_error(error) from error
+
+
+def _as_os_error(error: safetensors.SafetensorError) -> Exception:
+    """What safetensors says of a disk is text that names the system's number of the error."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else error
 
 
 def _crc32(path: Path) -> int:

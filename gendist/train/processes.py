@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,22 @@ def joined(use_gpu: bool, device: torch.device | None = None, timeout_s: float =
             dist.destroy_process_group()
     else:
         yield Processes(0, 1, device)
+
+
+def told_by_first(processes: Processes, function: Callable[[], Any]) -> Any:
+    """What the function returns in rank 0, in every process; a UserError there is one everywhere."""
+    told: list[Any] = [None, None]
+    if processes.rank == 0:
+        try:
+            told = [function(), None]
+        except UserError as error:
+            told = [None, str(error)]
+    if processes.world_size > 1:
+        dist.broadcast_object_list(told, src=0, device=processes.device)
+    value, mistake = told
+    if mistake is not None:
+        raise UserError(mistake)
+    return value
 
 
 def _device(use_gpu: bool) -> torch.device:

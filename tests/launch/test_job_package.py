@@ -61,7 +61,6 @@ def test_the_package_is_what_the_driver_reads(here, tmp_path):
         ("nowhere.npy", "no such file here"),
         ("nowhere/*.npy", "no file matches"),
         ("../outside.npy", "outside of this folder"),
-        ("s3://key:secret@bucket/a.npy", "credentials stand in the URL"),
     ],
 )
 def test_what_cannot_be_packed_is_told(here, path, said):

@@ -43,13 +43,13 @@ def test_the_same_spec_in_the_same_directory_is_the_same_run():
 
 def test_where_a_run_is_kept():
     spec = load_spec(SPEC)
-    assert kept_in(spec, "/shared/two/") == "/shared/two"
+    assert kept_in(spec, "/shared/two/") == kept_in(spec, "file:///shared/two") == "/shared/two"
     assert kept_in(load_spec(spec.model_dump(), ["cluster.storage=s3://bucket/runs/"]), None) == "s3://bucket/runs/two"
     assert kept_in(load_spec(spec.model_dump(), ["cluster.storage=s3://bucket/runs"]), "/else") == "/else"
     for run_dir, said in (
         (None, "give --run-dir"),
         ("runs/two", "a relative path means nothing on a cluster"),
-        ("s3://key:secret@bucket/two", "credentials stand in the URL"),
+        ("s3://key:secret@bucket/two", "a password has no place in a URL"),
     ):
         with pytest.raises(UserError, match=said) as told:
             kept_in(spec, run_dir)

@@ -1,0 +1,193 @@
+"""A run in a store, and the working copy of it on this machine, in which a process reads and writes as in any run directory.
+
+What is complete goes to the store: a checkpoint with the list of its files last, an artifact with its model.json last. What is
+not complete there is passed over, whoever was killed while writing it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterable, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from gendist.lease import Lease
+from gendist.protocols import UserError
+from gendist.storage import Storage
+
+LIST = ".files.json"  # of what a checkpoint consists, with the length and the check sum of each file
+METRICS = "metrics.jsonl"  # of the run up to a checkpoint: in its folder, and for people in the run's
+WHOLE = "model.json"  # of an artifact: written last
+STOP_POLL_S = 5.0
+
+logger = logging.getLogger("gendist")
+
+
+@dataclass
+class Mirror:
+    """
+    local   the working copy
+    writer  who must still be the one that writes, when a checkpoint or an artifact is brought to the store
+    """
+
+    storage: Storage
+    local: Path
+    writer: Lease | None = None
+    _pushed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def url(self) -> str:
+        return self.storage.url
+
+    def pull_run(self) -> None:
+        """What tells which run this is and, of a finished one, what it has left. UserError where something else is there."""
+        for name in ("spec.yaml", "manifest.json", METRICS):
+            self._pull(name)
+        if not (self.local / "spec.yaml").exists() and (others := [name for name in self.storage.names() if _is_seen(name)]):
+            raise UserError(f"{self.url}: holds files that are not of a run ({others[0]}); choose another place with --run-dir")
+        if _is_json(self.storage.read(f"artifact/{WHOLE}")):
+            for name in self.storage.names("artifact"):
+                self._pull(name)
+
+    def push(self, *names: str) -> None:
+        """Files of the working copy, in this order; those that have not changed since stay as they are."""
+        for name in names:
+            path = self.local / name
+            if path.is_file() and self._pushed.get(name) != (stamp := path.stat().st_mtime_ns):
+                self.storage.upload(path, name)
+                self._pushed[name] = stamp
+
+    def push_folder(self, folder: str, last: str | None = None) -> None:
+        """All files below a folder of the working copy."""
+        names = [path.relative_to(self.local).as_posix() for path in sorted((self.local / folder).rglob("*")) if path.is_file()]
+        ending = f"{folder}/{last}"
+        self.push(*(name for name in names if name != ending), ending)
+
+    def push_artifact(self) -> None:
+        """With it the run is finished."""
+        self._check_writer()
+        self.push_folder("artifact", last=WHOLE)
+
+    def push_checkpoint(self, name: str, kept: Callable[[list[int]], Set[int]]) -> None:
+        """One that is complete here, with the metrics so far; then remove those that need not be kept."""
+        self._check_writer()
+        folder = f"checkpoints/{name}"
+        self._remove(step for step in self._steps() if int(step) >= int(name))  # passed over as damaged, or else left by a kill
+        if (metrics := self.local / METRICS).exists():
+            shutil.copyfile(metrics, self.local / folder / f".{METRICS}")
+        files = [path for path in sorted((self.local / folder).rglob("*")) if path.is_file() and path.name != LIST]
+        contents = {path.relative_to(self.local / folder).as_posix(): _stamp(path) for path in files}
+        for path in contents:
+            self.storage.upload(self.local / folder / path, f"{folder}/{path}")
+        self.storage.write(f"{folder}/{LIST}", json.dumps(contents).encode())
+        self.push(METRICS)
+        steps = {int(step): step for step in self._steps()}
+        self._remove(steps[step] for step in sorted(steps.keys() - kept(sorted(steps))))
+
+    def pull_newest(self) -> str | None:
+        """The newest checkpoint that is whole, with the metrics up to it in place of what was here; its name, or None."""
+        (self.local / METRICS).unlink(missing_ok=True)
+        for name in reversed(self._steps()):
+            if self.pull_checkpoint(name):
+                metrics = self.local / "checkpoints" / name / f".{METRICS}"
+                if metrics.exists():
+                    shutil.copyfile(metrics, self.local / METRICS)
+                return name
+        return None
+
+    def pull_checkpoint(self, name: str) -> bool:
+        """Whether it is there and whole; then it is in the working copy."""
+        folder, here = f"checkpoints/{name}", self.local / "checkpoints" / name
+        listed = self.storage.read(f"{folder}/{LIST}")
+        shutil.rmtree(here, ignore_errors=True)
+        try:
+            contents = json.loads(listed or b"")
+            for path, stamp in contents.items():
+                self.storage.download(f"{folder}/{path}", here / path)
+                if _stamp(here / path) != stamp:
+                    raise ValueError(f"{path} has other bytes than were written")
+        except (ValueError, AttributeError, FileNotFoundError) as error:
+            if isinstance(error, UserError):
+                raise
+            if listed is not None:
+                logger.warning("%s/%s cannot be read and is passed over (%s)", self.url, folder, error)
+            shutil.rmtree(here, ignore_errors=True)
+            return False
+        return True
+
+    def forget(self, names: Iterable[str]) -> None:
+        self.storage.remove(names)
+        for name in names:
+            self._pushed.pop(name, None)
+
+    def _pull(self, name: str) -> None:
+        try:
+            self.storage.download(name, self.local / name)
+            self._pushed[name] = (self.local / name).stat().st_mtime_ns
+        except FileNotFoundError:
+            (self.local / name).unlink(missing_ok=True)
+
+    def _steps(self) -> list[str]:
+        """The names of all checkpoints, whole or not, the newest last."""
+        names = {name.split("/")[1] for name in self.storage.names("checkpoints") if name.count("/") >= 2}
+        return sorted(name for name in names if name.isdigit())
+
+    def _remove(self, steps: Iterable[str]) -> None:
+        for step in steps:
+            folder = f"checkpoints/{step}"
+            self.storage.remove([f"{folder}/{LIST}"])  # first, so that what is left is none
+            self.storage.remove(self.storage.names(folder))
+
+    def _check_writer(self) -> None:
+        if self.writer:
+            self.writer.check()
+
+
+class StopSign:
+    """Whether there is an object that asks a run to stop, looked for now and then and beside the work."""
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = replace(storage, is_patient=False), name
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="stop-sign")
+        self._looking: Future[bool] | None = None
+        self._looked_at = -STOP_POLL_S
+        self._is_there = False
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if self._looking is not None and self._looking.done():
+            self._is_there, self._looking, self._looked_at = self._looking.result(), None, now
+        if self._looking is None and now - self._looked_at >= STOP_POLL_S:
+            self._looking = self._thread.submit(self._look)
+        return self._is_there
+
+    def _look(self) -> bool:
+        try:
+            return self._storage.read(self._name) is not None
+        except UserError:  # whoever writes says so
+            return self._is_there
+
+
+def _stamp(path: Path) -> list[int]:
+    """The length of a file, and its check sum."""
+    length, digest = 0, 0
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            length, digest = length + len(part), zlib.crc32(part, digest)
+    return [length, digest]
+
+
+def _is_seen(name: str) -> bool:
+    return not any(part.startswith(".") for part in name.split("/"))
+
+
+def _is_json(content: bytes | None) -> bool:
+    try:
+        return content is not None and isinstance(json.loads(content), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,180 @@
+"""What runs in stores stand on: patience, whole objects, leases, and the look at a place from several machines."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gendist import lease, patience, storage_check
+from gendist.lease import Holder, Lease
+from gendist.patience import PATIENCE_S, StorageError, next_pause, patiently
+from gendist.protocols import UserError
+from gendist.storage import Storage, explained, is_url, place_of
+from gendist.storage_check import Marks
+
+
+def test_pauses_grow_and_end_with_patience():
+    pauses, waited = [], 0.0
+    while (pause := next_pause(len(pauses), waited)) is not None:
+        pauses.append(pause)
+        waited += pause
+    assert waited == pytest.approx(PATIENCE_S)
+    assert pauses[:4] == [0.25, 0.5, 1.0, 2.0]
+    assert max(pauses) <= patience.LONGEST_PAUSE_S
+
+
+def test_what_may_pass_is_tried_again_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
+    left = [OSError(errno.EIO, "Input/output error"), OSError(errno.ESTALE, "Stale file handle")]
+
+    def act():
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert patiently("x", act) == "done"
+    for lasting in (PermissionError(errno.EACCES, "Permission denied"), ValueError("x")):
+        left.append(lasting)
+        with pytest.raises(type(lasting)):
+            patiently("x", act)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.0)
+    left.append(OSError(errno.EIO, "Input/output error"))
+    with pytest.raises(StorageError, match=r"^x: Input/output error, for 0 s$"):
+        patiently("x", act)
+
+
+def test_a_place_is_a_path_or_a_url():
+    assert place_of("runs/x") == Path("runs/x")
+    assert place_of("file:///shared/runs/x") == Path("/shared/runs/x")
+    assert place_of("s3://bucket/runs/x/") == "s3://bucket/runs/x"
+    assert place_of("sftp://me@host/runs") == "sftp://me@host/runs"
+    assert [is_url(place) for place in ("runs/x", "file:///x", "gs://b/x", Path("x"))] == [False, False, True, False]
+    with pytest.raises(UserError, match="a URL that was made a path"):
+        place_of(Path("s3://bucket/runs"))
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "gs://bucket/x?token=secret", "https://a:secret@b/c?d=secret"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(UserError, match="credentials belong in the environment of every node") as told:
+        place_of(url)
+    assert "secret" not in str(told.value)
+
+
+def test_why_a_store_does_nothing_is_told():
+    class NoCredentialsError(Exception):
+        """As botocore has one."""
+
+    assert explained(NoCredentialsError("Unable to locate credentials")).startswith("no credentials (Unable")
+    assert explained(PermissionError("Access Denied")) == "no permission (Access Denied)"
+    assert explained(FileNotFoundError("bucket")) == "no such bucket or folder (bucket)"
+
+
+@pytest.mark.parametrize("scheme", ["objects", "memory"])
+def test_objects_are_whole(scheme, store, tmp_path):
+    storage = Storage(store if scheme == "objects" else "memory://of/test_objects_are_whole")
+    assert storage.names() == []
+    assert storage.read("a/b.json") is None
+    storage.write("a/b.json", b"{}")
+    storage.write("ab", b"")
+    assert storage.read("a/b.json") == b"{}"
+    assert (storage.names(), storage.names("a")) == (["a/b.json", "ab"], ["a/b.json"])
+    storage.download("a/b.json", tmp_path / "c" / "d")
+    assert (tmp_path / "c" / "d").read_bytes() == b"{}"
+    with pytest.raises(FileNotFoundError):
+        storage.download("a/c", tmp_path / "e")
+    storage.remove(["a/b.json", "never there"])
+    assert storage.names() == ["ab"]
+
+
+def elsewhere(**changes) -> Holder:
+    return replace(Holder.here(), host="another machine", node="far", process=7, **changes)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    for name, seconds in (("EXPIRES_S", 0.5), ("LOOK_S", 0.02), ("RENEW_S", 0.05)):
+        monkeypatch.setattr(lease, name, seconds)
+
+
+def test_a_second_writer_is_refused(soon, store):
+    refused = pytest.raises(UserError, match="another process is at work here")
+    with Lease(Storage(store), "lease").held(), refused, Lease(Storage(store), "lease").held():
+        pass
+    assert Storage(store).names() == []
+    with Lease(Storage(store), "lease").held():
+        pass
+
+
+def test_a_writer_on_another_machine_is_heard_before_it_is_refused(soon, store):
+    far = Lease(Storage(store), "lease", elsewhere())
+    with far.held(), pytest.raises(UserError, match="process 7 of far"), Lease(Storage(store), "lease").held():
+        pass
+
+
+def test_one_that_is_silent_is_gone(soon, store, caplog):
+    storage = Storage(store)
+    Lease(storage, "lease", elsewhere()).seize()
+    with Lease(storage, "lease").held() as held:
+        held.check()
+    assert "process 7 of far was at work here" in caplog.text
+
+
+def test_one_that_has_lost_it_finds_out(soon, store):
+    storage = Storage(store)
+    with Lease(storage, "lease").held() as held:
+        Lease(storage, "lease", elsewhere()).seize()
+        with pytest.raises(UserError, match="process 7 of far"):
+            held.check()
+    assert storage.names() == ["lease"], "it is not taken from whoever has it now"
+
+
+def test_what_is_half_written_is_not_believed(soon, store):
+    storage = Storage(store)
+    storage.write("lease", b'{"token": ')
+    with Lease(storage, "lease").held():
+        pass
+
+
+@pytest.mark.parametrize("is_store", [False, True])
+def test_machines_that_share_a_place_see_each_other(is_store, store, tmp_path):
+    marks = Marks(store if is_store else str(tmp_path), "key")
+    assert [marks.leave(name) for name in ("a", "b")] == [None, None]
+    assert marks.missing(["a", "b"]) is None
+    marks.remove(["a", "b"])
+    assert list(tmp_path.rglob(".check*")) == []
+
+
+def test_a_place_that_is_not_shared_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(storage_check, "SEEN_WITHIN_S", 0.05)
+    assert Marks(str(tmp_path / "none"), "key").leave("a") == "no such folder there: it is not shared"
+    assert Marks(str(tmp_path), "key").missing(["a"]) == "what a has written is not seen there: it is not shared"
+    assert Marks("s3://bucket/x", "key").leave("a").startswith("cannot be written (Install s3fs")
+
+
+def test_a_slow_folder_is_given_time(tmp_path):
+    marks = Marks(str(tmp_path), "key")
+    threading.Timer(0.3, marks.leave, ["a"]).start()
+    assert marks.missing(["a"]) is None
+
+
+@pytest.mark.ray
+def test_every_node_of_a_cluster_is_asked(cluster, monkeypatch, store, tmp_path):
+    from gendist.ray_storage_check import check_storage
+
+    node = cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
+    try:
+        check_storage(str(tmp_path))
+        check_storage(store)
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+        with pytest.raises(
+            UserError, match=r"memory://x: what driver-\S+ has written is not seen there.* on node [0-9.]+.*URL"
+        ):
+            check_storage("memory://x")
+        with pytest.raises(UserError, match="no such folder there: it is not shared on this machine"):
+            check_storage(str(tmp_path / "none"))
+    finally:
+        cluster.remove_node(node)
