@@ -298,8 +298,8 @@ def how_to_look_after(attempt: Attempt, jobs: RayJobs) -> str:
     where = "" if os.environ.get("RAY_API_SERVER_ADDRESS") == jobs.address else f" --address {jobs.address}"
     program, job = command(), attempt.run_id  # which stands for its newest attempt
     return (
-        f"the job goes on. The same command attaches again; see it:  {program} status {job}{where}; "
-        f"stop it:  {program} stop {job}{where}"
+        f"the job goes on\n  attach:   the same command\n  see it:   {program} status {job}{where}\n"
+        f"  its log:  {program} logs {job}{where} --follow\n  stop it:  {program} stop {job}{where}"
     )
 
 
