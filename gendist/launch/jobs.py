@@ -122,7 +122,7 @@ class Submission:
             except AlreadyThere:
                 continue
             self.tell(said)
-            return self.jobs.attempt(submission_id)
+            return Attempt(submission_id, State.PENDING)
         raise UserError(f"{run}: others submit and stop the same all the time; look at `{command()} status`")
 
     def _submit(self, submission_id: str) -> None:
