@@ -30,6 +30,7 @@ from gendist.patience import StorageError, patiently
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
 from gendist.storage import Storage, place_of
+from gendist.storage_check import MARK
 from gendist.working_copy import working_copy
 
 STOP = ".stop"  # while it is there, whoever fits is asked to leave a checkpoint and stop
@@ -70,7 +71,9 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"{self.place}: a file; a run directory is a folder")
             self._check_what_is_there()
-            if not self.is_finished:  # else there is nothing to write, and reading needs no lock
+            if self.is_finished:  # there is nothing to write, and reading needs no lock
+                self._tidy()
+            else:
                 if self.mirror:
                     self.mirror.writer = held.enter_context(Lease(self.mirror.storage, LEASE).held())
                     held.callback(self._leave_nothing_behind)
@@ -115,12 +118,20 @@ class RunDirectory:
         self.path = held.enter_context(working_copy())
         return Mirror(storage, self.path)
 
+    def _tidy(self) -> None:
+        """Take away the lease of a process that was killed when it had finished the run."""
+        if self.mirror:
+            with suppress(UserError), self.quickly():
+                if self.mirror.storage.read(LEASE) is not None:
+                    self.mirror.forget([LEASE, WRITER, STOP])
+
     def _leave_nothing_behind(self) -> None:
         """Of what only a run that is at work needs; and bring what wandb has left in the working copy."""
         assert self.mirror
         with suppress(UserError), self.quickly():
             self.mirror.push_folder("wandb")
-            self.mirror.forget([WRITER, STOP])
+            marks = [name for name in self.mirror.storage.names() if name.startswith(MARK)]  # of a look that was killed
+            self.mirror.forget([WRITER, STOP, *marks])
 
     def _check_what_is_there(self) -> None:
         """UserError unless there is nothing, or a run of the same spec."""

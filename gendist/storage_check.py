@@ -13,6 +13,7 @@ from gendist.patience import reason
 from gendist.protocols import UserError
 from gendist.storage import Storage, place_of
 
+MARK = ".check-"  # what its name begins with
 SEEN_WITHIN_S = 5.0  # a shared folder may be slow to show what another machine wrote
 
 
@@ -75,7 +76,7 @@ class Marks:
         return _content(place / self._called(name))
 
     def _called(self, name: str) -> str:
-        return f".check-{self.key}-{name}"
+        return f"{MARK}{self.key}-{name}"
 
     def _why(self, error: Exception, what: str) -> str:
         said = reason(error).removeprefix(f"{self.place}: ")

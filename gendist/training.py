@@ -246,6 +246,12 @@ def held_back(directory: RunDirectory) -> Iterator[None]:
     asked_at: list[float] = []
     asking: list[threading.Thread] = []
 
+    def put_up_sign() -> None:
+        try:
+            directory.ask_to_stop()
+        except (OSError, UserError) as error:
+            logger.warning("the run cannot be asked to stop (%s); another Ctrl-C ends at once", error)
+
     def ask(number: int, frame: Any) -> None:
         if asked_at and time.monotonic() - asked_at[0] > INSIST_S:
             raise KeyboardInterrupt
@@ -253,7 +259,7 @@ def held_back(directory: RunDirectory) -> Iterator[None]:
             logger.info("stopping at the next record, or in a few seconds; another Ctrl-C, in a while, ends at once")
         asked_at.append(time.monotonic())
         # A store takes its time, which a handler of signals has not.
-        asking.append(threading.Thread(target=directory.ask_to_stop, name="ask-to-stop", daemon=True))
+        asking.append(threading.Thread(target=put_up_sign, name="ask-to-stop", daemon=True))
         asking[-1].start()
 
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()

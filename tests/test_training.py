@@ -21,7 +21,7 @@ import yaml
 from power_cut import PowerCut, cut_power_at
 
 import gendist
-from gendist import training, training_job
+from gendist import patience, training, training_job
 from gendist.config import load_spec
 from gendist.launch import cli
 from gendist.protocols import UserError
@@ -487,6 +487,7 @@ def test_a_disk_without_room_for_records_or_checkpoints_is_told_in_one_line(monk
             gendist.fit(SPEC, run_dir=path, watch=stop_at(15))
         with monkeypatch.context() as patched:
             patched.setattr(module, name, no_room)
+            patched.setattr(patience, "PATIENCE_S", 0.2)
             with pytest.raises((UserError, OSError), match="No space left") as caught:
                 gendist.fit(SPEC, run_dir=path)
         assert "\n" not in str(caught.value)
