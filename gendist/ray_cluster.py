@@ -34,6 +34,7 @@ WORKER_ENVIRONMENT = {
 }
 CPU_WORKER: Mapping[str, float] = {"CPU": 1}
 GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where this process is that of a submitted job
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
 logger = logging.getLogger("gendist")
@@ -119,9 +120,9 @@ def _connect(num_workers: int, address: str | None) -> None:
     check_reachable(address)
     logger.info("connecting to Ray at %s", address)
     try:
-        # The cluster's workers run this very code; its dependencies must be installed there.
-        package = Path(__file__).parent
-        ray.init(address=address, runtime_env={"py_modules": [str(package)], "env_vars": WORKER_ENVIRONMENT}, **quiet)
+        # The cluster's workers run this very code; its dependencies must be installed there. A job has brought it along.
+        package = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent)]}
+        ray.init(address=address, runtime_env={**package, "env_vars": WORKER_ENVIRONMENT}, **quiet)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot connect to Ray at {address}: {reason}") from error

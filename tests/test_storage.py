@@ -59,7 +59,7 @@ def test_a_place_is_a_path_or_a_url():
 
 @pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "gs://bucket/x?token=secret", "https://a:secret@b/c?d=secret"])
 def test_credentials_in_a_url_are_refused_and_not_repeated(url):
-    with pytest.raises(UserError, match="a password|the parameter|question mark") as told:
+    with pytest.raises(UserError, match=r"a password|the parameter|question mark") as told:
         place_of(url)
     assert "secret" not in str(told.value)
 

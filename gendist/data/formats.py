@@ -40,14 +40,14 @@ SUFFIXES = {
 
 def open_files(paths: Sequence[str], format_: str | None = None) -> Files[Any]:
     """The rows of the files behind paths, folders and patterns; the suffix tells the format where it is not given."""
-    files = [file for path in paths for file in _expand(path, format_)]
+    files = [file for path in paths for file in expand(path, format_)]
     kinds = {format_} if format_ else {_kind_of(path) for path in files}
     if len(kinds) > 1:
         raise UserError(f"data.path: files of several kinds ({', '.join(sorted(map(str, kinds)))}); give data.source")
     return FORMATS[kinds.pop()](files)
 
 
-def _expand(path: str, format_: str | None) -> list[str]:
+def expand(path: str, format_: str | None) -> list[str]:
     """The files behind a path, a folder or a pattern, in the order of their names."""
     if "://" in path:
         return _expand_url(path, format_)

@@ -12,6 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from gendist.launch import job_verbs
+from gendist.launch.arguments import Address, ArtifactArgument, Overrides, SpecArgument, WhereToCompute, command
+
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended, and typer's
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
 
@@ -23,19 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
-ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/; or its URL.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
-]
-WhereToCompute = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Where to compute: cluster.num_workers=4.", show_default=False),
-]
-Address = Annotated[
-    str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
-]
+job_verbs.register(app)
 
 
 def main() -> None:
@@ -97,9 +88,11 @@ def fit(
     run = _fit(resolved, run_dir or resolved.place_in_storage or f"runs/{resolved.name}", address)
     if _is_one_of_others():
         return
-    print(f"\nnext:  {_command()} sample {run.path} -n 64 --out samples.png")
-    if "log_prob" not in run.model.not_offered:
-        print(f"       {_command()} score {run.path} DATA --out scores.parquet")
+    from gendist.launch.summary import next_steps, verbs
+
+    print()
+    for line in next_steps(verbs(run.model), command(), run.path):
+        print(line)
 
 
 @app.command()
@@ -234,7 +227,7 @@ def prior(
     with _interruptible(latent_prior.path / "fit" / "spec.yaml"), fit_progress(console, latent_prior.mixture.fit) as watch:
         fitted = latent_prior.fit(address, watch)
     _tell(latent_prior.mixture, fitted)
-    print(f"\nnext:  {_command()} sample {latent_prior.path} -n 64 --out samples.png")
+    print(f"\nnext:  {command()} sample {latent_prior.path} -n 64 --out samples.png")
 
 
 @app.command()
@@ -347,8 +340,8 @@ def demo(overrides: Overrides = None) -> None:
     print("\npictures of digits that no one has written:")
     for run in runs:
         print(f"  {run.path}/samples.png")
-    print(f"\nnext:  more of them         {_command()} sample {runs[0].path} -n 100 --seed 1 --out digits.png")
-    print(f"       your own data        {_command()} fit {folder.name}/gmm_parquet.yaml data.path=YOUR.parquet")
+    print(f"\nnext:  more of them         {command()} sample {runs[0].path} -n 100 --seed 1 --out digits.png")
+    print(f"       your own data        {command()} fit {folder.name}/gmm_parquet.yaml data.path=YOUR.parquet")
     print("       what a spec can say  README.md")
 
 
@@ -370,24 +363,10 @@ def _fit(spec: Any, run_dir: str, address: str | None) -> Any:
 
 
 def _tell(spec: Any, run: Any) -> None:
-    results = run.results
-    how_many = f"{results['num_iterations']} iterations" if "num_iterations" in results else f"{results['num_steps']} steps"
-    print(f"{spec.name}: {results['stopped']} after {how_many}, in {run.path}")
-    print("  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)))
-    if "log_likelihood" in results:
-        print("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
-    for line in results.get("description", ()):
-        print(f"  {line}")
-    if density := getattr(run.model, "density", None):
-        print(f"  ({density})")
-    if results.get("artifact_step", results.get("num_steps")) != results.get("num_steps"):
-        print(f"  the artifact is that of step {results['artifact_step']}, the best in validation")
-    if len(results.get("restarts", ())) > 1:
-        print(f"  the best of {len(results['restarts'])} restarts; manifest.json says how each of them ended")
-    if repairs := results.get("repairs"):
-        print(f"  {len(repairs)} repairs, the last: {repairs[-1]} (all in metrics.jsonl)")
-    if fell := results.get("iterations_that_fell"):
-        print(f"  the log-likelihood fell in iterations {fell}; see metrics.jsonl")
+    from gendist.launch.summary import summary
+
+    for line in summary(spec, run):
+        print(line)
 
 
 def _is_one_of_others() -> bool:
@@ -417,11 +396,6 @@ def _interruptible(begun: Path | None) -> Iterator[None]:
         is_begun = begun is None or begun.exists()
         kept = "; what was reached is kept: the same command goes on from there" if is_begun else ""
         _fail(f"interrupted{kept}", INTERRUPTED)
-
-
-def _command() -> str:
-    """How this program was called."""
-    return "gendist" if Path(sys.argv[0]).name == "gendist" else "python launch.py"
 
 
 def _fail(message: str, code: int) -> NoReturn:

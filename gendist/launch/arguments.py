@@ -1,0 +1,36 @@
+"""What several commands take, and how the program was called."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
+ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/; or its URL.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Changes to the spec, such as cluster.num_workers=4.", show_default=False),
+]
+WhereToCompute = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Where to compute: cluster.num_workers=4.", show_default=False),
+]
+Address = Annotated[
+    str | None, typer.Option(metavar="ADDR", help="HOST:PORT of a Ray head; this machine if not given.", show_default=False)
+]
+JobsAddress = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="http://HEAD:8265, where a Ray head takes jobs; that of RAY_API_SERVER_ADDRESS or RAY_ADDRESS if not given.",
+        show_default=False,
+    ),
+]
+
+
+def command() -> str:
+    """How this program was called."""
+    return "gendist" if Path(sys.argv[0]).name == "gendist" else "python launch.py"

@@ -1,0 +1,171 @@
+"""What a head may answer, and what may answer in its place; without Ray."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from gendist.launch import jobs, ray_jobs
+from gendist.launch.ray_jobs import RayJobs, Unknown, Unreachable
+from gendist.launch.submission import State
+from gendist.protocols import UserError
+
+TOKEN = "a" * 32
+
+
+class Head(BaseHTTPRequestHandler):
+    """Answers as a head with a token does; whatever is said in `answers` instead of that."""
+
+    answers: dict[str, tuple[int, str]] = {}  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            code, text = 403 if "Authorization" in self.headers else 401, "no"
+        else:
+            code, text = self.answers.get(self.path, (404, "Job x does not exist in this Ray"))
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def head(monkeypatch, tmp_path) -> Iterator[str]:
+    """The address of a head; the token is in the environment."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Head)
+    Head.answers = {
+        "/api/version": (200, json.dumps({"version": "4", "ray_version": "2.60.0"})),
+        "/api/v0/cluster_metadata": (200, json.dumps({"data": {"pythonVersion": "3.11.7"}})),
+    }
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_token_comes_from_where_ray_looks_for_it(head, monkeypatch, tmp_path):
+    assert RayJobs.at(head).versions() == {"ray": "2.60.0", "python": "3.11.7"}
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    with pytest.raises(UserError, match="asks for a token, and none was found"):
+        RayJobs.at(head).versions()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(f"{TOKEN}\n")
+    assert RayJobs.at(head).versions()
+    (tmp_path / "other").write_text("b" * 32)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    with pytest.raises(UserError, match="that which was found is not its own") as told:
+        RayJobs.at(head).versions()
+    assert "bbb" not in str(told.value)
+    assert "bbb" not in repr(RayJobs.at(head))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere: cannot be read"):
+        RayJobs.at(head)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)  # wins
+    assert RayJobs.at(head).versions()
+
+
+def test_the_address_may_come_from_the_environment(head, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", head)
+    assert RayJobs.at(None).address == head
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://10.0.0.1:8265/")
+    assert RayJobs.at(None).address == "http://10.0.0.1:8265"
+    assert RayJobs.at("10.0.0.2:8265").address == "http://10.0.0.2:8265"
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        (None, "--address is missing"),
+        ("ray://10.0.0.1:10001", "not where a Ray head takes jobs"),
+        ("http://", "not where a Ray head takes jobs"),
+        ("http://10.0.0.1:99999", "not where a Ray head takes jobs"),
+        ("auto", "nothing answers there"),
+    ],
+)
+def test_what_is_no_address_is_told(head, address, said):
+    with pytest.raises(UserError, match=said):
+        RayJobs.at(address).versions()
+
+
+def test_the_address_of_another_port_of_ray_is_told(head, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS 10\.0\.0\.1:6379: not where a Ray head takes jobs"):
+        RayJobs.at(None)
+
+
+def test_where_nothing_answers_is_told_soon(head, monkeypatch):
+    monkeypatch.setattr(ray_jobs, "ANSWER_TIMEOUT_S", 0.5)
+    with pytest.raises(Unreachable, match=r"nothing answers there as a Ray head does .Connection refused."):
+        RayJobs.at("http://127.0.0.1:1").versions()
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(Unreachable, match="no answer in time"):
+        RayJobs.at(f"http://127.0.0.1:{silent.getsockname()[1]}").versions()
+
+
+@pytest.mark.parametrize("answer", [(200, "hello"), (200, "[]"), (404, "not found"), (501, "")])
+def test_what_is_no_ray_dashboard_is_told(head, answer):
+    Head.answers = {"/api/version": answer}
+    with pytest.raises(UserError, match="something answers there, but it is no Ray dashboard"):
+        RayJobs.at(head).versions()
+
+
+def test_the_jobs_of_gendist_alone_are_seen(head):
+    job = {"submission_id": "gendist-two-0123456789ab-3", "status": "FAILED", "driver_exit_code": 2, "start_time": 5000}
+    others = [{"submission_id": None, "status": "RUNNING"}, {"submission_id": "x", "status": "RUNNING", "metadata": {}}]
+    ours = job | {"metadata": {"gendist_name": "two"}}
+    Head.answers |= {"/api/jobs/": (200, json.dumps([*others, ours])), "/api/jobs/a": (200, json.dumps(ours))}
+    (attempt,) = RayJobs.at(head).attempts()
+    assert attempt == RayJobs.at(head).attempt("a")
+    assert (attempt.name, attempt.number, attempt.run_id) == ("two", 3, "gendist-two-0123456789ab")
+    assert (attempt.state, attempt.exit_code, attempt.started_s) == (State.FAILED, 2, 5.0)
+    with pytest.raises(Unknown):
+        RayJobs.at(head).attempt("b")
+
+
+class Tailed:
+    """A job whose log comes in pieces, over connections that are lost."""
+
+    def __init__(self, connections: list[list[str | None]], states: list[State]):
+        self._connections, self._states = iter(connections), iter(states)
+
+    def tail(self, _: str) -> Iterator[str | None]:
+        for piece in next(self._connections):
+            if piece == "LOST":
+                raise Unreachable("gone")
+            yield piece
+
+    def attempt(self, submission_id: str) -> object:
+        return ray_jobs.Attempt(submission_id, next(self._states))
+
+
+def test_a_log_is_whole_over_lost_connections(monkeypatch):
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.0)
+    first, second = ["one\nt", "LOST"], ["one\n", "two\nthr", None, "LOST"]
+    third = ["one\ntwo\nthree\n", None, "four\nfi", None, None]
+    states = [State.RUNNING, State.RUNNING, State.STOPPED, State.STOPPED]
+    lines = list(jobs.follow(Tailed([first, second, third], states), "job"))
+    assert lines == ["one", "two", "three", "four", "fi"]
+
+
+def test_a_connection_that_stays_lost_is_told(monkeypatch):
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.01)
+    monkeypatch.setattr(jobs, "RECONNECT_S", 0.1)
+    with pytest.raises(jobs.Lost):
+        list(jobs.follow(Tailed([["LOST"]] * 1000, []), "job"))
+
+
+def test_what_a_log_says_for_people():
+    assert jobs.shown("reading data.csv") == "reading data.csv"
+    assert jobs.shown('@gendist {"record": {"iteration": 1}}') == '{"iteration": 1}'
+    assert jobs.shown('@gendist {"error": "a misspelt key"}') == "error: a misspelt key"
+    assert jobs.shown('@gendist {"finished": {"summary": ["a", "b"], "verbs": [], "path": "x"}}') == "a\nb"
