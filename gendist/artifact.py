@@ -27,8 +27,8 @@ from gendist.data.schema import Schema
 from gendist.data.transforms import Step, Transforms
 from gendist.protocols import GenerativeModel, NotImportable, UserError
 from gendist.storage import Storage, place_of
+from gendist.storage.working_copy import working_copy
 from gendist.transformed import taken_apart, transformed
-from gendist.working_copy import working_copy
 
 # 2 has transforms, 3 a schema of texts or sparse rows, 4 one of sequences or of tokens by a pattern, 5 a prior. What has
 # none of these is written as 1, which any gendist reads.

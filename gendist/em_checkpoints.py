@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.data import Schema
-from gendist.patience import patiently
 from gendist.protocols import GenerativeModel
 from gendist.run_directory import RunDirectory, parse
+from gendist.storage.patience import patiently
 
 KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
 

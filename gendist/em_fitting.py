@@ -27,13 +27,13 @@ from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
 from gendist.one_thread import one_thread
-from gendist.patience import StorageError
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import Block, Compute, Feature, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished
 from gendist.storage import is_url
+from gendist.storage.patience import StorageError
 from gendist.tracking import tracked
 from gendist.transformed import taken_apart, transformed
 

@@ -15,7 +15,7 @@ from gendist import plots
 from gendist.data.schema import Schema
 from gendist.errors import UserError
 from gendist.figures import Figure, Matrices, Mixture, Paths, Profiles, Strips
-from gendist.patience import patiently
+from gendist.storage.patience import patiently
 
 NUM_PICTURED = 100
 MAX_SHOWN = 5_000  # samples, as points

@@ -4,7 +4,7 @@ A run is new, unfinished or finished. It is finished when its artifact stands th
 newest checkpoint is what an unfinished one goes on from.
 
 It lies in a folder, or in a store that a URL names: then the folder is a working copy of this process, and what is complete in
-it is brought to the store (`gendist.mirror`).
+it is brought to the store (`gendist.storage.mirror`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.folder_lock import locked
-from gendist.lease import Lease
-from gendist.mirror import Mirror, StopSign
-from gendist.patience import StorageError, patiently
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
 from gendist.storage import Storage, place_of
-from gendist.storage_check import MARK
-from gendist.working_copy import working_copy
+from gendist.storage.check import MARK
+from gendist.storage.lease import Lease
+from gendist.storage.mirror import Mirror, StopSign
+from gendist.storage.patience import StorageError, patiently
+from gendist.storage.working_copy import working_copy
 
 STOP = ".stop"  # while it is there, whoever fits is asked to leave a checkpoint and stop
 LEASE, WRITER = ".lease.json", ".writer.json"  # in a store: of the process that began the run, and of the one that writes to it

@@ -22,12 +22,12 @@ from gendist.data.dataset import Part
 from gendist.data.rows import RowsOnDisk
 from gendist.data.transforms import Transforms
 from gendist.execution import check_gpu_here
-from gendist.patience import PATIENCE_S, StorageError
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
+from gendist.storage.patience import PATIENCE_S, StorageError
 from gendist.tracking import tracked
 from gendist.train.checkpoints import TrainingCheckpoint, name_of, newest, read
 from gendist.train.config import DeepConfig
@@ -141,7 +141,7 @@ class Training:
                     check_gpu_here()
                 return job(LocalLine(watch))
             from gendist.ray_cluster import ray_cluster
-            from gendist.ray_storage_check import check_storage
+            from gendist.storage.ray_check import check_storage
             from gendist.train.ray_trainer import train_on_ray
 
             least = cluster.num_workers if isinstance(cluster.num_workers, int) else cluster.num_workers[0]

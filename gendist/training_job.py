@@ -23,10 +23,10 @@ from gendist.data import Dataset
 from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
 from gendist.one_thread import one_thread
-from gendist.patience import StorageError, patiently
 from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
+from gendist.storage.patience import StorageError, patiently
 from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, name_of, newest
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import Asked, Decision, Progress, decide, is_due

@@ -76,7 +76,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """The URL of an empty object store (`tests/stores`), in which nobody waits for others that come at the same moment."""
     from object_store import ObjectStore
 
-    from gendist import lease
+    from gendist.storage import lease
 
     monkeypatch.setattr(lease, "SETTLE_S", 0.0)
     monkeypatch.setattr(ObjectStore, "calls", [])

@@ -19,9 +19,10 @@ import yaml
 from object_store import ObjectStore
 
 import gendist
-from gendist import atomic, mirror, patience, training, training_job
+from gendist import atomic, training, training_job
 from gendist.launch import cli
 from gendist.protocols import UserError
+from gendist.storage import mirror, patience
 
 pytestmark = pytest.mark.usefixtures("toy")
 

@@ -21,10 +21,11 @@ import yaml
 from power_cut import PowerCut, cut_power_at
 
 import gendist
-from gendist import patience, training, training_job
+from gendist import training, training_job
 from gendist.config import load_spec
 from gendist.launch import cli
 from gendist.protocols import UserError
+from gendist.storage import patience
 from gendist.train.checkpoints import newest, read
 
 ROOT = Path(__file__).parents[1]

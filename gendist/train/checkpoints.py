@@ -27,8 +27,8 @@ import safetensors.torch
 from torch import Tensor
 
 from gendist.atomic import new_folder, sync_file, write
-from gendist.patience import patiently
 from gendist.protocols import UserError
+from gendist.storage.patience import patiently
 from gendist.train.decisions import Progress, kept
 
 FORMAT_VERSION = 1

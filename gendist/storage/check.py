@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gendist.atomic import write
-from gendist.patience import reason
-from gendist.protocols import UserError
-from gendist.storage import Storage, place_of
+from gendist.errors import UserError
+from gendist.storage.objects import Storage, place_of
+from gendist.storage.patience import reason
 
 MARK = ".check-"  # what its name begins with
 SEEN_WITHIN_S = 5.0  # a shared folder may be slow to show what another machine wrote

@@ -16,9 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gendist.lease import Lease
-from gendist.protocols import UserError
-from gendist.storage import Storage
+from gendist.errors import UserError
+from gendist.storage.lease import Lease
+from gendist.storage.objects import Storage
 
 LIST = ".files.json"  # of what a checkpoint consists, with the length and the check sum of each file
 METRICS = "metrics.jsonl"  # of the run up to a checkpoint: in its folder, and for people in the run's

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from gendist.patience import patiently, reason
-from gendist.protocols import UserError
+from gendist.errors import UserError
 from gendist.secrets_in_urls import require_no_secret, without_secrets
+from gendist.storage.patience import patiently, reason
 
 T = TypeVar("T")
 URL = re.compile(r"^[A-Za-z][A-Za-z0-9+.:-]*://")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gendist import lease, patience, storage_check
-from gendist.lease import Holder, Lease
-from gendist.patience import PATIENCE_S, StorageError, next_pause, patiently
 from gendist.protocols import UserError
-from gendist.storage import Storage, explained, is_url, place_of
-from gendist.storage_check import Marks
+from gendist.storage import check as storage_check
+from gendist.storage import lease, patience
+from gendist.storage.check import Marks
+from gendist.storage.lease import Holder, Lease
+from gendist.storage.objects import Storage, explained, is_url, place_of
+from gendist.storage.patience import PATIENCE_S, StorageError, next_pause, patiently
 
 
 def test_pauses_grow_and_end_with_patience():
@@ -163,7 +164,7 @@ def test_a_slow_folder_is_given_time(tmp_path):
 
 @pytest.mark.ray
 def test_every_node_of_a_cluster_is_asked(cluster, monkeypatch, store, tmp_path):
-    from gendist.ray_storage_check import check_storage
+    from gendist.storage.ray_check import check_storage
 
     node = cluster.add_node(num_cpus=1, include_dashboard=False, object_store_memory=80_000_000)
     try:

@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gendist.protocols import UserError
-from gendist.storage import Storage
+from gendist.errors import UserError
+from gendist.storage.objects import Storage
 
 RENEW_S = 10.0
 EXPIRES_S = 35.0  # three times as long, and then some

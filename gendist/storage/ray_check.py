@@ -11,9 +11,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from gendist.protocols import UserError
-from gendist.storage import is_url
-from gendist.storage_check import Marks
+from gendist.errors import UserError
+from gendist.storage.check import Marks
+from gendist.storage.objects import is_url
 
 ANSWER_LIMIT_S = 120.0  # a node may have to start a worker and to install what the run needs
 REMOVAL_LIMIT_S = 10.0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gendist.protocols import UserError
+from gendist.errors import UserError
 
 
 @contextmanager
