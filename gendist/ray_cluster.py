@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -31,6 +34,8 @@ CPU_WORKER: Mapping[str, float] = {"CPU": 1}
 GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
+NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
+LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
 
 
@@ -82,6 +87,34 @@ def check_room(num_workers: int, each: Mapping[str, float]) -> None:
         )
 
 
+class Patience:
+    """With a cluster that has lost so many nodes that it has not the room for what is waited for: it has an end.
+
+    needed   workers, at least
+    limit_s  after which `look` gives up
+    """
+
+    def __init__(self, each: Mapping[str, float], needed: int = 1, limit_s: float | None = None):
+        self._each, self._needed = each, needed
+        self._limit_s = NO_ROOM_LIMIT_S if limit_s is None else limit_s
+        self._without_room_since: float | None = None
+
+    def look(self) -> int:
+        """To be called now and then while one waits; how many workers there is room for. UserError once that has been too
+        few for too long."""
+        there, now = room(self._each), time.monotonic()
+        if there >= self._needed:
+            self._without_room_since = None
+        elif self._without_room_since is None:
+            self._without_room_since = now
+        elif now - self._without_room_since > self._limit_s:
+            raise UserError(
+                f"the cluster has had room for {there} of {self._needed} workers for {self._limit_s:.0f} s; add nodes and run "
+                "the command again: what was reached is kept, and it goes on from there"
+            )
+        return there
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold back Ctrl-C and SIGTERM: an interrupt in the middle of Ray's start or end can crash the process. And undo what
@@ -112,6 +145,7 @@ def _connect(num_workers: int, address: str | None) -> None:
         return
     check_reachable(address)
     logger.info("connecting to Ray at %s", address)
+    _hear_of_lost_nodes()
     try:
         # The cluster's workers run this very code; its dependencies must be installed there.
         package = Path(__file__).parent
@@ -142,6 +176,20 @@ def check_reachable(address: str) -> None:
         subprocess.run(status, timeout=ANSWER_TIMEOUT_S, check=True, capture_output=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         raise UserError(f"--address {address}: something listens there, but it is no Ray head of this version") from error
+
+
+def _hear_of_lost_nodes() -> None:
+    """In a line each, where Ray would print the ends of their logs between those of a progress bar."""
+
+    def hear(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        for line in data["lines"]:
+            if lost := LOST_NODE.search(line):
+                logger.warning("the cluster has lost the node %s; what it was at is done again elsewhere", lost.group(1))
+            else:
+                logger.debug("Ray says: %s", line)
+
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = hear
 
 
 def _warn_of_mixed_machines() -> None:

@@ -34,7 +34,7 @@ ALLOWED = {
     "gendist.machine": (),
     "gendist.atomic": (),
     "gendist.one_thread": (),
-    "gendist.blocks": ("gendist.protocols", "gendist.one_thread"),
+    "gendist.blocks": ("gendist.protocols", "gendist.one_thread", "gendist.ray_cluster"),
     "gendist.ray_cluster": ("gendist.protocols", "gendist.machine"),
     "gendist.data": (*BASE, "gendist.blocks", "gendist.atomic"),
     "gendist.models": BASE,
