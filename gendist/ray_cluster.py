@@ -33,7 +33,7 @@ WORKER_ENVIRONMENT = {
 CPU_WORKER: Mapping[str, float] = {"CPU": 1}
 GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 20.0
+ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
 NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
 LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
@@ -175,7 +175,10 @@ def check_reachable(address: str) -> None:
     try:
         subprocess.run(status, timeout=ANSWER_TIMEOUT_S, check=True, capture_output=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-        raise UserError(f"--address {address}: something listens there, but it is no Ray head of this version") from error
+        late = (
+            f", or one too busy to answer in {ANSWER_TIMEOUT_S:.0f} s" if isinstance(error, subprocess.TimeoutExpired) else ""
+        )
+        raise UserError(f"--address {address}: something listens there, but it is no Ray head of this version{late}") from error
 
 
 def _hear_of_lost_nodes() -> None:
