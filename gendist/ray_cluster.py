@@ -35,6 +35,9 @@ GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
 NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
+HEAD_LIMIT_S = 30.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
+LOOK_AT_HEAD_EVERY_S = 3.0
+END_LIMIT_S = 20.0  # of a process whose head is gone: Ray's own end waits for it
 LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
 
@@ -64,7 +67,9 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         check_room(num_workers, GPU_WORKER if num_gpus else CPU_WORKER)
         yield
     finally:
-        if ours:
+        if is_without_head():
+            _is_told.set()
+        elif ours:
             with uninterrupted():
                 ray.shutdown()
 
@@ -88,21 +93,22 @@ def check_room(num_workers: int, each: Mapping[str, float]) -> None:
 
 
 class Patience:
-    """With a cluster that has lost so many nodes that it has not the room for what is waited for: it has an end.
+    """With a cluster whose head is gone, or that has not the room for what is waited for: it has an end.
 
     needed   workers, at least
-    limit_s  after which `look` gives up
+    limit_s  after which `look` gives up where they have no room
     """
 
     def __init__(self, each: Mapping[str, float], needed: int = 1, limit_s: float | None = None):
         self._each, self._needed = each, needed
         self._limit_s = NO_ROOM_LIMIT_S if limit_s is None else limit_s
         self._without_room_since: float | None = None
+        self._head_answered_at = self._looked_at_head_at = time.monotonic()
 
     def look(self) -> int:
         """To be called now and then while one waits; how many workers there is room for. UserError once that has been too
-        few for too long."""
-        there, now = room(self._each), time.monotonic()
+        few for too long, or the head is gone."""
+        there, now = (room(self._each) if self._head_answers() else 0), time.monotonic()
         if there >= self._needed:
             self._without_room_since = None
         elif self._without_room_since is None:
@@ -113,6 +119,48 @@ class Patience:
                 "the command again: what was reached is kept, and it goes on from there"
             )
         return there
+
+    def _head_answers(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at_head_at >= LOOK_AT_HEAD_EVERY_S:
+            self._looked_at_head_at = now
+            head = ray.get_runtime_context().gcs_address
+            host, _, port = head.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+                self._head_answered_at = now
+            except OSError:
+                if now - self._head_answered_at > HEAD_LIMIT_S:
+                    silent_s = now - self._head_answered_at
+                    message = (
+                        f"the head of the cluster ({head}) has not answered for {silent_s:.0f} s; once there is one, run "
+                        "the command again: what was reached is kept, and it goes on from there"
+                    )
+                    _end_without_head(message)
+                    raise UserError(message) from None
+        return self._head_answered_at >= self._looked_at_head_at
+
+
+_without_head, _is_told = threading.Event(), threading.Event()
+
+
+def is_without_head() -> bool:
+    """Whether the head of the cluster is gone, so that Ray answers nothing any more, and waits for it without an end."""
+    return _without_head.is_set()
+
+
+def _end_without_head(message: str) -> None:
+    """This process has a while to end by itself; what it waits for may be Ray."""
+
+    def end() -> None:
+        if not _is_told.is_set():
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    _without_head.set()
+    timer = threading.Timer(END_LIMIT_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager

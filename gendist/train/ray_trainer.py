@@ -32,7 +32,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
-from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, Patience, check_room, uninterrupted
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, Patience, check_room, is_without_head, uninterrupted
 from gendist.train.processes import TIMEOUT_S
 from gendist.train.ray_line import Line, log_over
 from gendist.train.ray_listener import Listener
@@ -125,7 +125,8 @@ def train_on_ray(
         raise
     finally:
         with uninterrupted():
-            ray.kill(mailbox)
+            if not is_without_head():
+                ray.kill(mailbox)
             shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -224,7 +225,7 @@ class _Trainer(TorchTrainer):
 
     def stop(self) -> None:
         """End the workers; `fit`, if it still runs, raises RayActorError."""
-        if self._controller is None:
+        if self._controller is None or is_without_head():
             return
         with uninterrupted():
             try:

@@ -13,7 +13,7 @@ import pytest
 import testbed
 from testbed import Testbed, why_not
 
-pytestmark = [pytest.mark.multihost, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
 
 # Of two hosts: what one sends to the other, by a protocol without any repetition.
 SEND = """
