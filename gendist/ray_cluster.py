@@ -92,7 +92,7 @@ def check_room(num_workers: int, each: Mapping[str, float]) -> None:
         )
 
 
-class Patience:
+class Lookout:
     """With a cluster whose head is gone, or that has not the room for what is waited for: it has an end.
 
     needed   workers, at least

@@ -10,7 +10,7 @@ import ray
 from gendist.blocks.leaves import Leaves, Run
 from gendist.one_thread import one_thread
 from gendist.protocols import UserError
-from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, Patience
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, Lookout
 
 Result = TypeVar("Result")
 
@@ -72,9 +72,9 @@ class RayBlocks:
                     loads, first = self._loads_of(submitted), self._runs[submitted].start
                     at_work[self._task.remote(function_ref, broadcast_ref, first, *loads)] = submitted
                     submitted += 1
-                for ref in _wait_for_some(list(at_work), Patience(self._each)):
+                for ref in _wait_for_some(list(at_work), Lookout(self._each)):
                     done[at_work.pop(ref)] = ref
-            yield _get(done.pop(index), Patience(self._each))
+            yield _get(done.pop(index), Lookout(self._each))
         # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
         # (a check in Ray 2.60's task_manager.cc).
 
@@ -90,24 +90,24 @@ class RayBlocks:
         return loads
 
 
-def _wait_for_some(refs: list[ray.ObjectRef], patience: Patience) -> list[ray.ObjectRef]:
+def _wait_for_some(refs: list[ray.ObjectRef], lookout: Lookout) -> list[ray.ObjectRef]:
     """The refs that are done, at least one. UserError once the cluster has had no worker for a while."""
     while True:
         done, waiting = ray.wait(refs, num_returns=1, timeout=LOOK_EVERY_S, fetch_local=False)
         if done:
             more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False) if waiting else ([], [])
             return done + more
-        patience.look()
+        lookout.look()
 
 
-def _get(ref: ray.ObjectRef, patience: Patience) -> Any:
+def _get(ref: ray.ObjectRef, lookout: Lookout) -> Any:
     """The value of a task, which is made again where its node is lost; or the mistake of the user's that it met, without Ray's
     wrapping."""
     while True:
         try:
             return ray.get(ref, timeout=LOOK_EVERY_S)
         except ray.exceptions.GetTimeoutError:
-            patience.look()
+            lookout.look()
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise error.cause from None

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from gendist.ray_cluster import Patience
+from gendist.ray_cluster import Lookout
 
 WAITING_S = 30.0
 
@@ -28,7 +28,7 @@ class Listener:
 
     mailbox: Any
     watch: Callable[[dict[str, Any]], None]
-    patience: Patience
+    lookout: Lookout
     stop_run: Callable[[], None]
     error: BaseException | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -69,7 +69,7 @@ class Listener:
             logger.log(*content)
 
     def _look_for_room(self) -> None:
-        there, now = self.patience.look(), time.monotonic()
+        there, now = self.lookout.look(), time.monotonic()
         if self._waiting_since is not None and now - self._waiting_since > WAITING_S:
             self._waiting_since = now
             free = int(ray.available_resources().get("CPU", 0))

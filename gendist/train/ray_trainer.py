@@ -32,7 +32,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
-from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, Patience, check_room, is_without_head, uninterrupted
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, Lookout, check_room, is_without_head, uninterrupted
 from gendist.train.processes import TIMEOUT_S
 from gendist.train.ray_line import Line, log_over
 from gendist.train.ray_listener import Listener
@@ -110,7 +110,7 @@ def train_on_ray(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    listener = Listener(mailbox, watch, Patience(each, least, no_room_limit_s), trainer.stop)
+    listener = Listener(mailbox, watch, Lookout(each, least, no_room_limit_s), trainer.stop)
     try:
         with _settings(), listener:
             return trainer.fit().return_value
