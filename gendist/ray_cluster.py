@@ -35,7 +35,7 @@ GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
 NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
-HEAD_LIMIT_S = 30.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
+HEAD_LIMIT_S = 20.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
 LOOK_AT_HEAD_EVERY_S = 3.0
 END_LIMIT_S = 20.0  # of a process whose head is gone: Ray's own end waits for it
 LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
@@ -103,7 +103,8 @@ class Lookout:
         self._each, self._needed = each, needed
         self._limit_s = NO_ROOM_LIMIT_S if limit_s is None else limit_s
         self._without_room_since: float | None = None
-        self._head_answered_at = self._looked_at_head_at = time.monotonic()
+        self._looked_at_head_at = time.monotonic()
+        self._head_silent_since: float | None = None
 
     def look(self) -> int:
         """To be called now and then while one waits; how many workers there is room for. UserError once that has been too
@@ -128,17 +129,18 @@ class Lookout:
             host, _, port = head.rpartition(":")
             try:
                 socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-                self._head_answered_at = now
+                self._head_silent_since = None
             except OSError:
-                if now - self._head_answered_at > HEAD_LIMIT_S:
-                    silent_s = now - self._head_answered_at
+                self._head_silent_since = self._head_silent_since or now
+                silent_s = now - self._head_silent_since
+                if silent_s > HEAD_LIMIT_S:
                     message = (
                         f"the head of the cluster ({head}) has not answered for {silent_s:.0f} s; once there is one, run "
                         "the command again: what was reached is kept, and it goes on from there"
                     )
                     _end_without_head(message)
                     raise UserError(message) from None
-        return self._head_answered_at >= self._looked_at_head_at
+        return self._head_silent_since is None
 
 
 _without_head, _is_told = threading.Event(), threading.Event()

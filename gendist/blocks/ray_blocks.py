@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ MAX_RETRIES = 8  # of a task whose worker or node died; an exception of the task
 MAX_RELOADS = 100  # of what the cluster holds through all passes, and may lose in any of them
 LEAVES_PER_LOAD = 4  # what is read is held several times while it is made into leaves: little at a time
 RUNS_AHEAD = 4  # runs a worker may be ahead of the one that is waited for, so that results do not pile up
-LOOK_EVERY_S = 10.0  # at whether there is a cluster left
+LOOK_EVERY_S = 5.0  # at whether there is a cluster left
 
 
 @ray.remote(max_retries=MAX_RELOADS, scheduling_strategy="SPREAD")
@@ -53,7 +54,8 @@ class RayBlocks:
     ):
         self._keep = keep
         self._task = _run_task.options(num_gpus=num_gpus)
-        self._each = GPU_WORKER if num_gpus else CPU_WORKER
+        self._lookout = Lookout(GPU_WORKER if num_gpus else CPU_WORKER)
+        self._looked_at = time.monotonic()
         self._num_workers = num_workers
         self._load = ray.put(load)
         self._leaves = leaves
@@ -72,9 +74,13 @@ class RayBlocks:
                     loads, first = self._loads_of(submitted), self._runs[submitted].start
                     at_work[self._task.remote(function_ref, broadcast_ref, first, *loads)] = submitted
                     submitted += 1
-                for ref in _wait_for_some(list(at_work), Lookout(self._each)):
+                if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+                    # Without its head a cluster does go on, for a minute, after which Ray ends this process.
+                    self._lookout.look()
+                    self._looked_at = time.monotonic()
+                for ref in _wait_for_some(list(at_work), self._lookout):
                     done[at_work.pop(ref)] = ref
-            yield _get(done.pop(index), Lookout(self._each))
+            yield _get(done.pop(index), self._lookout)
         # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
         # (a check in Ray 2.60's task_manager.cc).
 
