@@ -4,7 +4,8 @@
 
 A host is a network namespace with an address of its own on a bridge, and all processes that run in it. Its Ray is started
 again when it ends, as a service of a machine is; that of the head is not, since a cluster ends with its head. Hosts share this
-machine's files and memory; each has a folder for temporary files of its own. Needs root and iproute2, and no package but Ray.
+machine's files and memory, but for temporary files: the same path is another folder on each of them. Needs root and iproute2,
+and no package but Ray.
 
     with Testbed(num_hosts=3) as bed:
         bed.start_ray()
@@ -43,6 +44,7 @@ FOLDERS = Path("/tmp")  # a short path: the names of Ray's sockets, which begin 
 PREFIX = "gdb"  # of all names: a bed is gdb1a2b, its bridge is called so, its hosts' namespaces gdb1a2b-0, gdb1a2b-1, ...
 NAME = re.compile(PREFIX + "[0-9a-f]{4}")
 SUBNETS = [f"10.77.{number}" for number in range(1, 255)]
+OWN = "own"  # in the folder of a bed: what a host finds there is its own folder
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 60.0
 
@@ -54,6 +56,7 @@ RAY_SETTINGS = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_prestart_worker_first_driver": "0",  # workers are started as they are needed, in the environment that they need
 }
 
 
@@ -74,8 +77,11 @@ class Host:
     def popen(self, *command: str, env: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:
         """Start a command on this host, in a session of its own: `options` as those of Popen. It finds gendist in this
         repository and has the token of the cluster; `env` is added to that."""
-        environment = {**self._environment(), "TMPDIR": str(self.folder / "tmp"), **(env or {})}
-        inside = ["nsenter", f"--net=/run/netns/{self.name}", "--", *command]
+        own = self.folder.parent / OWN
+        environment = {**self._environment(), "TMPDIR": str(own / "tmp"), **(env or {})}
+        # Ray tells a driver by files which node it is on: where hosts saw each other's, it would take itself for the head.
+        enter = ["nsenter", f"--net=/run/netns/{self.name}", "unshare", "--mount", "--propagation", "slave"]
+        inside = [*enter, "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(self.folder), str(own), *command]
         return subprocess.Popen(inside, env=environment, **{"cwd": REPOSITORY, "start_new_session": True, **options})
 
     def run(
@@ -115,7 +121,7 @@ class Testbed:
             remove_leftovers()
             names = {f"{PREFIX}{number:04x}" for number in range(1 << 16)} - set(_names())
             self._begin(secrets.choice(sorted(names)))
-            self._folder.mkdir(mode=0o755)
+            (self._folder / OWN).mkdir(parents=True, mode=0o755)
             _write(self._folder / "owner", _birth(os.getpid()))
             subnet = _free_subnet()
             head_cpus = num_cpus if head_cpus is None else head_cpus
@@ -343,7 +349,7 @@ class Testbed:
     def _start_ray_on(self, host: Host) -> None:
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--node-ip-address={host.address}"]
         num_cpus = self._settings["num_cpus" if host.number else "head_cpus"]
-        ray += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={host.folder}"]
+        ray += [f"--num-cpus={num_cpus}", "--num-gpus=0", f"--temp-dir={self._folder / OWN}"]
         ray += [f"--object-store-memory={self._settings['object_store_memory']}", "--include-log-monitor=false"]
         if host.number == 0:
             ray += ["--head", f"--port={GCS_PORT}", "--include-dashboard=true"]
@@ -368,7 +374,7 @@ def why_not() -> str | None:
         return "a test bed needs Linux"
     if os.geteuid() != 0:
         return "a test bed needs root, for network namespaces"
-    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux")):
+    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("unshare", "util-linux")):
         if shutil.which(tool) is None:
             return f"a test bed needs `{tool}` of {package}"
     trial = f"{PREFIX}-trial-{os.getpid()}"

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -36,7 +39,12 @@ CPU_WORKER: Mapping[str, float] = {"CPU": 1}
 GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where this process is that of a submitted job
 CONNECT_TIMEOUT_S = 5.0
-ANSWER_TIMEOUT_S = 20.0
+ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
+NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
+HEAD_LIMIT_S = 20.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
+LOOK_AT_HEAD_EVERY_S = 3.0
+END_LIMIT_S = 20.0  # of a process whose head is gone: Ray's own end waits for it
+LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
 
 
@@ -65,7 +73,9 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         check_room(num_workers, GPU_WORKER if num_gpus else CPU_WORKER)
         yield
     finally:
-        if ours:
+        if is_without_head():
+            _is_told.set()
+        elif ours:
             with uninterrupted():
                 ray.shutdown()
 
@@ -86,6 +96,79 @@ def check_room(num_workers: int, each: Mapping[str, float]) -> None:
             + f"; ask for at most {there}"
             + (", or leave cluster.use_gpu out" if "GPU" in each else "")
         )
+
+
+class Lookout:
+    """With a cluster whose head is gone, or that has not the room for what is waited for: it has an end.
+
+    needed   workers, at least
+    limit_s  after which `look` gives up where they have no room
+    """
+
+    def __init__(self, each: Mapping[str, float], needed: int = 1, limit_s: float | None = None):
+        self._each, self._needed = each, needed
+        self._limit_s = NO_ROOM_LIMIT_S if limit_s is None else limit_s
+        self._without_room_since: float | None = None
+        self._looked_at_head_at = time.monotonic()
+        self._head_silent_since: float | None = None
+
+    def look(self) -> int:
+        """To be called now and then while one waits; how many workers there is room for. UserError once that has been too
+        few for too long, or the head is gone."""
+        there, now = (room(self._each) if self._head_answers() else 0), time.monotonic()
+        if there >= self._needed:
+            self._without_room_since = None
+        elif self._without_room_since is None:
+            self._without_room_since = now
+        elif now - self._without_room_since > self._limit_s:
+            raise UserError(
+                f"the cluster has had room for {there} of {self._needed} workers for {self._limit_s:.0f} s; add nodes and run "
+                "the command again: what was reached is kept, and it goes on from there"
+            )
+        return there
+
+    def _head_answers(self) -> bool:
+        now = time.monotonic()
+        if now - self._looked_at_head_at >= LOOK_AT_HEAD_EVERY_S:
+            self._looked_at_head_at = now
+            head = ray.get_runtime_context().gcs_address
+            host, _, port = head.rpartition(":")
+            try:
+                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+                self._head_silent_since = None
+            except OSError:
+                self._head_silent_since = self._head_silent_since or now
+                silent_s = now - self._head_silent_since
+                if silent_s > HEAD_LIMIT_S:
+                    message = (
+                        f"the head of the cluster ({head}) has not answered for {silent_s:.0f} s; once there is one, run "
+                        "the command again: what was reached is kept, and it goes on from there"
+                    )
+                    _end_without_head(message)
+                    raise UserError(message) from None
+        return self._head_silent_since is None
+
+
+_without_head, _is_told = threading.Event(), threading.Event()
+
+
+def is_without_head() -> bool:
+    """Whether the head of the cluster is gone, so that Ray answers nothing any more, and waits for it without an end."""
+    return _without_head.is_set()
+
+
+def _end_without_head(message: str) -> None:
+    """This process has a while to end by itself; what it waits for may be Ray."""
+
+    def end() -> None:
+        if not _is_told.is_set():
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    _without_head.set()
+    timer = threading.Timer(END_LIMIT_S, end)
+    timer.daemon = True
+    timer.start()
 
 
 @contextmanager
@@ -119,6 +202,7 @@ def _connect(num_workers: int, address: str | None) -> None:
         return
     check_reachable(address)
     logger.info("connecting to Ray at %s", address)
+    _hear_of_lost_nodes()
     try:
         # The cluster's workers run this very code; its dependencies must be installed there. A job has brought it along.
         package = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent)]}
@@ -175,7 +259,10 @@ def check_reachable(address: str) -> None:
         subprocess.run(status, timeout=ANSWER_TIMEOUT_S, check=True, capture_output=True)
     except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
         said = b"".join(each or b"" for each in (error.stdout, error.stderr)).decode(errors="replace")
-        raise UserError(f"--address {address}: {refusal(said)}") from error
+        late = (
+            f" (or one too busy to answer in {ANSWER_TIMEOUT_S:.0f} s)" if isinstance(error, subprocess.TimeoutExpired) else ""
+        )
+        raise UserError(f"--address {address}: {refusal(said)}{late}") from error
 
 
 def refusal(said: str) -> str:
@@ -186,6 +273,20 @@ def refusal(said: str) -> str:
             "holds it (or RAY_AUTH_TOKEN; ~/.ray/auth_token is looked at, too)"
         )
     return "something listens there, but it is no Ray head of this version"
+
+
+def _hear_of_lost_nodes() -> None:
+    """In a line each, where Ray would print the ends of their logs between those of a progress bar."""
+
+    def hear(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        for line in data["lines"]:
+            if lost := LOST_NODE.search(line):
+                logger.warning("the cluster has lost the node %s; what it was at is done again elsewhere", lost.group(1))
+            else:
+                logger.debug("Ray says: %s", line)
+
+    if hasattr(ray._private.worker, "print_to_stdstream"):
+        ray._private.worker.print_to_stdstream = hear
 
 
 def _warn_of_mixed_machines() -> None:

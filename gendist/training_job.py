@@ -37,7 +37,7 @@ from gendist.transformed import transformed
 
 SAMPLES = "samples"  # in the run directory: the pictures along the way
 PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
-WRITER_TIMEOUT_S = 60.0  # for a process of the same run that is about to end
+WRITER_TIMEOUT_S = 150.0  # for a process of the same run that is about to end; one on a host that is cut off needs a minute
 
 logger = logging.getLogger("gendist")
 

@@ -25,16 +25,17 @@ NUM_CPUS = 8
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Of processes that share the tests, one has every file in which a test needs Ray; any other file is one process's, too,
-    as are its fixtures."""
+    """Of processes that share the tests, one has every file in which a test needs Ray, and one, which may be the same, those
+    that need several hosts; any other file is one process's, too, as are its fixtures."""
     from xdist.scheduler import LoadFileScheduling
 
-    need_ray = {path.name for path in Path(__file__).parent.rglob("test_*.py") if "pytest.mark.ray" in path.read_text()}
+    texts = {path.name: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
+    groups = {name: mark for name, text in texts.items() for mark in ("ray", "multihost") if f"pytest.mark.{mark}" in text}
 
     class OneRay(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "ray" if Path(file).name in need_ray else file
+            return groups.get(Path(file).name, file)
 
     return OneRay(config, log)
 

@@ -38,7 +38,7 @@ ALLOWED = {
     "gendist.atomic": (),
     "gendist.storage": ("gendist.errors", "gendist.atomic", "gendist.secrets_in_urls"),
     "gendist.one_thread": (),
-    "gendist.blocks": ("gendist.protocols", "gendist.one_thread"),
+    "gendist.blocks": ("gendist.protocols", "gendist.one_thread", "gendist.ray_cluster"),
     "gendist.ray_cluster": ("gendist.protocols", "gendist.machine"),
     "gendist.data": (*BASE, "gendist.blocks", "gendist.atomic"),
     "gendist.models": BASE,

@@ -11,16 +11,18 @@ import ray
 from gendist.blocks.leaves import Leaves, Run
 from gendist.one_thread import one_thread
 from gendist.protocols import UserError
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, Lookout
 
 Result = TypeVar("Result")
 
 MAX_RETRIES = 8  # of a task whose worker or node died; an exception of the task's own is not tried again
+MAX_RELOADS = 100  # of what the cluster holds through all passes, and may lose in any of them
 LEAVES_PER_LOAD = 4  # what is read is held several times while it is made into leaves: little at a time
 RUNS_AHEAD = 4  # runs a worker may be ahead of the one that is waited for, so that results do not pile up
-NO_WORKER_LIMIT_S = 60.0
+LOOK_EVERY_S = 5.0  # at whether there is a cluster left
 
 
-@ray.remote(max_retries=MAX_RETRIES, scheduling_strategy="SPREAD")
+@ray.remote(max_retries=MAX_RELOADS, scheduling_strategy="SPREAD")
 def _load_task(load: Callable[[Sequence[int]], list[Any]], bounds: Sequence[int]) -> list[Any]:
     return load(bounds)
 
@@ -52,6 +54,8 @@ class RayBlocks:
     ):
         self._keep = keep
         self._task = _run_task.options(num_gpus=num_gpus)
+        self._lookout = Lookout(GPU_WORKER if num_gpus else CPU_WORKER)
+        self._looked_at = time.monotonic()
         self._num_workers = num_workers
         self._load = ray.put(load)
         self._leaves = leaves
@@ -70,9 +74,13 @@ class RayBlocks:
                     loads, first = self._loads_of(submitted), self._runs[submitted].start
                     at_work[self._task.remote(function_ref, broadcast_ref, first, *loads)] = submitted
                     submitted += 1
-                for ref in _wait_for_some(list(at_work)):
+                if time.monotonic() - self._looked_at > LOOK_EVERY_S:
+                    # Without its head a cluster does go on, for a minute, after which Ray ends this process.
+                    self._lookout.look()
+                    self._looked_at = time.monotonic()
+                for ref in _wait_for_some(list(at_work), self._lookout):
                     done[at_work.pop(ref)] = ref
-            yield _get(done.pop(index))
+            yield _get(done.pop(index), self._lookout)
         # Tasks of a pass that is given up are left to finish: cancelling one that is about to can abort this process
         # (a check in Ray 2.60's task_manager.cc).
 
@@ -88,30 +96,31 @@ class RayBlocks:
         return loads
 
 
-def _wait_for_some(refs: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
-    """The refs that are done, at least one. UserError once the cluster has had no CPU for a while."""
-    without_worker_since = None
+def _wait_for_some(refs: list[ray.ObjectRef], lookout: Lookout) -> list[ray.ObjectRef]:
+    """The refs that are done, at least one. UserError once the cluster has had no worker for a while."""
     while True:
-        done, waiting = ray.wait(refs, num_returns=1, timeout=10.0, fetch_local=False)
+        done, waiting = ray.wait(refs, num_returns=1, timeout=LOOK_EVERY_S, fetch_local=False)
         if done:
             more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False) if waiting else ([], [])
             return done + more
-        if ray.cluster_resources().get("CPU", 0) >= 1:
-            without_worker_since = None
-        elif without_worker_since is None:
-            without_worker_since = time.monotonic()
-        elif time.monotonic() - without_worker_since > NO_WORKER_LIMIT_S:
-            raise UserError(f"the cluster has had no CPU for {NO_WORKER_LIMIT_S:.0f} s; add nodes and run the command again")
+        lookout.look()
 
 
-def _get(ref: ray.ObjectRef) -> Any:
-    """The value of a task, or the mistake of the user's that it met, without Ray's wrapping."""
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    except ray.exceptions.RayError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"a task was lost {MAX_RETRIES} times over and given up ({reason}); see the logs of Ray") from error
+def _get(ref: ray.ObjectRef, lookout: Lookout) -> Any:
+    """The value of a task, which is made again where its node is lost; or the mistake of the user's that it met, without Ray's
+    wrapping."""
+    while True:
+        try:
+            return ray.get(ref, timeout=LOOK_EVERY_S)
+        except ray.exceptions.GetTimeoutError:
+            lookout.look()
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.RayError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"a task was lost {MAX_RETRIES} times over and given up ({reason}); see the logs of Ray; the same command goes "
+                "on from what was reached"
+            ) from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from gendist.protocols import UserError
+from gendist.ray_cluster import Lookout
 
 WAITING_S = 30.0
 
@@ -28,13 +28,10 @@ class Listener:
 
     mailbox: Any
     watch: Callable[[dict[str, Any]], None]
-    room: Callable[[], int]
-    least: int
-    no_room_limit_s: float
+    lookout: Lookout
     stop_run: Callable[[], None]
     error: BaseException | None = None
     _ended: threading.Event = field(default_factory=threading.Event)
-    _without_room_since: float | None = None
     _waiting_since: float | None = field(default_factory=time.monotonic)
 
     def __enter__(self) -> Listener:
@@ -72,17 +69,8 @@ class Listener:
             logger.log(*content)
 
     def _look_for_room(self) -> None:
-        there, now = self.room(), time.monotonic()
+        there, now = self.lookout.look(), time.monotonic()
         if self._waiting_since is not None and now - self._waiting_since > WAITING_S:
             self._waiting_since = now
             free = int(ray.available_resources().get("CPU", 0))
             logger.info("waiting for workers: %d CPUs of the cluster are free, it has room for %d workers", free, there)
-        if there >= self.least:
-            self._without_room_since = None
-        elif self._without_room_since is None:
-            self._without_room_since = now
-        elif now - self._without_room_since > self.no_room_limit_s:
-            raise UserError(
-                f"the cluster has had room for {there} of {self.least} workers for {self.no_room_limit_s:.0f} s; add nodes "
-                "and run the command again: it goes on from the last checkpoint"
-            )

@@ -40,5 +40,5 @@ class _Mailbox:
 
 def new_mailbox() -> Any:
     """On the driver's node, since it is of no use without the driver, and must not be lost with the node of a worker."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0)(_Mailbox).options(scheduling_strategy=here).remote()

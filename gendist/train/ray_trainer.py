@@ -32,13 +32,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from gendist.protocols import UserError
-from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, check_room, room, uninterrupted
+from gendist.ray_cluster import CPU_WORKER, GPU_WORKER, WORKER_ENVIRONMENT, Lookout, check_room, is_without_head, uninterrupted
 from gendist.train.processes import TIMEOUT_S
 from gendist.train.ray_line import Line, log_over
 from gendist.train.ray_listener import Listener
 from gendist.train.ray_mailbox import new_mailbox
 
-NO_ROOM_LIMIT_S = 300.0
 NUM_STARTS = 30  # of a group that does not get as far as the function; each waits 10 s for a cluster that is busy
 RESIZE_INTERVAL_S = 60.0
 CAUSE_FIRST_S = 1.0  # for the death of another worker, which may be why this one failed, to be noticed
@@ -68,7 +67,7 @@ def train_on_ray(
     max_failures: int = 3,
     watch: Callable[[dict[str, Any]], None] = lambda record: None,
     silence_limit_s: float = TIMEOUT_S,
-    no_room_limit_s: float = NO_ROOM_LIMIT_S,
+    no_room_limit_s: float | None = None,
     resize_interval_s: float = RESIZE_INTERVAL_S,
 ) -> Any:
     """Run a function in every worker of a group on the cluster this process is connected to; returns what rank 0's returned.
@@ -111,7 +110,7 @@ def train_on_ray(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    listener = Listener(mailbox, watch, lambda: room(each), least, no_room_limit_s, trainer.stop)
+    listener = Listener(mailbox, watch, Lookout(each, least, no_room_limit_s), trainer.stop)
     try:
         with _settings(), listener:
             return trainer.fit().return_value
@@ -126,7 +125,8 @@ def train_on_ray(
         raise
     finally:
         with uninterrupted():
-            ray.kill(mailbox)
+            if not is_without_head():
+                ray.kill(mailbox)
             shutil.rmtree(storage, ignore_errors=True)
 
 
@@ -225,7 +225,7 @@ class _Trainer(TorchTrainer):
 
     def stop(self) -> None:
         """End the workers; `fit`, if it still runs, raises RayActorError."""
-        if self._controller is None:
+        if self._controller is None or is_without_head():
             return
         with uninterrupted():
             try:

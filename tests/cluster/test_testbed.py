@@ -1,0 +1,92 @@
+"""The test bed does what is said of it, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import testbed
+from testbed import Testbed, why_not
+
+pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
+
+# Of two hosts: what one sends to the other, by a protocol without any repetition.
+SEND = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+    for number in range(int(sys.argv[2])):
+        sending.sendto(b"%d" % number, (sys.argv[1], 9999))
+"""
+RECEIVE = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as receiving:
+    receiving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    receiving.bind((sys.argv[1], 9999))
+    print("ready", flush=True)
+    receiving.settimeout(2.0)
+    arrived = 0
+    try:
+        while True:
+            receiving.recv(100)
+            arrived += 1
+    except TimeoutError:
+        print(arrived)
+"""
+
+
+def num_arrived(bed: Testbed, num_sent: int) -> int:
+    sender, receiver = bed.hosts
+    with receiver.popen(sys.executable, "-c", RECEIVE, receiver.address, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        sender.run(sys.executable, "-c", SEND, receiver.address, str(num_sent))
+        return int(process.stdout.read())
+
+
+def traces(name: str) -> list[str]:
+    return [found for found in testbed._names() if found == name]
+
+
+def test_hosts_are_cut_mended_lossy_and_killed():
+    with Testbed(num_hosts=2) as bed, Testbed(num_hosts=1) as beside:
+        assert num_arrived(bed, 1000) == 1000
+        how = bed.lossy(bed.hosts[1], loss=0.2)
+        assert how in ("netem", "a classifier's program")
+        assert 600 < num_arrived(bed, 1000) < 980
+        bed.mend(bed.hosts[1])
+        assert num_arrived(bed, 1000) == 1000
+        bed.cut(bed.hosts[1])
+        assert num_arrived(bed, 100) == 0
+        bed.mend(bed.hosts[1])
+        assert num_arrived(bed, 100) == 100
+        sleeping = bed.hosts[1].popen("sleep", "1000")
+        bed.kill(bed.hosts[1])
+        assert sleeping.wait(10) == -signal.SIGKILL
+        assert not bed.hosts[1].pids()
+        added = bed.add_host()
+        assert added.run("true").returncode == 0
+        assert beside.hosts[0].address.rpartition(".")[0] != added.address.rpartition(".")[0]
+    assert not traces(bed.name)
+    assert not traces(beside.name)
+
+
+def test_a_maker_that_is_killed_leaves_nothing():
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(testbed.__file__).parent)!r})\n"
+        "from testbed import Testbed\nbed = Testbed(1)\nbed.hosts[0].popen('sleep', '1000')\nprint(bed.name, flush=True)\n"
+        "import signal; signal.pause()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as maker:
+        assert maker.stdout is not None
+        name = maker.stdout.readline().strip()
+        assert traces(name)
+        os.kill(maker.pid, signal.SIGKILL)
+        until = time.monotonic() + 30
+        while traces(name):
+            assert time.monotonic() < until
+            time.sleep(0.05)
