@@ -39,6 +39,13 @@ def main() -> int:
     except UserError as error:
         say("error", str(error), sys.stdout)
         return 2
+    except (ConnectionError, TimeoutError):  # which may pass: the keeper tries again
+        raise
+    except OSError as error:
+        if error.errno is None:
+            raise
+        say("error", f"{error.strerror}" + (f": {error.filename}" if error.filename else ""), sys.stdout)
+        return 2
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0

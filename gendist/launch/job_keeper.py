@@ -8,6 +8,7 @@ it again where it dies; the run directory has what it goes on from. Ray itself d
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import signal
 import subprocess
@@ -15,16 +16,33 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum
 from types import FrameType
+from typing import Any
 
 from gendist.launch.job_lines import Progress, heard, say
 
 DRIVER = (sys.executable, "-m", "gendist.launch.job_driver")
 INTERRUPTED = 130  # the exit code of a fit that was told to stop
+STDOUT = 1
 MAX_ENDS = 3  # before its time, without progress in between
 PAUSE_S = 1.0
 REST_S = 2.0  # for what an ended process has still said: one that it left behind may hold the pipe open
+
+
+class _Log(io.RawIOBase):
+    """The log of the job. Where its disk is full, what is said is lost, and the rest goes on."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, said: Any) -> int:
+        left = bytes(said)
+        with suppress(OSError):
+            while left:
+                left = left[os.write(STDOUT, left) :]
+        return len(said)
 
 
 class AfterEnd(Enum):
@@ -52,6 +70,7 @@ class Keeper:
 
     def __init__(self, driver: Sequence[str] = DRIVER):
         self._driver = driver
+        self._log = io.TextIOWrapper(_Log(), encoding="utf-8", write_through=True)
         self._progress = Progress()
         self._was_told_to_stop = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,13 +79,13 @@ class Keeper:
         """The exit code of the job."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
-        say("begin", {}, sys.stdout)
+        say("begin", {}, self._log)
         if importlib.util.find_spec("ray") is None:
             say(
                 "error",
                 f"the cluster's `python` ({sys.executable}) has no Ray: start the head with the environment activated that has "
                 "it, so that it comes first in PATH",
-                sys.stdout,
+                self._log,
             )
             return 2
         while True:
@@ -79,10 +98,12 @@ class Keeper:
                     return INTERRUPTED
                 case AfterEnd.GIVE_UP:
                     how_often = f"{MAX_ENDS} times without having come further"
-                    say("failed", f"the process of the fit {_how(code)}, {how_often}; its log says more", sys.stdout)
+                    say("failed", f"the process of the fit {_how(code)}, {how_often}; its log says more", self._log)
                     return 1
                 case AfterEnd.GO_ON:
-                    print(f"the process of the fit {_how(code)}; another one goes on from the newest checkpoint", flush=True)
+                    print(
+                        f"the process of the fit {_how(code)}; another one goes on from the newest checkpoint", file=self._log
+                    )
                     time.sleep(PAUSE_S)
 
     def _run(self) -> int:
@@ -109,8 +130,7 @@ class Keeper:
     def _pass_on(self, pipe: int) -> None:
         begun = b""
         while said := os.read(pipe, 1 << 16):
-            sys.stdout.buffer.write(said)
-            sys.stdout.buffer.flush()
+            self._log.buffer.write(said)
             *lines, begun = (begun + said).split(b"\n")
             for line in lines:
                 _, message = heard(line.decode(errors="replace"))

@@ -105,7 +105,7 @@ class Submission:
         for _ in range(RACES):
             match decide(run, self.jobs.attempts(), again):
                 case Attach(attempt):
-                    self.tell(f"{attempt.submission_id} is {attempt.state.value}; attached")
+                    self.tell(f"{attempt.submission_id} is {attempt.state.value}; attached{self._other_workers(attempt)}")
                     return attempt
                 case Finished(attempt):
                     self.tell(
@@ -125,6 +125,13 @@ class Submission:
             return Attempt(submission_id, State.PENDING)
         raise UserError(f"{run}: others submit and stop the same all the time; look at `{command()} status`")
 
+    def _other_workers(self, attempt: Attempt) -> str:
+        """What of the spec is no part of a run's identity, and other than what the job was submitted with."""
+        there, wanted = attempt.said("num_workers"), str(self.spec.cluster.num_workers)
+        if there in (None, wanted):
+            return ""
+        return f" (it has cluster.num_workers={there}, not {wanted}; to change that, stop it and submit again)"
+
     def _submit(self, submission_id: str) -> None:
         with tempfile.TemporaryDirectory(prefix="gendist-job-") as folder:
             self._package().write(Path(folder), Path.cwd())
@@ -133,7 +140,12 @@ class Submission:
                 self.jobs.submit(
                     submission_id,
                     ENTRYPOINT,
-                    {"gendist_name": self.spec.name, "gendist_run_dir": self.run_dir, "gendist_goal": str(goal)},
+                    {
+                        "gendist_name": self.spec.name,
+                        "gendist_run_dir": self.run_dir,
+                        "gendist_goal": str(goal),
+                        "gendist_num_workers": str(self.spec.cluster.num_workers),
+                    },
                     {
                         "working_dir": folder,
                         "py_modules": [str(PACKAGE)],
@@ -236,7 +248,7 @@ def follow(jobs: RayJobs, submission_id: str) -> Iterator[str]:
                     # it has ended, its last lines have the time until the next silence to come.
                     if has_ended:
                         break
-                    has_ended = jobs.attempt(submission_id).state.has_ended
+                    has_ended, lost_at = jobs.attempt(submission_id).state.has_ended, None
                     continue
                 lost_at = None
                 *lines, begun = (begun + piece[max(0, num_seen - position) :]).split("\n")
@@ -257,20 +269,24 @@ def follow(jobs: RayJobs, submission_id: str) -> Iterator[str]:
 def submit(spec: Spec, run_dir: str | None, address: str | None, is_detached: bool, again: bool, tell: Tell) -> int:
     """What `gendist submit` does; the exit code."""
     submission = Submission.of(spec, run_dir, address, tell)
-    attempt = submission.begin(again)
-    if attempt.state is State.FINISHED:
-        submission.tell_what_came(last_word(submission.jobs, attempt))
-        return 0
-    if is_detached:
-        tell(how_to_look_after(attempt, submission.jobs))
-        return 0
+    attempt = None
     try:
+        attempt = submission.begin(again)
+        if attempt.state is State.FINISHED:
+            submission.tell_what_came(last_word(submission.jobs, attempt))
+            return 0
+        if is_detached:
+            tell(how_to_look_after(attempt, submission.jobs))
+            return 0
         return submission.follow(attempt, Console(stderr=True))
     except KeyboardInterrupt:
-        print(f"\ndetached; {how_to_look_after(attempt, submission.jobs)}", file=sys.stderr)
+        run = attempt.run_id if attempt else run_id(spec, submission.run_dir)
+        said = "detached" if attempt else "interrupted while the job was submitted, which may have come there; if so,"
+        print(f"\n{said}{';' if attempt else ''} {how_to_look_after(run, submission.jobs)}", file=sys.stderr)
         return INTERRUPTED
     except Lost as error:
-        print(f"error: {error}; {how_to_look_after(attempt, submission.jobs)}", file=sys.stderr)
+        assert attempt is not None
+        print(f"error: {error}; {how_to_look_after(attempt.run_id, submission.jobs)}", file=sys.stderr)
         return GIVEN_UP
 
 
@@ -294,9 +310,10 @@ def last_word(jobs: RayJobs, attempt: Attempt) -> dict[str, Any] | None:
     return said[-1].value if said else None
 
 
-def how_to_look_after(attempt: Attempt, jobs: RayJobs) -> str:
+def how_to_look_after(job: str, jobs: RayJobs) -> str:
+    """job  the id of a run, which stands for its newest attempt"""
     where = "" if os.environ.get("RAY_API_SERVER_ADDRESS") == jobs.address else f" --address {jobs.address}"
-    program, job = command(), attempt.run_id  # which stands for its newest attempt
+    program = command()
     return (
         f"the job goes on\n  attach:   the same command\n  see it:   {program} status {job}{where}\n"
         f"  its log:  {program} logs {job}{where} --follow\n  stop it:  {program} stop {job}{where}"
@@ -329,7 +346,7 @@ def logs(name_or_id: str, address: str | None, is_followed: bool, tell: Tell) ->
         for line in lines:
             tell(shown(line))
     except Lost as error:
-        print(f"error: {error}; {how_to_look_after(attempt, jobs)}", file=sys.stderr)
+        print(f"error: {error}; {how_to_look_after(attempt.run_id, jobs)}", file=sys.stderr)
         return GIVEN_UP
     except KeyboardInterrupt:
         return INTERRUPTED

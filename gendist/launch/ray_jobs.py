@@ -19,9 +19,11 @@ from ray.job_submission import JobSubmissionClient
 
 from gendist.launch.submission import Attempt, State
 from gendist.protocols import UserError
+from gendist.secrets_in_urls import require_no_secret
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 30.0
+LOG_TIMEOUT_S = 8.0  # for the end of a log, whose node may be gone without a word
 UPLOAD_TIMEOUT_S = 300.0
 SILENCE_S = 3.0  # after which it is said that a log has nothing new
 HEARTBEAT_S = 20.0  # of a connection that waits for what a log will say
@@ -82,7 +84,7 @@ class RayJobs:
     def attempt(self, submission_id: str) -> Attempt:
         answer = self._ask("GET", f"/api/jobs/{submission_id}", may_fail=True)
         if answer.status_code == 404:
-            raise Unknown(f"the cluster at {self.address} knows no job {submission_id}")
+            raise self._unknown(submission_id)
         return _attempt(self._checked(answer).json())
 
     def submit(self, submission_id: str, entrypoint: str, metadata: Mapping[str, str], runtime_env: Mapping[str, Any]) -> None:
@@ -113,7 +115,11 @@ class RayJobs:
         if attempt.node_id is None:
             return []
         file = {"node_id": attempt.node_id, "filename": f"job-driver-{attempt.submission_id}.log", "lines": str(num_lines)}
-        answer = self._ask("GET", f"/api/v0/logs/file?{urllib.parse.urlencode(file)}", may_fail=True)
+        path = f"/api/v0/logs/file?{urllib.parse.urlencode(file)}"
+        try:
+            answer = self._ask("GET", path, may_fail=True, timeout_s=min(LOG_TIMEOUT_S, ANSWER_TIMEOUT_S))
+        except Unreachable:
+            return []
         return answer.text.splitlines() if answer.ok else []
 
     def log(self, submission_id: str) -> str:
@@ -142,6 +148,11 @@ class RayJobs:
             if socket.close_code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
                 raise Unreachable(f"the connection to {self.address} was lost")
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            if isinstance(error, aiohttp.WSServerHandshakeError):
+                if error.status == 404:
+                    raise self._unknown(submission_id) from None
+                if error.status in (401, 403):
+                    raise self._refused() from None
             raise Unreachable(f"the connection to {self.address} was lost ({_reason(error)})") from error
         finally:
             for task in asyncio.all_tasks(loop):
@@ -159,11 +170,12 @@ class RayJobs:
             await session.close()
             raise
 
-    def _ask(self, method: str, path: str, may_fail: bool = False) -> requests.Response:
+    def _ask(self, method: str, path: str, may_fail: bool = False, timeout_s: float | None = None) -> requests.Response:
+        timeout = (CONNECT_TIMEOUT_S, timeout_s or ANSWER_TIMEOUT_S)
         try:
-            answer = requests.request(
-                method, self.address + path, headers=dict(self.headers), timeout=(CONNECT_TIMEOUT_S, ANSWER_TIMEOUT_S)
-            )
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy, and no token of ~/.netrc in the place of ours
+                answer = session.request(method, self.address + path, headers=dict(self.headers), timeout=timeout)
         except (requests.RequestException, OSError) as error:
             raise Unreachable(
                 f"--address {self.address}: nothing answers there as a Ray head does ({_reason(error)}); is `ray start --head` "
@@ -171,14 +183,20 @@ class RayJobs:
             ) from error
         return answer if may_fail and answer.status_code not in (401, 403) else self._checked(answer)
 
+    def _unknown(self, submission_id: str) -> Unknown:
+        return Unknown(f"the cluster at {self.address} knows no job {submission_id}")
+
+    def _refused(self) -> UserError:
+        token = "Authorization" in self.headers
+        return UserError(
+            f"--address {self.address}: the cluster asks for a token, and "
+            + ("that which was found is not its own" if token else "none was found")
+            + "; give it in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
+        )
+
     def _checked(self, answer: requests.Response) -> requests.Response:
         if answer.status_code in (401, 403):
-            token = "Authorization" in self.headers
-            raise UserError(
-                f"--address {self.address}: the cluster asks for a token, and "
-                + ("that which was found is not its own" if token else "none was found")
-                + "; give it in RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-            )
+            raise self._refused()
         if not answer.ok:
             if "ray" not in answer.text.lower() and answer.status_code in (404, 405, 501):
                 raise UserError(f"--address {self.address}: something answers there, but it is no Ray dashboard")
@@ -208,7 +226,7 @@ def _address(given: str | None) -> str:
         raise UserError(
             "--address is missing: give http://HEAD:8265, where a Ray head takes jobs, or set RAY_API_SERVER_ADDRESS"
         )
-    url = address if "://" in address else f"http://{address}"
+    url = require_no_secret(address if "://" in address else f"http://{address}", where)
     try:
         parts = urllib.parse.urlsplit(url)
         is_fit = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.query

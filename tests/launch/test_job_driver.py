@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -16,6 +17,31 @@ def test_a_cluster_with_other_packages_is_refused_before_the_fit_begins(tmp_path
     with pytest.raises(UserError, match=r"torch is 1\.0\.0 here and .* there, numpy is 0\.9 here and .* there"):
         job_driver._fit(job)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "/shared/run"), 2, "No space left on device: /shared/run"),
+        (ConnectionResetError(104, "Connection reset by peer"), None, ""),
+    ],
+)
+def test_what_the_file_system_refuses_is_told_in_one_line(error, code, said, tmp_path, monkeypatch, capsys):
+    def fail(_: object) -> None:
+        raise error
+
+    (tmp_path / job_driver.JOB_FILE).write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job_driver, "_fit", fail)
+    monkeypatch.setattr(job_driver, "_end_with_the_keeper", lambda: None)
+    monkeypatch.setattr(job_driver.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(job_driver, "logger", logging.getLogger("gendist.test_job_driver"))
+    if code is None:  # it may pass: the keeper tries again
+        with pytest.raises(type(error)):
+            job_driver.main()
+    else:
+        assert job_driver.main() == code
+    assert said in capsys.readouterr().out
 
 
 def test_whether_wandb_would_find_a_key(tmp_path, monkeypatch):

@@ -99,6 +99,18 @@ def test_lines_of_a_log_and_messages_among_them():
     assert reached({"step": 1200}) == "step 1,200"
 
 
+def test_a_full_disk_with_the_log_holds_nobody_up(tmp_path):
+    (tmp_path / "driver.py").write_text(COUNTED + "print('x' * 1_000_000, flush=True); sys.exit(0 if n > 1 else 1)")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", KEEP, "driver.py"]
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(pids(tmp_path, 2)) == 2
+
+
 def test_what_dies_is_started_again_and_what_it_says_is_passed_on(keep, tmp_path):
     keeper = keep("""
 say("record", {"iteration": n}, sys.stdout)

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from gendist.config import load_spec
 from gendist.launch import jobs, ray_jobs
 from gendist.launch.ray_jobs import RayJobs, Unknown, Unreachable
 from gendist.launch.submission import State
@@ -132,6 +133,69 @@ def test_the_jobs_of_gendist_alone_are_seen(head):
         RayJobs.at(head).attempt("b")
 
 
+def test_the_log_of_a_job_that_a_new_head_does_not_know(head, monkeypatch):
+    with pytest.raises(Unknown, match="knows no job a"):
+        next(RayJobs.at(head).tail("a"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "b" * 32)
+    with pytest.raises(UserError, match="that which was found is not its own"):
+        next(RayJobs.at(head).tail("a"))
+
+
+def test_a_job_on_a_node_that_is_silent_is_shown_without_its_last_lines(head, monkeypatch):
+    attempt = ray_jobs.Attempt("gendist-two-0123456789ab", State.FINISHED, node_id="a")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(ray_jobs, "LOG_TIMEOUT_S", 0.2)
+        silent_head = RayJobs.at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        assert silent_head.last_lines(attempt, 5) == []
+        assert jobs.last_word(silent_head, attempt) is None
+
+
+def test_neither_a_proxy_nor_netrc_comes_between(head, monkeypatch, tmp_path):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login user password other\n")
+    assert RayJobs.at(head).versions()
+
+
+@pytest.mark.parametrize("name", [None, "RAY_API_SERVER_ADDRESS"])
+def test_an_address_with_a_password_is_refused_and_not_repeated(head, monkeypatch, name):
+    address = "http://user:hush7Qx@10.0.0.1:8265"
+    if name is not None:
+        monkeypatch.setenv(name, address)
+    with pytest.raises(UserError, match=f"{name or '--address'}: .* comes with a password before the host") as told:
+        RayJobs.at(None if name else address)
+    assert "hush7Qx" not in str(told.value)
+
+
+def submission(head: str, told: list[str]) -> jobs.Submission:
+    spec = load_spec({"name": "two", "family": "gmm", "model": {"num_components": 2}, "cluster": {"num_workers": 4}})
+    return jobs.Submission(spec, "/shared/run", RayJobs.at(head), told.append)
+
+
+@pytest.mark.parametrize(("there", "is_told"), [("2", True), ("4", False), (None, False)])
+def test_whoever_attaches_is_told_what_differs(head, there, is_told):
+    told = []
+    one = submission(head, told)
+    metadata = {"gendist_name": "two"} | ({} if there is None else {"gendist_num_workers": there})
+    job = {"submission_id": jobs.run_id(one.spec, one.run_dir), "status": "RUNNING", "metadata": metadata}
+    Head.answers |= {"/api/jobs/": (200, json.dumps([job]))}
+    assert one.begin().submission_id == job["submission_id"]
+    assert ("it has cluster.num_workers=2, not 4" in told[0]) is is_told
+
+
+def test_interrupted_while_it_submits_one_is_told_where_to_look(head, monkeypatch, capsys):
+    one = submission(head, [])
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.Submission, "of", lambda *_: one)
+    monkeypatch.setattr(jobs.Submission, "begin", interrupted)
+    assert jobs.submit(one.spec, one.run_dir, head, False, False, print) == jobs.INTERRUPTED
+    assert f"status {jobs.run_id(one.spec, one.run_dir)} --address {head}" in capsys.readouterr().err
+
+
 class Tailed:
     """A job whose log comes in pieces, over connections that are lost."""
 
@@ -162,6 +226,15 @@ def test_a_connection_that_stays_lost_is_told(monkeypatch):
     monkeypatch.setattr(jobs, "RECONNECT_S", 0.1)
     with pytest.raises(jobs.Lost):
         list(jobs.follow(Tailed([["LOST"]] * 1000, []), "job"))
+
+
+def test_a_job_that_is_silent_for_long_may_lose_the_connection_again(monkeypatch):
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.0)
+    now = iter(range(0, 100_000, 40))  # each look at the clock is 40 s after the last
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: next(now))
+    connections = [["LOST"], [None, "LOST"], [None, "LOST"], ["end"]]
+    states = [State.RUNNING, State.RUNNING, State.STOPPED]
+    assert list(jobs.follow(Tailed(connections, states), "job")) == ["end"]
 
 
 def test_what_a_log_says_for_people():
