@@ -21,6 +21,7 @@ ENVIRONMENT=${ENVIRONMENT:-$PWD/.venv}        # of Python, with gendist installe
 NODE_FOLDER=${NODE_FOLDER:-/tmp}              # on a disk of each node, with room for what does not fit in memory; a short path
 INTERFACE=${INTERFACE:-}                      # of the network that carries the traffic, such as ib0; empty: the first that a node has
 START_TIMEOUT_S=${START_TIMEOUT_S:-300}       # for all nodes to be there
+END_TIMEOUT_S=${END_TIMEOUT_S:-60}            # for Ray to end on all nodes; after that it is killed
 KEEP_RAY_LOGS=${KEEP_RAY_LOGS:-}              # yes: leave them in NODE_FOLDER, where they say why something failed
 # -----------------------------------------------------------------------------------------------------------------------------
 set -euo pipefail
@@ -71,8 +72,20 @@ steps=()
 fit=""
 is_ending=""
 end() {
+    code=$?
+    trap "" TERM INT
+    # Wherever it was when it was told; what has ended by itself, or was a mistake, is not done again.
+    if [ -n "$is_ending" ] && [ "$code" -ne 0 ] && [ "$code" -ne 2 ]; then
+        echo "stopped; what was reached is kept in $RUNS; queued again"
+        scontrol requeue "$SLURM_JOB_ID" || true
+    fi
     for step in "${steps[@]}"; do kill "$step" 2> /dev/null || true; done
-    wait || true
+    for _ in $(seq "$END_TIMEOUT_S"); do
+        [ -n "$(jobs -pr)" ] || break
+        sleep 1
+    done
+    for step in $(jobs -pr); do kill -KILL "$step" 2> /dev/null || true; done
+    exit "$code"
 }
 trap end EXIT
 # SLURM tells this script alone (B:) that its time is nearly up, or that others need the nodes.
@@ -128,13 +141,10 @@ if [ -n "$is_ending" ]; then exit 130; fi
 
 gendist fit "$spec" "$@" --run-dir "$RUNS/$name" --address "$address" &
 fit=$!
+if [ -n "$is_ending" ]; then kill -TERM "$fit" 2> /dev/null || true; fi # told just before it had a number
 # A signal ends the waiting, not the fit, which is writing a checkpoint.
 code=0
 wait "$fit" || code=$?
 while kill -0 "$fit" 2> /dev/null; do code=0; wait "$fit" || code=$?; done
 
-if [ -n "$is_ending" ] && [ "$code" -eq 130 ]; then
-    echo "stopped with a checkpoint in $RUNS/$name; queued again"
-    scontrol requeue "$SLURM_JOB_ID" || true
-fi
 exit "$code"

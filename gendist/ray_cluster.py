@@ -6,6 +6,7 @@ and a cluster that has one is told ours by the environment (RAY_AUTH_MODE=token,
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._raylet import GcsClient
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
+from ray.experimental.internal_kv import _internal_kv_get
 
 from gendist.machine import machine_type
 from gendist.protocols import UserError
@@ -40,9 +46,13 @@ GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where this process is that of a submitted job
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
+MACHINES_LIMIT_S = 20.0  # that is waited for the nodes to say what machines they are
+NEW_NODE_LIMIT_S = 900.0  # that it waits for an autoscaler at its beginning: a machine starts, and is set up
 NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
 HEAD_LIMIT_S = 20.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
 LOOK_AT_HEAD_EVERY_S = 3.0
+LOOK_AT_ROOM_EVERY_S = 1.0
+UNEXPECTED = (2, 3)  # reasons for the end of a node: it was lost, or taken away for somebody else
 END_LIMIT_S = 20.0  # of a process whose head is gone: Ray's own end waits for it
 LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
@@ -82,20 +92,81 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
 
 def room(each: Mapping[str, float]) -> int:
     """How many workers the cluster could hold if nothing else ran there; each needs its resources on one node."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(int(min(node.get(kind, 0) // amount for kind, amount in each.items())) for node in nodes)
+    return sum(_room_of(node, each) for node in ray.nodes() if node["Alive"])
+
+
+def _room_of(node: Mapping[str, Any], each: Mapping[str, float]) -> int:
+    return int(min(node["Resources"].get(kind, 0) // amount for kind, amount in each.items()))
 
 
 def check_room(num_workers: int, each: Mapping[str, float]) -> None:
-    """UserError where the cluster has no room for the workers, which Ray would wait for without an end."""
+    """UserError where the cluster has no room for the workers, which Ray would wait for without an end. Where nodes may still
+    come, they are waited for first: an autoscaler starts them on demand, and one that was lost may come back.
+    """
     there = room(each)
-    if num_workers > there:
-        raise UserError(
-            f"cluster.num_workers is {num_workers}, but the cluster has "
-            + (f"{there} GPUs with a CPU beside each" if "GPU" in each else f"{there} CPUs")
-            + f"; ask for at most {there}"
-            + (", or leave cluster.use_gpu out" if "GPU" in each else "")
-        )
+    if num_workers <= there:
+        return
+    is_growing = has_autoscaler()
+    if not is_growing and num_workers > most_room(ray.nodes(), each):
+        raise _no_room(num_workers, there, each)
+    limit_s = NEW_NODE_LIMIT_S if is_growing else NO_ROOM_LIMIT_S
+    logger.info("the cluster has room for %d of %d workers; waiting up to %.0f s for more nodes", there, num_workers, limit_s)
+    lookout = Lookout(each, num_workers, limit_s)
+    demand = ray.util.placement_group([dict(each)] * num_workers)
+    try:
+        while (there := lookout.look()) < num_workers:
+            if is_growing and is_refused(demand.id.hex()):
+                raise _no_room(num_workers, there, each)
+            time.sleep(LOOK_AT_ROOM_EVERY_S)
+    finally:
+        if not is_without_head():
+            ray.util.remove_placement_group(demand)
+
+
+def _no_room(num_workers: int, there: int, each: Mapping[str, float]) -> UserError:
+    return UserError(
+        f"cluster.num_workers is {num_workers}, but the cluster has "
+        + (f"{there} GPUs with a CPU beside each" if "GPU" in each else f"{there} CPUs")
+        + f"; ask for at most {there}"
+        + (", or leave cluster.use_gpu out" if "GPU" in each else "")
+    )
+
+
+def most_room(nodes: Sequence[Mapping[str, Any]], each: Mapping[str, float]) -> int:
+    """The room there would be if the lost nodes came back, each as large as the largest that is there."""
+    alive = [node for node in nodes if node["Alive"]]
+    addresses = {node["NodeManagerAddress"] for node in alive}
+    lost = {node["NodeManagerAddress"] for node in nodes if not node["Alive"] and node.get("DeathReason") in UNEXPECTED}
+    rooms = [_room_of(node, each) for node in alive]
+    largest = max(rooms, default=0) or sys.maxsize  # where none is left, how large they were is not known
+    return sum(rooms) + largest * len(lost - addresses)
+
+
+def has_autoscaler() -> bool:
+    """Whether something starts nodes where there is work for them. Ray's monitor runs anywhere, and says what it looks after:
+    where nobody gave it types of nodes, each node is a type of its own."""
+    if is_autoscaler_v2():
+        return True  # or not: that one says by itself what it will never do
+    said = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
+    return knows_types_of_nodes(said.get("autoscaler_report") or {})
+
+
+def knows_types_of_nodes(report: Mapping[str, Any]) -> bool:
+    """Whether what Ray's first autoscaler reports is about nodes that it can start."""
+    names = {*(report.get("active_nodes") or {}), *(report.get("pending_launches") or {})}
+    return not all(re.fullmatch(r"node_[0-9a-f]+", name) for name in names)
+
+
+def is_refused(demand: str) -> bool:
+    """Whether the autoscaler says that no node which it may start will do; the first one does not say it.
+
+    demand  the id of a placement group
+    """
+    if not is_autoscaler_v2():
+        return False
+    reply = GetClusterStatusReply()
+    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
+    return any(demand in request.details for request in reply.autoscaling_state.infeasible_gang_resource_requests)
 
 
 class Lookout:
@@ -293,10 +364,16 @@ def _warn_of_mixed_machines() -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
-    ask = ray.remote(num_cpus=0.1)(machine_type)
+    ask = ray.remote(num_cpus=0)(machine_type)  # which waits for nobody's work
     answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote() for node in nodes]
-    done, _ = ray.wait(answers, num_returns=len(answers), timeout=60)
-    warn_if_mixed([machine_type(), *ray.get(done)])
+    done, late = ray.wait(answers, num_returns=len(answers), timeout=MACHINES_LIMIT_S) if answers else ([], [])
+    machines = [machine_type()]
+    for answer in done:
+        with suppress(ray.exceptions.RayError):  # a node may be lost just now, and a warning is not worth a run
+            machines.append(ray.get(answer))
+    for answer in late:
+        ray.cancel(answer)
+    warn_if_mixed(machines)
 
 
 def warn_if_mixed(machines: Sequence[dict[str, str]]) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from gendist.errors import UserError
 
 # The names of parameters that hold a key, a token, a signature or a password, as clouds and their libraries call them.
 NAME_OF_A_SECRET = re.compile(
-    r"(^|[_-])(secret|token|password|passwd|credentials?|signature|sig|api_?key|access_?key|account_?key|private_?key|key)($|[_-])"
+    r"secret|token(?!i[sz])|passw|passphrase|credential|signature|bearer|(api|access|account|private|shared)_?key"
+    r"|(^|[_-])(sig|key|auth|authorization|jwt|sas|pwd|pass)($|[_-])"
 )
 
 
 def secret_in_url(url: str) -> str | None:
     """What in a path or URL looks like a secret, by its name and without its value; None where nothing does.
 
-    A password, or a user's key in front of the host (`s3://KEY:SECRET@bucket`); a parameter of a signed address
+    A password, or a user's key in front of the host (`s3://KEY:SECRET@bucket`), and over HTTP any name there, which may be a
+    token (`https://TOKEN@host`); a parameter of a signed address
     (`?X-Amz-Signature=...`, `?sig=...`).
     """
     if "://" not in url:
@@ -29,8 +31,11 @@ def secret_in_url(url: str) -> str | None:
             split = urlsplit(part)
         except ValueError:
             continue
-        if "@" in split.netloc and ":" in split.netloc.rpartition("@")[0]:
+        user, at, _ = split.netloc.rpartition("@")
+        if ":" in unquote(user):
             return "a password before the host"
+        if at and split.scheme in ("http", "https"):
+            return "a user before the host"
         for query in (split.query, split.fragment):
             for name, value in parse_qsl(query):
                 if value and NAME_OF_A_SECRET.search(_in_snake_case(name)):

@@ -1,13 +1,18 @@
-"""The token of a Ray of our own, and what is said of a Ray that has another."""
+"""The token of a Ray of our own, what is said of a Ray that has another, and the room of a cluster; without Ray."""
 
 from __future__ import annotations
 
 import logging
 import os
 import stat
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from gendist import ray_cluster
+from gendist.protocols import UserError
 from gendist.ray_cluster import refusal, require_token
 
 
@@ -64,3 +69,81 @@ def test_who_says_that_no_token_is_needed_is_warned(without_token, tmp_path, cap
 )
 def test_a_ray_with_another_token_is_told_from_what_is_no_ray(said, match):
     assert match in refusal(said)
+
+
+def node(address: str, cpus: float, alive: bool = True, reason: int = 0) -> dict[str, Any]:
+    return {"NodeManagerAddress": address, "Alive": alive, "DeathReason": reason, "Resources": {"CPU": cpus} if alive else {}}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "expected"),
+    [
+        ([node("a", 2), node("b", 4)], 6),
+        ([node("a", 2), node("b", 4), node("c", 4, False, 2)], 10),  # lost
+        ([node("a", 2), node("b", 4), node("c", 4, False, 1)], 6),  # left
+        ([node("a", 2), node("b", 4), node("b", 4, False, 2)], 6),  # lost, and back again
+        ([node("a", 0), node("c", 4, False, 2)], sys.maxsize),
+        ([node("a", 0)], 0),
+    ],
+)
+def test_a_lost_node_may_come_back(nodes, expected):
+    assert ray_cluster.most_room(nodes, ray_cluster.CPU_WORKER) == expected
+
+
+@pytest.mark.parametrize(
+    ("report", "expected"),
+    [
+        ({"active_nodes": {f"node_{'b10b5baa' * 7}": 1}, "pending_launches": {}}, False),
+        ({"active_nodes": {"ray.head.default": 1}, "pending_launches": {}}, True),
+        ({"active_nodes": {"headgroup": 1, "workers": 2}}, True),
+        ({}, False),
+    ],
+)
+def test_an_autoscaler_is_told_from_a_monitor(report, expected):
+    assert ray_cluster.knows_types_of_nodes(report) is expected
+
+
+class Cluster:
+    """Stands in for a cluster, with room for so many workers at each look, and notes what was demanded."""
+
+    def __init__(self, monkeypatch, rooms: list[int], has_autoscaler: bool, is_refused: bool = False):
+        self._rooms, self.demanded, self.removed = rooms, [], []
+        patched = {
+            "room": lambda _: self._rooms.pop(0) if len(self._rooms) > 1 else self._rooms[0],
+            "has_autoscaler": lambda: has_autoscaler,
+            "is_refused": lambda _: is_refused,
+            "LOOK_AT_ROOM_EVERY_S": 0.01,
+            "NEW_NODE_LIMIT_S": 0.2,
+        }
+        for name, value in patched.items():
+            monkeypatch.setattr(ray_cluster, name, value)
+        monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node("a", 0)])
+        monkeypatch.setattr(ray_cluster.Lookout, "_head_answers", lambda _: True)
+        monkeypatch.setattr(ray_cluster.ray.util, "placement_group", self._demand)
+        monkeypatch.setattr(ray_cluster.ray.util, "remove_placement_group", self.removed.append)
+
+    def _demand(self, bundles: list[dict[str, float]]) -> Any:
+        self.demanded.append(SimpleNamespace(id=b"demand", bundles=bundles))
+        return self.demanded[-1]
+
+
+def test_an_autoscaler_is_asked_for_nodes_and_waited_for(monkeypatch):
+    cluster = Cluster(monkeypatch, [0, 0, 1, 3], has_autoscaler=True)
+    ray_cluster.check_room(3, ray_cluster.CPU_WORKER)
+    assert [each.bundles for each in cluster.demanded] == [[{"CPU": 1}] * 3]
+    assert cluster.removed == cluster.demanded
+
+
+def test_nodes_that_do_not_come_are_not_waited_for_without_an_end(monkeypatch):
+    cluster = Cluster(monkeypatch, [1], has_autoscaler=True)
+    with pytest.raises(UserError, match="has had room for 1 of 3 workers for 0 s"):
+        ray_cluster.check_room(3, ray_cluster.CPU_WORKER)
+    assert cluster.removed == cluster.demanded
+
+
+@pytest.mark.parametrize("has_autoscaler", [True, False])
+def test_what_no_node_will_do_is_refused_at_once(monkeypatch, has_autoscaler):
+    cluster = Cluster(monkeypatch, [2], has_autoscaler, is_refused=True)
+    with pytest.raises(UserError, match="num_workers is 3, but the cluster has 2 CPUs; ask for at most 2"):
+        ray_cluster.check_room(3, ray_cluster.CPU_WORKER)
+    assert len(cluster.removed) == len(cluster.demanded) == has_autoscaler

@@ -10,6 +10,7 @@ from gendist.protocols import UserError
 from gendist.secrets_in_urls import require_no_secret, secret_in_url, without_secrets
 
 SECRET = "hush7Qx"
+GLUED = ("authtoken", "accesstoken", "secretkey", "auth", "pwd", "jwt", "bearer", "passphrase", "sas", "X-Auth", "dbPassword")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,9 @@ SECRET = "hush7Qx"
         f"abfs://c@account.dfs.core.windows.net/x?account_key={SECRET}",
         f"simplecache::https://user:{SECRET}@example.org/x.npy",
         f"https://example.org/x#token={SECRET}",
+        *(f"https://example.org/x?{name}={SECRET}" for name in GLUED),
+        f"https://{SECRET}@example.org/x.npy",
+        f"s3://AKIAEXAMPLE%3A{SECRET}@bucket/runs",
     ],
 )
 def test_a_secret_is_refused_wherever_it_stands_and_not_told(url):
@@ -56,7 +60,8 @@ def test_a_secret_is_refused_wherever_it_stands_and_not_told(url):
         "abfs://container@account.dfs.core.windows.net/runs",  # a container, no user
         "file:///shared/runs",
         "https://example.org/x.parquet?version=3&monkey=see",
-        "https://user@example.org/x.npy",
+        "sftp://user@example.org/x.npy",
+        "https://example.org/x.parquet?tokenizer=bpe&author=me&passage=3&keyword=sea&signal=4",
         "https://example.org/x.parquet?token=",
         "http://[::1/x.parquet",
         "user:password@not-a-url",
