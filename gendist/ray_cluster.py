@@ -27,10 +27,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
-from ray._raylet import GcsClient
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
-from ray.experimental.internal_kv import _internal_kv_get
+from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_client
 
 from gendist.machine import machine_type
 from gendist.protocols import UserError
@@ -146,7 +145,7 @@ def has_autoscaler() -> bool:
     """Whether something starts nodes where there is work for them. Ray's monitor runs anywhere, and says what it looks after:
     where nobody gave it types of nodes, each node is a type of its own."""
     if is_autoscaler_v2():
-        return True  # or not: that one says by itself what it will never do
+        return True  # nobody asks for that one who has none, and it says by itself what it will never do
     said = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     return knows_types_of_nodes(said.get("autoscaler_report") or {})
 
@@ -165,7 +164,7 @@ def is_refused(demand: str) -> bool:
     if not is_autoscaler_v2():
         return False
     reply = GetClusterStatusReply()
-    reply.ParseFromString(GcsClient(ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
+    reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
     return any(demand in request.details for request in reply.autoscaling_state.infeasible_gang_resource_requests)
 
 

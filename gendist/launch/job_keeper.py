@@ -70,7 +70,7 @@ class Keeper:
 
     def __init__(self, driver: Sequence[str] = DRIVER):
         self._driver = driver
-        self._log = io.TextIOWrapper(_Log(), encoding="utf-8", write_through=True)
+        self._log = io.TextIOWrapper(io.BufferedWriter(_Log()), encoding="utf-8", write_through=True)
         self._progress = Progress()
         self._was_told_to_stop = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -101,9 +101,8 @@ class Keeper:
                     say("failed", f"the process of the fit {_how(code)}, {how_often}; its log says more", self._log)
                     return 1
                 case AfterEnd.GO_ON:
-                    print(
-                        f"the process of the fit {_how(code)}; another one goes on from the newest checkpoint", file=self._log
-                    )
+                    again = "another one goes on from the newest checkpoint"
+                    print(f"the process of the fit {_how(code)}; {again}", file=self._log, flush=True)
                     time.sleep(PAUSE_S)
 
     def _run(self) -> int:
@@ -131,6 +130,7 @@ class Keeper:
         begun = b""
         while said := os.read(pipe, 1 << 16):
             self._log.buffer.write(said)
+            self._log.buffer.flush()
             *lines, begun = (begun + said).split(b"\n")
             for line in lines:
                 _, message = heard(line.decode(errors="replace"))

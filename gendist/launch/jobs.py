@@ -276,7 +276,7 @@ def submit(spec: Spec, run_dir: str | None, address: str | None, is_detached: bo
             submission.tell_what_came(last_word(submission.jobs, attempt))
             return 0
         if is_detached:
-            tell(how_to_look_after(attempt, submission.jobs))
+            tell(how_to_look_after(attempt.run_id, submission.jobs))
             return 0
         return submission.follow(attempt, Console(stderr=True))
     except KeyboardInterrupt:

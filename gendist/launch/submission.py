@@ -16,7 +16,7 @@ from enum import Enum
 from gendist.config import Spec
 from gendist.launch.job_keeper import INTERRUPTED
 from gendist.protocols import UserError
-from gendist.storage import place_of
+from gendist.storage import is_url, place_of
 
 # How Ray calls it when the process that holds a job is gone, with its node say; anything else that it calls an error would
 # happen again.
@@ -52,7 +52,7 @@ def kept_in(spec: Spec, run_dir: str | None) -> str:
 
 def is_of_the_cluster(path: str) -> bool:
     """Whether a path is one of the cluster's machines: absolute, or a URL. Any other is of the machine that submits."""
-    return "://" in path or path.startswith("/")
+    return is_url(path) or path.removeprefix("file://").removeprefix("local://").startswith("/")
 
 
 class State(Enum):

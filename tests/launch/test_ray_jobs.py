@@ -195,6 +195,14 @@ def test_interrupted_while_it_submits_one_is_told_where_to_look(head, monkeypatc
     assert jobs.submit(one.spec, one.run_dir, head, False, False, print) == jobs.INTERRUPTED
     assert f"status {jobs.run_id(one.spec, one.run_dir)} --address {head}" in capsys.readouterr().err
 
+    run = jobs.run_id(one.spec, one.run_dir)
+    monkeypatch.setattr(jobs.Submission, "begin", lambda *_: ray_jobs.Attempt(f"{run}-2", State.PENDING))
+    assert jobs.submit(one.spec, one.run_dir, head, True, False, print) == 0
+    assert f"status {run} --address {head}" in capsys.readouterr().out
+    monkeypatch.setattr(jobs.Submission, "follow", interrupted)
+    assert jobs.submit(one.spec, one.run_dir, head, False, False, print) == jobs.INTERRUPTED
+    assert "detached; the job goes on" in capsys.readouterr().err
+
 
 class Tailed:
     """A job whose log comes in pieces, over connections that are lost."""

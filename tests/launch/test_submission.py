@@ -49,7 +49,8 @@ def test_where_a_run_is_kept():
     for run_dir, said in (
         (None, "give --run-dir"),
         ("runs/two", "a relative path means nothing on a cluster"),
-        ("s3://key:secret@bucket/two", "a password has no place in a URL"),
+        ("file://runs/two", "a relative path means nothing on a cluster"),
+        ("s3://key:secret@bucket/two", "comes with a password before the host"),
     ):
         with pytest.raises(UserError, match=said) as told:
             kept_in(spec, run_dir)
