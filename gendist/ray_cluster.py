@@ -152,7 +152,7 @@ def has_autoscaler() -> bool:
 
 def knows_types_of_nodes(report: Mapping[str, Any]) -> bool:
     """Whether what Ray's first autoscaler reports is about nodes that it can start."""
-    names = {*(report.get("active_nodes") or {}), *(report.get("pending_launches") or {})}
+    names = {*(report.get("node_type_mapping") or {}).values(), *(report.get("active_nodes") or {})}
     return not all(re.fullmatch(r"node_[0-9a-f]+", name) for name in names)
 
 

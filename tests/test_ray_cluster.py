@@ -90,11 +90,14 @@ def test_a_lost_node_may_come_back(nodes, expected):
     assert ray_cluster.most_room(nodes, ray_cluster.CPU_WORKER) == expected
 
 
+MANUAL = f"node_{'b10b5baa' * 7}"  # as Ray calls the type of a node that nobody gave one
+
+
 @pytest.mark.parametrize(
     ("report", "expected"),
     [
-        ({"active_nodes": {f"node_{'b10b5baa' * 7}": 1}, "pending_launches": {}}, False),
-        ({"active_nodes": {"ray.head.default": 1}, "pending_launches": {}}, True),
+        ({"active_nodes": {MANUAL: 1}, "node_type_mapping": {"b10b5baa": MANUAL}}, False),
+        ({"active_nodes": {}, "node_type_mapping": {"10.0.0.1": "ray.head.default"}}, True),
         ({"active_nodes": {"headgroup": 1, "workers": 2}}, True),
         ({}, False),
     ],
