@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -16,17 +17,18 @@ from gendist.launch.cli import main
 from gendist.planning import Where, plan_of
 from gendist.planning.deep_plan import largest_micro_batch
 from gendist.planning.machines import GPUS, Network, network
-from gendist.planning.passes import Pass, iteration, num_nodes
+from gendist.planning.passes import Pass, Trial, iteration, num_nodes
 from gendist.planning.plan import bend_of, efficiency
 
+TRIAL = Trial(row_s=1e-5, merge_s=1e-5, m_step_s=1e-3, working_bytes=1e6, how="")
 WIRES = Network(8, 1e9, 50e-6, 1e9, 100e-6)
 
 
 def work(num_leaves: int = 100, **changes: float) -> Pass:
     leaves = Leaves(tuple(1000 * i for i in range(num_leaves + 1)))
     values = {
-        "leaves": leaves, "max_leaves_per_run": 1000, "row_s": 1e-5, "row_bytes": 80.0, "statistics_bytes": 10_000,
-        "parameters_bytes": 5_000, "merge_s": 1e-5, "m_step_s": 1e-3, "working_bytes": 1e6,
+        "leaves": leaves, "max_leaves_per_run": 1000, "trial": TRIAL, "row_bytes": 80.0, "statistics_bytes": 10_000,
+        "parameters_bytes": 5_000,
     }  # fmt: skip
     return Pass(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -52,7 +54,13 @@ def test_nodes_are_those_of_the_reduction(start, stop):
 
 def test_efficiency_never_passes_one_and_bends_where_doubling_stops_to_pay():
     numbers = [2**i for i in range(10)]
-    for changes in ({}, {"num_leaves": 127}, {"statistics_bytes": 10**7}, {"share_held_out": 0.2}, {"num_passes": 2}):
+    for changes in (
+        {},
+        {"num_leaves": 127},
+        {"statistics_bytes": 10**7},
+        {"share_held_out": 0.2},
+        {"trial": replace(TRIAL, num_passes=2, once_s=0.1)},
+    ):
         seconds = [iteration(work(**changes), number, WIRES).seconds for number in numbers]
         shares = efficiency(numbers, seconds)
         assert shares[0] == 1.0
