@@ -275,11 +275,12 @@ class DeepPlan:
             lines.append("no engine fits without offload: more workers, or fit.engine.config with offload_optimizer to cpu")
         if largest := self.micro_batch["as said"]:
             lines.append(f"the largest micro-batch that fits and divides the global batch: fit.micro_batch_size={largest}")
-        is_held_whole = max(map(sum, self.networks.sizes.values())) < LIVE_PARAMETERS
-        if is_held_whole and (self.is_stage3 or plainest == "ZeRO 3"):
+        at_stage_3 = self.chosen if self.is_stage3 else steps["ZeRO 3"] if plainest == "ZeRO 3" else None
+        largest_network = max(map(sum, self.networks.sizes.values()))
+        if at_stage_3 and at_stage_3.num_workers > 1 and largest_network < LIVE_PARAMETERS:
             lines.append(
-                "at stage 3 DeepSpeed keeps parameters whole until a pass ends, up to 1e9 of them: zero_optimization."
-                "stage3_max_live_parameters in fit.engine.config can say less"
+                "at stage 3 DeepSpeed keeps parameters whole until a pass ends, up to 1e9 of them, unless "
+                "zero_optimization.stage3_max_live_parameters in fit.engine.config says less"
             )
         return lines
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gendist.config import Spec, family_class, is_trained
@@ -80,10 +80,16 @@ class Plan:
 def plan_of(spec: Spec, where: Where, num_rows: int | None = None, num_features: int | None = None) -> Plan:
     """UserError where the spec could not be fitted so, or too little is known of its data."""
     family = family_class(spec.family)
-    machine, wires = _machine(where), _network(where)
+    if where.gpus_per_node and where.gpu not in GPUS:
+        raise UserError(f"--gpu {where.gpu}: not in the table; there are {', '.join(GPUS)}")
     sizes = sizes_of(spec, family, num_rows, num_features)
     if spec.data.label is not None and not sizes.labels:
         raise UserError("what this takes depends on the number of classes: say them, such as data.labels=[0,1,2,3,4,5,6,7,8,9]")
+    machine = GPUS[where.gpu] if where.gpus_per_node else this_machine()
+    if where.memory_gb is not None:
+        machine = replace(machine, memory_bytes=where.memory_gb * 1e9)
+    per_node = where.gpus_per_node or where.workers_per_node or os.cpu_count() or 1
+    wires = network(per_node, bool(where.gpus_per_node), where.network_gbits, where.latency_us)
     counts = sorted({*(2**i for i in range(max(where.workers * 2, 16).bit_length())), max(1, where.workers)})
     make: Callable[..., Answer] = deep_plan if is_trained(family) else em_plan
     found = make(spec, sizes, sizes.labels, machine, wires, where.workers, counts)
@@ -108,17 +114,3 @@ def bend_of(numbers: Sequence[int], seconds: Sequence[float]) -> int | None:
         if 2 * number in by_number and by_number[number] < BEND * by_number[2 * number]:
             return number
     return None
-
-
-def _machine(where: Where) -> Machine:
-    if where.gpus_per_node and where.gpu not in GPUS:
-        raise UserError(f"--gpu {where.gpu}: not in the table; there are {', '.join(GPUS)}")
-    machine = GPUS[where.gpu] if where.gpus_per_node else this_machine()
-    if where.memory_gb is None:
-        return machine
-    return Machine(**{**vars(machine), "memory_bytes": where.memory_gb * 1e9})
-
-
-def _network(where: Where) -> Network:
-    per_node = where.gpus_per_node or where.workers_per_node or os.cpu_count() or 1
-    return network(per_node, bool(where.gpus_per_node), where.network_gbits, where.latency_us)
