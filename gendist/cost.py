@@ -7,7 +7,9 @@ them, or told by a trial of it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from math import prod
+from operator import add
 
 from torch import Tensor
 
@@ -28,11 +30,7 @@ class PassCost:
     parameters_bytes: int
 
     def __add__(self, other: PassCost) -> PassCost:
-        return PassCost(
-            self.flops_per_row + other.flops_per_row,
-            self.statistics_bytes + other.statistics_bytes,
-            self.parameters_bytes + other.parameters_bytes,
-        )
+        return PassCost(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -55,11 +53,7 @@ class StateBytes:
         return self.parameters + self.gradients + self.optimizer + self.average + self.in_transit
 
     def __add__(self, other: StateBytes) -> StateBytes:
-        return StateBytes(*(mine + theirs for mine, theirs in zip(self._values, other._values, strict=True)))
-
-    @property
-    def _values(self) -> tuple[float, ...]:
-        return (self.parameters, self.gradients, self.optimizer, self.average, self.in_transit, self.on_host)
+        return StateBytes(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True)
@@ -89,10 +83,4 @@ def has_values(x: Tensor) -> bool:
 
 def tensor_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Of float64 tensors of these shapes; the names say to the reader which they are."""
-    total = 0
-    for shape in shapes.values():
-        entries = 1
-        for side in shape:
-            entries *= side
-        total += FLOAT64_BYTES * entries
-    return total
+    return sum(FLOAT64_BYTES * prod(shape) for shape in shapes.values())

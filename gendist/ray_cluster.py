@@ -164,7 +164,8 @@ def is_refused(demand: str) -> bool:
     if not is_autoscaler_v2():
         return False
     reply = GetClusterStatusReply()
-    reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
+    with suppress(ray.exceptions.RpcError):  # the lookout has an eye on the head
+        reply.ParseFromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=CONNECT_TIMEOUT_S))
     return any(demand in request.details for request in reply.autoscaling_state.infeasible_gang_resource_requests)
 
 
@@ -284,29 +285,33 @@ def _connect(num_workers: int, address: str | None) -> None:
 
 
 def require_token(token_file: Path | None = None) -> None:
-    """The Ray that is started next answers nobody without a token: of the environment, or the user's own, which is made where
-    there is none. Ray would make it, too, but so that others on this machine could read it.
+    """See to it that there is a token, of the environment or the user's own, which Ray then asks of whoever would use the Ray
+    that is started next. Ray would make one, too, but so that others on this machine could read it.
 
     token_file  where Ray looks for it (default ~/.ray/auth_token)
     """
-    if os.environ.setdefault("RAY_AUTH_MODE", "token").lower() != "token":
-        logger.warning(
-            "RAY_AUTH_MODE is %s: whoever reaches this machine can run code in this Ray", os.environ["RAY_AUTH_MODE"]
-        )
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode.lower() != "token":
+        logger.warning("RAY_AUTH_MODE is %s: whoever reaches this machine can run code in this Ray", mode)
         return
     if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     token_file = token_file or Path.home() / ".ray" / "auth_token"
+    whole = token_file.with_name(f".auth_token-{os.getpid()}")
     try:
         token_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(os.open(whole, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        os.link(whole, token_file)  # by which it appears whole, and only where there is none
     except FileExistsError:
-        return
+        if token_file.stat().st_mode & 0o077:
+            logger.warning("%s could be read by others; it no longer can", token_file)
+            token_file.chmod(0o600)
     except OSError:  # no home of one's own, or none that can be written to
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
+    finally:
+        with suppress(OSError):
+            whole.unlink()
 
 
 def check_reachable(address: str) -> None:

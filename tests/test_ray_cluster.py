@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import stat
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ import pytest
 from gendist import ray_cluster
 from gendist.protocols import UserError
 from gendist.ray_cluster import refusal, require_token
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -27,12 +31,25 @@ def without_token(monkeypatch):
 def test_a_ray_of_our_own_has_a_token_that_others_on_the_machine_cannot_read(without_token, tmp_path):
     file = tmp_path / "home" / ".ray" / "auth_token"
     require_token(file)
-    assert os.environ["RAY_AUTH_MODE"] == "token"
+    assert "RAY_AUTH_MODE" not in os.environ  # Ray sets it, and it would not look again
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     token = file.read_text()
     assert len(token) == 64
+    file.chmod(0o644)
     require_token(file)
     assert file.read_text() == token
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [path.name for path in file.parent.iterdir()] == ["auth_token"]
+
+
+@pytest.mark.ray
+def test_a_fit_on_a_ray_of_its_own_needs_nothing_in_the_environment(tmp_path):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    call = [sys.executable, ROOT / "launch.py", "fit", ROOT / "configs" / "gmm_digits.yaml"]
+    call += ["cluster.num_workers=1", "fit.max_iterations=1", "--run-dir", tmp_path / "run"]
+    done = subprocess.run(call, env=clean, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "artifact" / "model.json").exists()
 
 
 def test_a_token_that_is_there_is_used(without_token, tmp_path):

@@ -25,6 +25,7 @@ from gendist.models.ops.augmentation import augment, num_uniforms
 from gendist.models.ops.gan_config import GenerativeAdversarialNetworkConfig
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.latent_paths import MAX_CLASSES, NUM_PATHS, NUM_STEPS, great_circles
+from gendist.models.ops.layers import noise_width
 from gendist.models.ops.layout import Layout, check_between_0_and_1
 from gendist.models.ops.networks import NetworkConfig
 from gendist.models.ops.offered import Offered
@@ -307,7 +308,7 @@ class GenerativeAdversarialNetwork:
         for judged in (*of_real, *of_fake, *of_other):
             if width := num_uniforms(self.config.augmentation):
                 draws[f"augmentation{judged}"] = Draw("uniform", width)
-            if width := getattr(self.discriminator, "noise_width", 0):
+            if width := noise_width(self.discriminator):
                 draws[f"discriminator{judged}"] = Draw("normal", width)
         return draws
 

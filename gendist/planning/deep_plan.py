@@ -6,13 +6,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from gendist.config import Spec, family_class
 from gendist.cost import StateBytes, Traffic
 from gendist.one_thread import one_thread
+from gendist.planning.answer import Grid, OnWorkers, duration, size
 from gendist.planning.counting import PhaseCost, count_phases, sizes_of
 from gendist.planning.machines import Machine, Network
 from gendist.planning.sizes import Sizes
@@ -26,6 +27,7 @@ from gendist.training_job import engine_class
 
 TRIAL_FLOPS, TRIAL_BYTES = 3e10, 1.5e9  # of all steps that are tried; of parameters, gradients and moments
 TRIAL_STEPS = 5
+LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters, where nobody says another
 BACKWARD_SHARE = 2 / 3  # of a step's products, behind which gradients travel on a GPU
 MICRO_BATCH_S = {True: 5e-3, False: 2e-3}  # of a GPU, of a CPU: what a micro-batch takes besides its products, where not tried
 
@@ -51,27 +53,19 @@ class Speed:
     how: str
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, kw_only=True)
+class Step(OnWorkers):
     """An optimizer step on each of so many processes; waiting_s: of the exchange what no computing hides."""
 
-    num_workers: int
+    PARTS: ClassVar = {"compute": "compute_s", "optimizer": "optimizer_s", "waiting": "waiting_s"}
+
     micro_batch_size: int
     num_micro_batches: int
     state: StateBytes
     activation_bytes: float
-    sent_bytes: float
     compute_s: float
     optimizer_s: float
     waiting_s: float
-
-    @property
-    def memory_bytes(self) -> float:
-        return self.state.on_device + self.activation_bytes
-
-    @property
-    def seconds(self) -> float:
-        return self.compute_s + self.optimizer_s + self.waiting_s
 
 
 def step(networks: Networks, config: DeepConfig, num_workers: int, machine: Machine, speed: Speed, network: Network) -> Step:
@@ -94,12 +88,14 @@ def step(networks: Networks, config: DeepConfig, num_workers: int, machine: Mach
         held = engine.memory(config, cost.phase.network, sizes, workers)
         optimizer_s += cost.often * 2.0 * (held.on_device - held.in_transit + held.on_host) / machine.memory_bytes_per_s
     hidden_s = BACKWARD_SHARE * compute_s / len(mine) if machine.is_gpu else 0.0
+    activation_bytes = max(largest * cost.activation_bytes + cost.fixed_bytes for cost in networks.phases)
     return Step(
         num_workers=num_workers,
+        memory_bytes=state.on_device + activation_bytes,
         micro_batch_size=largest,
         num_micro_batches=len(mine),
         state=state,
-        activation_bytes=max(largest * cost.activation_bytes + cost.fixed_bytes for cost in networks.phases),
+        activation_bytes=activation_bytes,
         sent_bytes=traffic.sent_bytes,
         compute_s=compute_s,
         optimizer_s=optimizer_s,
@@ -170,8 +166,8 @@ def try_steps(spec: Spec, sizes: Sizes, labels: tuple[Any, ...], networks: Netwo
     if machine.is_gpu or large < 4 or 24.0 * networks.num_parameters > TRIAL_BYTES:
         return stated
     found = []
-    for size in (max(1, large // 4), large):
-        seconds, flops, num_phases = _fastest_step(spec, sizes, labels, networks, size)
+    for num_samples in (max(1, large // 4), large):
+        seconds, flops, num_phases = _fastest_step(spec, sizes, labels, networks, num_samples)
         found.append((flops, seconds / num_phases, num_phases))
     (few, few_s, num_phases), (more, more_s, _) = found
     flops_per_s = (more - few) / num_phases / max(more_s - few_s, 1e-9)
@@ -224,9 +220,13 @@ ENGINES: Mapping[str, dict[str, Any]] = {
 }
 
 
+COLUMNS = ("engine", "params", "grads", "optim.", "EMA", "transit", "activ.", "total", "fits", "on host", "sent")
+
+
 @dataclass(frozen=True)
 class DeepPlan:
-    """stages: a step by engine, without a user's DeepSpeed file, and "as said"; curve: by the number of workers."""
+    """An `Answer`. stages: a step by engine, without a user's DeepSpeed file, and "as said", or why an engine refuses;
+    micro_batch: the largest of each that fits."""
 
     networks: Networks
     speed: Speed
@@ -235,6 +235,64 @@ class DeepPlan:
     curve: list[Step]
     micro_batch: dict[str, int]
     assumptions: list[str]
+    is_stage3: bool
+
+    def summary(self, machine: Machine) -> list[str]:
+        step = self.chosen
+        lines = [
+            f"{self.networks.num_parameters:,} parameters; a step of {step.num_workers} workers x {step.num_micro_batches} "
+            f"micro-batches of {step.micro_batch_size} takes [bold]{duration(step.seconds)}[/bold]"
+        ]
+        for cost in self.networks.phases:
+            often = f", in {cost.often:.0%} of all steps" if cost.often < 1.0 else ""
+            held = f"{cost.flops:,.4g} FLOP and {size(cost.activation_bytes)} of activations a sample"
+            lines.append(f"  {cost.phase.name}: {held}{often}")
+        return lines
+
+    def memory(self, machine: Machine) -> Grid:
+        rows: list[tuple[str, ...]] = []
+        for name, step in self.stages.items():
+            if isinstance(step, str):
+                rows.append((name, "refused"))
+                continue
+            state, fits = step.state, "yes" if step.memory_bytes <= machine.memory_bytes else "no"
+            held = (state.parameters, state.gradients, state.optimizer, state.average, state.in_transit)
+            sizes = map(size, (*held, step.activation_bytes, step.memory_bytes))
+            rows.append((name, *sizes, fits, size(state.on_host), size(step.sent_bytes)))
+        return Grid(f"on each of {self.chosen.num_workers} workers, and what it sends in a step", COLUMNS, rows)
+
+    def advice(self, machine: Machine) -> list[str]:
+        room = machine.memory_bytes
+        lines = [f"as the spec says it {'fits' if self.chosen.memory_bytes <= room else 'does not fit'}"]
+        fitting = [name for name in ENGINES if self.micro_batch.get(name)]
+        steps = {name: step for name in fitting if isinstance(step := self.stages[name], Step)}
+        plainest = next((name for name, step in steps.items() if step.memory_bytes <= room), None)
+        if plainest:
+            lines.append(f"the plainest engine that fits with these micro-batches: {plainest}")
+        elif fitting:
+            lines.append(f"{fitting[0]} fits with fit.micro_batch_size={self.micro_batch[fitting[0]]}")
+        else:
+            lines.append("no engine fits without offload: more workers, or fit.engine.config with offload_optimizer to cpu")
+        if largest := self.micro_batch["as said"]:
+            lines.append(f"the largest micro-batch that fits and divides the global batch: fit.micro_batch_size={largest}")
+        at_stage_3 = self.chosen if self.is_stage3 else steps["ZeRO 3"] if plainest == "ZeRO 3" else None
+        largest_network = max(map(sum, self.networks.sizes.values()))
+        if at_stage_3 and at_stage_3.num_workers > 1 and largest_network < LIVE_PARAMETERS:
+            lines.append(
+                "at stage 3 DeepSpeed keeps parameters whole until a pass ends, up to 1e9 of them, unless "
+                "zero_optimization.stage3_max_live_parameters in fit.engine.config says less"
+            )
+        return lines
+
+    def as_dict(self) -> dict[str, Any]:
+        stages = {name: each if isinstance(each, str) else each.as_dict() for name, each in self.stages.items()}
+        return {
+            "num_parameters": self.networks.num_parameters,
+            "phases": [asdict(cost) for cost in self.networks.phases],
+            "step": self.chosen.as_dict(),
+            "stages": stages,
+            "largest_micro_batch": self.micro_batch,
+        }
 
 
 def deep_plan(
@@ -270,10 +328,7 @@ def deep_plan(
     ]
     if labels:
         assumptions.append("no sample has a label, which a loss that sums over the classes takes the longest for")
-    if len(networks.sizes) > 1 and config.engine.kind == "deepspeed" and config.engine.zero_stage == 3:
+    is_stage3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+    if len(networks.sizes) > 1 and is_stage3:
         assumptions.append("what frozen networks are gathered for in the phases of others is not counted")
-    return DeepPlan(networks, speed, chosen, stages, curve, micro_batch, assumptions)
-
-
-def as_dict(each: Step) -> dict[str, Any]:
-    return {**asdict(each), "memory_bytes": each.memory_bytes, "seconds": each.seconds}
+    return DeepPlan(networks, speed, chosen, stages, curve, micro_batch, assumptions, is_stage3)

@@ -1,108 +1,127 @@
-"""The plan of a fit by expectation-maximization: the family says what a pass costs and shows it on a block of noise."""
+"""The plan of a fit by expectation-maximization: the family says what a pass costs, noise how fast passes are here."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import cycle
 from typing import Any
-
-import torch
 
 from gendist.blocks import Leaves, LocalBlocks
 from gendist.config import Spec, family_class, model_class
 from gendist.cost import PassCost
 from gendist.data.dataset import MAX_PASSING_BYTES, MAX_RUN_BYTES
-from gendist.data.survey import Summary, summarize
+from gendist.data.survey import survey
 from gendist.em.config import EMConfig
+from gendist.em.engine import em_steps
 from gendist.em.start import start_from_data
 from gendist.one_thread import one_thread
+from gendist.planning.answer import duration, size
 from gendist.planning.counting import Counter
-from gendist.planning.machines import Machine, Network, usual_s
-from gendist.planning.passes import Iteration, Pass, iteration
+from gendist.planning.machines import Machine, Network, quickest_quarter, usual_s
+from gendist.planning.passes import Iteration, Pass, Trial, iteration
 from gendist.planning.sizes import Sizes
-from gendist.protocols import Block, Compute, UserError
+from gendist.protocols import Block, Compute, Statistics, StatisticsModel, UserError
 
-TRIAL_FLOPS, TRIAL_BYTES = 4e9, 512 * 2**20  # of one E-step that is tried; of statistics and model
-COLD_BYTES = 64 * 2**20  # more than a core has to itself of a cache
-
-
-@dataclass(frozen=True)
-class Trial:
-    """What one thread took for an E-step of a block of noise, a row; the rest as in `Pass`."""
-
-    row_s: float
-    merge_s: float
-    m_step_s: float
-    working_bytes: float
-    how: str
+TRIAL_FLOPS, TRIAL_BYTES = 4e9, 512 * 2**20  # of a leaf that is tried; of statistics and model
+COLD_BYTES, MOST_LEAVES = 64 * 2**20, 64  # that are tried: more than a core has to itself of a cache
+TRIAL_S, LEAST_ITERATIONS = 0.5, 4
 
 
-def pass_cost(spec: Spec, sizes: Sizes, labels: tuple[Any, ...]) -> tuple[PassCost, Summary, Block]:
-    """What the family says, and a block of noise that it takes. UserError where it says nothing, or takes neither."""
+def pass_cost(spec: Spec, sizes: Sizes, labels: tuple[Any, ...]) -> tuple[PassCost, str]:
+    """What the family says, and the kind of noise that it takes. UserError where it says nothing, or takes neither."""
     family = family_class(spec.family)
     if not hasattr(family, "pass_cost"):
         raise UserError(
             f"the family {spec.family} does not say what a pass costs: give its model a class method pass_cost "
             "(gendist/protocols.py, StatisticsModel)"
         )
-    num_rows = min(sizes.leaves.max_leaf_rows, sizes.num_rows)
     refused, of_classes = None, model_class(spec.family, spec.model)
     for kind in ("normal", "categories"):
-        block = sizes.trial_block(num_rows, kind)
-        summary = _summary(block, sizes)
+        (block,) = sizes.trial_blocks(1, min(sizes.leaves.max_leaf_rows, sizes.num_rows), kind)
+        summary = replace(survey(_blocks([block])), features=sizes.features)
         try:
             family.check(spec.model, summary, () if of_classes is not family else labels)
         except UserError as error:
             refused = refused or error
             continue
-        return of_classes.pass_cost(spec.model, summary, labels), summary, block
+        return of_classes.pass_cost(spec.model, summary, labels), kind
     assert refused is not None
     raise refused
 
 
-def _summary(block: Block, sizes: Sizes) -> Summary:
-    return replace(summarize(None, block), features=sizes.features)
+def _blocks(leaves: list[Block]) -> LocalBlocks:
+    bounds = tuple(sum(leaf.num_rows for leaf in leaves[:number]) for number in range(len(leaves) + 1))
+    return LocalBlocks(lambda bounds: leaves, Leaves(bounds))
 
 
-def try_a_pass(spec: Spec, sizes: Sizes, labels: tuple[Any, ...], cost: PassCost, block: Block, machine: Machine) -> Trial:
-    """On this machine's CPU; by the machine's rate where it is a GPU, or the trial would be too much for a plan."""
+def try_iterations(spec: Spec, sizes: Sizes, labels: tuple[Any, ...], cost: PassCost, kind: str, machine: Machine) -> Trial:
+    """Iterations of the engine on this machine's CPU, over leaves as long as the data's own; stated by the machine's rate where
+    it is a GPU, or they would be too much for a plan."""
     assert isinstance(spec.fit, EMConfig)
-    by_rate_s = cost.flops_per_row / (machine.achieved * machine.flops_per_s[spec.fit.precision])
-    stated = f"{machine.achieved:.0%} of {machine.name}'s products a second, of what the family counts"
     small = cost.statistics_bytes + cost.parameters_bytes
-    merge_s, solve_s = 3.0 * small / machine.memory_bytes_per_s, 10.0 * small / machine.memory_bytes_per_s
-    if machine.is_gpu:
-        return Trial(by_rate_s, merge_s, solve_s, float(small), stated)
-    num_rows = min(block.num_rows, max(64, sizes.length, int(TRIAL_FLOPS / max(cost.flops_per_row, 1.0))))
-    if small > TRIAL_BYTES or cost.flops_per_row * num_rows > 4 * TRIAL_FLOPS:
-        return Trial(by_rate_s, merge_s, solve_s, float(small), stated)
-    if num_rows < block.num_rows:
-        block = sizes.trial_block(num_rows, "categories" if bool(_is_whole(block)) else "normal")
-    family, config, compute = family_class(spec.family), _of_one_model(spec.model), Compute(spec.fit.precision)
-    labels = labels if config is spec.model else ()
-    blocks = LocalBlocks(lambda bounds: [block], Leaves((0, block.num_rows)))
+    stated = Trial(
+        row_s=cost.flops_per_row / (machine.achieved * machine.flops_per_s[spec.fit.precision]),
+        merge_s=3.0 * small / machine.memory_bytes_per_s,
+        m_step_s=10.0 * small / machine.memory_bytes_per_s,
+        working_bytes=float(small),
+        how=f"{machine.achieved:.0%} of {machine.name}'s products a second, of what the family counts",
+        num_passes=2 if sizes.is_cut else 1,
+    )
+    most_rows = max(64, sizes.length, int(TRIAL_FLOPS / max(cost.flops_per_row, 1.0)))
+    num_rows = min(sizes.leaves.max_leaf_rows, sizes.num_rows, most_rows)
+    if machine.is_gpu or small > TRIAL_BYTES or cost.flops_per_row * num_rows > 4 * TRIAL_FLOPS:
+        return stated
+    number = min(int(COLD_BYTES // (sizes.row_bytes * num_rows)), sizes.leaves.num_leaves, MOST_LEAVES)
+    leaves = sizes.trial_blocks(max(2, number), num_rows, kind)
+    config, blocks, compute = _of_one_model(spec.model), _blocks(leaves), Compute(spec.fit.precision)
+    summary = replace(survey(blocks), features=sizes.features)
+    own = labels if config is spec.model else ()
     try:
         with one_thread(), Counter() as counter:
-            model = start_from_data(family, config, blocks, _summary(block, sizes), labels, "random_responsibilities", 0).model
-            statistics = model.e_step(block, compute)
+            found = start_from_data(family_class(spec.family), config, blocks, summary, own, "random_responsibilities", 0)
+            found.model.e_step(leaves[0], compute)
     except UserError as error:  # such as parameters that are to stay as a start has them
-        return Trial(by_rate_s, merge_s, solve_s, float(small), f"{stated} ({error})")
-    # As a fit meets them: blocks that are not in the processor's cache, and tables that a pass makes of new parameters.
-    num_copies = min(8, 1 + int(COLD_BYTES // (sizes.row_bytes * block.num_rows)))
-    copies = cycle([replace(block, x=block.x.clone()) for _ in range(num_copies)])
+        return replace(stated, how=f"{stated.how} ({error})")
+    return replace(_timed(found.model, leaves, compute, machine.name), working_bytes=float(counter.peak_bytes))
+
+
+def _timed(model: StatisticsModel, leaves: list[Block], compute: Compute, where: str) -> Trial:
+    took: list[float] = []  # of each leaf of each pass of an iteration
+    latest: list[Statistics] = []
+
+    def e_step(model: StatisticsModel, block: Block) -> Statistics:
+        began = time.thread_time()
+        latest[:] = [model.e_step(block, compute)]
+        took.append(time.thread_time() - began)
+        return latest[0]
+
+    each, first, rest, passes = list[float](), list[float](), list[float](), list[int]()
+    blocks, number, began = _blocks(leaves), len(leaves), time.perf_counter()
+    while len(rest) < LEAST_ITERATIONS or time.perf_counter() - began < TRIAL_S:
+        took.clear()
+        start = time.thread_time()
+        ((_, update),) = em_steps(e_step, blocks, [model])
+        rest.append(time.thread_time() - start - sum(took))
+        passes.append(len(took) // number)
+        begin, *others = (sum(took[leaf::number]) for leaf in range(number))
+        first.append(begin)
+        each += others
+        if update is None:
+            break
+        model = update.model
     with one_thread():
-        e_step_s = usual_s(lambda: model.e_step(next(copies), compute))
-        merge_s, m_step_s = usual_s(partial(statistics.merge, statistics)), usual_s(partial(model.m_step, statistics))
-        update = model.m_step(statistics)
-        m_step_s += max(0.0, usual_s(partial(update.model.e_step, block, compute), once=True) - e_step_s)
-    how = f"its own E-step of {block.num_rows:,} rows of noise, in {1e3 * e_step_s:.3g} ms on {machine.name}"
-    return Trial(e_step_s / block.num_rows, merge_s, m_step_s, float(counter.peak_bytes), how)
-
-
-def _is_whole(block: Block) -> torch.Tensor:
-    x = block.x.values() if block.is_sparse else block.x
-    return (x == x.round()).all()
+        merge_s = usual_s(partial(latest[0].merge, latest[0]))
+    leaf_s, num_passes, num_rows = quickest_quarter(each), sorted(passes)[len(passes) // 2], leaves[0].num_rows
+    return Trial(
+        row_s=leaf_s / num_rows,
+        merge_s=merge_s,
+        m_step_s=max(0.0, quickest_quarter(rest) - num_passes * (number - 1) * merge_s),
+        working_bytes=0.0,
+        how=f"iterations over {number} blocks of {num_rows:,} rows of noise, in {duration(leaf_s)} each, on {where}",
+        once_s=max(0.0, quickest_quarter(first) - leaf_s),
+        num_passes=num_passes,
+    )
 
 
 def _of_one_model(config: Any) -> Any:
@@ -114,7 +133,7 @@ def _of_one_model(config: Any) -> Any:
 
 @dataclass(frozen=True)
 class EMPlan:
-    """curve: an iteration by the number of workers; chosen: of the workers that are planned."""
+    """An `Answer`."""
 
     cost: PassCost
     work: Pass
@@ -122,30 +141,57 @@ class EMPlan:
     curve: list[Iteration]
     assumptions: list[str]
 
+    def summary(self, machine: Machine) -> list[str]:
+        cost, each = self.cost, self.chosen
+        fits = "of" if each.memory_bytes <= machine.memory_bytes else "which does not fit into"
+        return [
+            f"a pass: {cost.flops_per_row:,.4g} FLOP a row, statistics of {size(cost.statistics_bytes)}, parameters of "
+            f"{size(cost.parameters_bytes)}; {self.work.leaves.num_leaves:,} blocks",
+            f"on {each.num_workers} workers an iteration takes [bold]{duration(each.seconds)}[/bold], sends "
+            f"{size(each.sent_bytes)} to the driver and {size(each.broadcast_bytes)} from it; a worker holds "
+            f"{size(each.memory_bytes)}, {fits} {size(machine.memory_bytes)}",
+        ]
+
+    def memory(self, machine: Machine) -> None:
+        """No table: nobody has a choice."""
+
+    def advice(self, machine: Machine) -> list[str]:
+        leaves, chosen = self.work.leaves, self.chosen
+        lines = [
+            f"a block is {leaves.max_leaf_rows:,} rows, by the shape of the data: results hang on blocks, not on workers; "
+            f"{leaves.num_leaves:,} blocks keep as many workers busy, and no more"
+        ]
+        if chosen.memory_bytes > machine.memory_bytes:
+            lines.append("a worker's share of the rows does not fit into its memory: more workers, or data.cache=none")
+        most = "compute" if 2.0 * chosen.compute_s >= chosen.seconds else "the driver's part"
+        return [*lines, f"most of an iteration is {most}"]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"iteration": self.chosen.as_dict(), "pass_cost": asdict(self.cost), "num_leaves": self.work.leaves.num_leaves}
+
 
 def em_plan(
     spec: Spec, sizes: Sizes, labels: tuple[Any, ...], machine: Machine, network: Network, workers: int, counts: list[int]
 ) -> EMPlan:
     assert isinstance(spec.fit, EMConfig)
-    cost, _, block = pass_cost(spec, sizes, labels)
-    trial = try_a_pass(spec, sizes, labels, cost, block, machine)
+    cost, kind = pass_cost(spec, sizes, labels)
+    trial = try_iterations(spec, sizes, labels, cost, kind, machine)
     keep = spec.data.cache == "memory"
     leaf_bytes = sizes.row_bytes * sizes.leaves.max_leaf_rows
-    is_cut = bool(sizes.length) and sizes.length > sizes.leaves.max_leaf_rows
     of_classes = getattr(spec.model, "labels", None) == "classes"
+    if of_classes:  # each row is of the model of its class, which tells its density first
+        trial = replace(
+            trial, row_s=1.5 * trial.row_s, merge_s=len(labels) * trial.merge_s, m_step_s=len(labels) * trial.m_step_s
+        )
     work = Pass(
         leaves=sizes.leaves,
         max_leaves_per_run=max(1, int((MAX_RUN_BYTES if keep else MAX_PASSING_BYTES) // leaf_bytes)),
-        row_s=trial.row_s * (1.5 if of_classes else 1.0),
+        trial=trial,
         row_bytes=sizes.row_bytes if keep else 0.0,
         statistics_bytes=cost.statistics_bytes,
         parameters_bytes=cost.parameters_bytes,
-        merge_s=trial.merge_s * (len(labels) if of_classes else 1),
-        m_step_s=trial.m_step_s * (len(labels) if of_classes else 1),
-        working_bytes=trial.working_bytes,
         share_held_out=spec.data.validation_fraction,
         num_restarts=spec.fit.num_restarts,
-        num_passes=2 if is_cut else 1,
     )
     assumptions = [
         f"time of a row: {trial.how}",
@@ -157,7 +203,3 @@ def em_plan(
         assumptions.append("reading the rows again in every pass (data.cache: none) is not counted")
     curve = [iteration(work, count, network) for count in counts]
     return EMPlan(cost, work, iteration(work, workers, network), curve, assumptions)
-
-
-def as_dict(each: Iteration) -> dict[str, float]:
-    return {**asdict(each), "seconds": each.seconds}

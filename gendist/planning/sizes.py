@@ -48,25 +48,39 @@ class Sizes:
     def row_bytes(self) -> float:
         return 16.0 * ENTRIES_PER_ROW if self.is_sparse else 8.0 * (self.num_features + 1)
 
-    def trial_block(self, num_rows: int, kind: str) -> Block:
-        """Rows of noise, of such a shape. kind: "normal" numbers, or whole ones, "categories", from 0 on."""
+    @property
+    def is_cut(self) -> bool:
+        """Whether sequences are longer than a leaf."""
+        return self.length > self.leaves.max_leaf_rows
+
+    def trial_blocks(self, number: int, num_rows: int, kind: str) -> list[Block]:
+        """Leaves of noise, of such a shape. kind: "normal" numbers, or whole ones, "categories", from 0 on."""
         generator = torch.Generator().manual_seed(0)
-        rows = torch.arange(num_rows)
-        if self.is_sparse:
-            entries = min(ENTRIES_PER_ROW, self.num_features)
-            picks = torch.randint(self.num_features // entries, (num_rows, entries), generator=generator)
-            columns = picks + torch.arange(entries) * (self.num_features // entries)
-            ends, ones = np.arange(num_rows + 1) * entries, np.ones(num_rows * entries)
-            return Block(csr_from_arrays(ends, columns.flatten().numpy(), ones, (num_rows, self.num_features)), rows)
+        blocks = []
+        for index in range(number):
+            rows = torch.arange(index * num_rows, (index + 1) * num_rows)
+            x = (self._sparse if self.is_sparse else self._dense)(num_rows, kind, generator)
+            bounds, ends = None, (False, False)
+            if self.length:
+                bounds = torch.tensor([*range(0, num_rows, self.length), num_rows])
+                ends = (index > 0, index < number - 1) if self.is_cut else ends
+            blocks.append(Block(x, rows, sequence_bounds=bounds, open_ends=ends))
+        return blocks
+
+    def _sparse(self, num_rows: int, kind: str, generator: torch.Generator) -> torch.Tensor:
+        entries = min(ENTRIES_PER_ROW, self.num_features)
+        picks = torch.randint(self.num_features // entries, (num_rows, entries), generator=generator)
+        columns = picks + torch.arange(entries) * (self.num_features // entries)
+        ends, ones = np.arange(num_rows + 1) * entries, np.ones(num_rows * entries)
+        return csr_from_arrays(ends, columns.flatten().numpy(), ones, (num_rows, self.num_features))
+
+    def _dense(self, num_rows: int, kind: str, generator: torch.Generator) -> torch.Tensor:
         x = torch.randn(num_rows, self.num_features, generator=generator, dtype=torch.float64)
         for d, feature in enumerate(self.features):
             if kind == "categories" or feature.type != "real":
                 most = feature.num_categories or 2
                 x[:, d] = torch.randint(most, (num_rows,), generator=generator).double()
-        bounds = None
-        if self.length:
-            bounds = torch.tensor([*range(0, num_rows, self.length), num_rows])
-        return Block(x, rows, sequence_bounds=bounds)
+        return x
 
 
 def sizes_of(spec: Spec, family: Any, num_rows: int | None, num_features: int | None) -> Sizes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -55,7 +55,9 @@ def test_a_pass_costs_what_its_family_says(name):
     features = tuple(Feature(f"x{d}", f"x{d}") for d in range(width))
     num_rows = max(1000, length)
     sizes = Sizes(num_rows, features, (width,), Leaves((0, num_rows)), length=length)
-    cost, summary, block = pass_cost(spec, sizes, ())
+    cost, kind = pass_cost(spec, sizes, ())
+    (block,) = sizes.trial_blocks(1, num_rows, kind)
+    summary = replace(summarize(None, block), features=features)
     family = family_class(family_name)
     blocks = LocalBlocks(lambda bounds: [block], Leaves((0, num_rows)))
     fitted = start_from_data(family, spec.model, blocks, summary, (), "random_responsibilities", 0).model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -15,18 +16,19 @@ from gendist.cost import StateBytes, Traffic
 from gendist.launch.cli import main
 from gendist.planning import Where, plan_of
 from gendist.planning.deep_plan import largest_micro_batch
-from gendist.planning.machines import GPUS, Network, network
-from gendist.planning.passes import Pass, iteration, num_nodes
+from gendist.planning.machines import GPUS, Machine, Network, network, this_machine
+from gendist.planning.passes import Pass, Trial, iteration, num_nodes
 from gendist.planning.plan import bend_of, efficiency
 
+TRIAL = Trial(row_s=1e-5, merge_s=1e-5, m_step_s=1e-3, working_bytes=1e6, how="")
 WIRES = Network(8, 1e9, 50e-6, 1e9, 100e-6)
 
 
 def work(num_leaves: int = 100, **changes: float) -> Pass:
     leaves = Leaves(tuple(1000 * i for i in range(num_leaves + 1)))
     values = {
-        "leaves": leaves, "max_leaves_per_run": 1000, "row_s": 1e-5, "row_bytes": 80.0, "statistics_bytes": 10_000,
-        "parameters_bytes": 5_000, "merge_s": 1e-5, "m_step_s": 1e-3, "working_bytes": 1e6,
+        "leaves": leaves, "max_leaves_per_run": 1000, "trial": TRIAL, "row_bytes": 80.0, "statistics_bytes": 10_000,
+        "parameters_bytes": 5_000,
     }  # fmt: skip
     return Pass(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -52,7 +54,13 @@ def test_nodes_are_those_of_the_reduction(start, stop):
 
 def test_efficiency_never_passes_one_and_bends_where_doubling_stops_to_pay():
     numbers = [2**i for i in range(10)]
-    for changes in ({}, {"num_leaves": 127}, {"statistics_bytes": 10**7}, {"share_held_out": 0.2}, {"num_passes": 2}):
+    for changes in (
+        {},
+        {"num_leaves": 127},
+        {"statistics_bytes": 10**7},
+        {"share_held_out": 0.2},
+        {"trial": replace(TRIAL, num_passes=2, once_s=0.1)},
+    ):
         seconds = [iteration(work(**changes), number, WIRES).seconds for number in numbers]
         shares = efficiency(numbers, seconds)
         assert shares[0] == 1.0
@@ -69,6 +77,16 @@ def test_a_message_takes_latency_and_bandwidth_and_between_nodes_more():
     assert wires.seconds(traffic, 4) == pytest.approx(1.5 + 6 * 50e-6)
     assert wires.seconds(traffic, 8) == pytest.approx(1.5 + 6 * 200e-6)
     assert StateBytes(1.0, 2.0) + StateBytes(1.0, on_host=3.0) == StateBytes(2.0, 2.0, on_host=3.0)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Machine:
+    return this_machine()
+
+
+@pytest.fixture(autouse=True)
+def _measured_once(measured, monkeypatch):
+    monkeypatch.setattr("gendist.planning.plan.this_machine", lambda: measured)
 
 
 LARGE = "configs/vae_1b.yaml"
@@ -154,3 +172,18 @@ def test_one_whose_networks_cannot_be_made_of_shapes_is_told_so(toy):
     spec = load_spec({"name": "x", "family": toy, "model": {}, "fit": {"global_batch_size": 8}})
     with pytest.raises(ValueError, match="of shapes alone"):
         plan_of(spec, Where(2), 1000, 4)
+
+
+def test_one_line_says_what_stage_3_holds_of_smaller_networks():
+    spec = load_spec("configs/vae_digits.yaml", ["fit.engine={kind: deepspeed, zero_stage: 3}"])
+    small = plan_of(spec, Where(4, gpus_per_node=8))
+    assert sum("stage3_max_live_parameters" in line for line in small.advice) == 1
+    alone = plan_of(spec, Where(1, gpus_per_node=8))
+    assert not any("stage3_max_live_parameters" in line for line in alone.advice)
+
+
+def test_pieces_of_a_long_sequence_are_tried_as_pieces():
+    content = {"name": "x", "family": "hmm", "model": {"num_states": 3}, "data": {"image_shape": [40_000, 2]}}
+    found = plan_of(load_spec(content), Where(2), num_rows=40_000).found
+    assert found.work.trial.num_passes == 2
+    assert "2 blocks" in found.assumptions[0]

@@ -52,13 +52,8 @@ def sent(processes: Processes, engine: str) -> tuple[float, float]:
     content = {
         "name": "x",
         "family": "vae",
-        "model": {
-            "latent_dim": 3,
-            "encoder": {"hidden_sizes": [5]},
-            "decoder": {"hidden_sizes": [5]},
-            "likelihood": "bernoulli",
-        },
-        "fit": {"num_steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "engine": ENGINES[engine]},
+        "model": {"latent_dim": 3, "encoder": SMALL, "decoder": SMALL, "likelihood": "bernoulli"},
+        "fit": {"num_steps": 3, "global_batch_size": 8, "micro_batch_size": 2, "engine": ENGINES[engine]},
     }
     spec = load_spec(content)
     model = family_class(spec.family).create(spec.model, (6,), (), 0)

@@ -33,15 +33,16 @@ class AddedNoise(nn.Module):
         return x if noise_BW is None else x + self.standard_deviation * noise_BW
 
 
+def noise_width(network: nn.Module) -> int:
+    """How many numbers for a sample all `AddedNoise` of a network take."""
+    return sum(layer.width for layer in network.modules() if isinstance(layer, AddedNoise))
+
+
 class Layers(nn.Sequential):
     """One layer after the other; the last that has weights is linear in the features before it.
 
-    noise_BW  (B, noise_width) standard normal numbers for all of its `AddedNoise`, as when it is trained; None adds none
+    noise_BW  (B, W) standard normal numbers for all of its `AddedNoise`, as when it is trained; None adds none
     """
-
-    @property
-    def noise_width(self) -> int:
-        return sum(layer.width for layer in self if isinstance(layer, AddedNoise))
 
     def forward(self, x: Tensor, noise_BW: Tensor | None = None) -> Tensor:
         return self._through(len(self), x, noise_BW)

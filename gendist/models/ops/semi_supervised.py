@@ -30,10 +30,6 @@ class ClassifyingDiscriminator(nn.Module):
             )
         self.network = network
 
-    @property
-    def noise_width(self) -> int:
-        return getattr(self.network, "noise_width", 0)
-
     def forward(self, x: Tensor, *noise_BW: Tensor, gives_features: bool = False) -> Tensor:
         """(B, K) logits, or (B, F) what the last layer makes them of."""
         features_or_logits: Tensor = self.features(x, *noise_BW) if gives_features else self.network(x, *noise_BW)
