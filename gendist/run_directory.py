@@ -285,6 +285,10 @@ class RunDirectory:
         self.last_written = found[0].name if found else None
         return found[1] if found else None
 
+    def has_checkpoints(self) -> bool:
+        """Whether there are any, whole or not."""
+        return bool(self.mirror.steps() if self.mirror else newest_first(self.checkpoints))
+
     def fetch(self, name: str) -> Path:
         """The folder of one of the checkpoints. FileNotFoundError where a store has it no more, or not whole."""
         if self.mirror and not self.mirror.pull_checkpoint(name):

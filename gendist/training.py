@@ -161,7 +161,7 @@ class Training:
         """Of a run that has come nowhere, as when the first step is refused, nothing stays, so that a spec that is put right
         may have its folder."""
         with suppress(UserError, OSError), self.directory.quickly():
-            if self.directory.newest(read) is None and not self.directory.metrics_file.exists():
+            if not self.directory.has_checkpoints() and not self.directory.metrics_file.exists():
                 self.directory.abandon()
 
     def finish(self) -> Run:

@@ -20,7 +20,7 @@ import yaml
 from object_store import ObjectStore
 
 import gendist
-from gendist import atomic, em_checkpoints, run_directory, training, training_job
+from gendist import atomic, em_checkpoints, em_fitting, run_directory, training, training_job
 from gendist.artifact import NotThisGendist
 from gendist.config import load_spec
 from gendist.launch import cli
@@ -52,8 +52,8 @@ SPECS = {"em": EM, "deep": DEEP}
 def no_pictures(monkeypatch) -> None:
     for module, name in ((training, "draw_samples"), (training, "draw_figures"), (training_job, "samples_picture")):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(gendist.em_fitting, "draw_samples", lambda *_: None)
-    monkeypatch.setattr(gendist.em_fitting, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(em_fitting, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(em_fitting, "draw_figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module", params=SPECS)

@@ -79,7 +79,7 @@ class Mirror:
     def push_checkpoint(self, name: str, kept: Callable[[list[int]], Set[int]]) -> None:
         """One that is complete here, with the metrics so far; then remove those that need not be kept."""
         folder, here = f"checkpoints/{name}", self.local / "checkpoints" / name
-        self._remove(step for step in self._steps() if step in self._damaged or step == name)
+        self._remove(step for step in self.steps() if step in self._damaged or step == name)
 
         def read() -> dict[str, list[int]]:
             if (metrics := self.local / METRICS).exists():
@@ -95,14 +95,14 @@ class Mirror:
         self._check_writer()
         self.storage.write(f"{folder}/{LIST}", json.dumps(contents).encode())
         self.push(METRICS)
-        steps = {int(step): step for step in self._steps() if int(step) <= int(name)}
+        steps = {int(step): step for step in self.steps() if int(step) <= int(name)}
         self._remove(steps[step] for step in sorted(steps.keys() - kept(sorted(steps))))
 
     def newest_first(self) -> Iterator[Path]:
         """The checkpoints that are whole, in the working copy, with the metrics up to there in place of what was here. Whoever
         asks for the next one could not read the one before."""
         (self.local / METRICS).unlink(missing_ok=True)
-        for name in reversed(self._steps()):
+        for name in reversed(self.steps()):
             here = self.local / "checkpoints" / name
             if self.pull_checkpoint(name):
                 if (metrics := here / f".{METRICS}").exists():
@@ -145,7 +145,7 @@ class Mirror:
         except FileNotFoundError:
             (self.local / name).unlink(missing_ok=True)
 
-    def _steps(self) -> list[str]:
+    def steps(self) -> list[str]:
         """The names of all checkpoints, whole or not, the newest last."""
         names = {name.split("/")[1] for name in self.storage.names("checkpoints") if name.count("/") >= 2}
         return sorted(name for name in names if name.isdigit())
