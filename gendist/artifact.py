@@ -35,7 +35,7 @@ from gendist.transformed import taken_apart, transformed
 FORMAT_VERSION = 5
 
 
-class _NotThisGendist(UserError):
+class NotThisGendist(UserError):
     """The artifact is whole, but another gendist is needed to read it."""
 
 
@@ -141,13 +141,13 @@ def _load(path: str | Path, folder: Path) -> Artifact:
         description = json.loads((folder / "model.json").read_text(encoding="utf-8"))
         for key, known in (("format_version", FORMAT_VERSION), ("noise_version", noise.VERSION)):
             if description[key] > known:
-                raise _NotThisGendist(
+                raise NotThisGendist(
                     f"{path}: written by a newer gendist ({key} {description[key]}; this one, {gendist.__version__}, reads up "
                     f"to {known}); upgrade gendist to read it"
                 )
         family = description["family"]
         if family not in families():
-            raise _NotThisGendist(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
+            raise NotThisGendist(f"{path}: of family '{family}', which this gendist does not know ({', '.join(families())})")
         tensors = {name: value.clone() for name, value in safetensors.torch.load_file(folder / "model.safetensors").items()}
         config = validated(family_class(family).Config, description["config"], "config")
         schema = validated(Schema, description["schema"], "schema")
@@ -163,10 +163,10 @@ def _load(path: str | Path, folder: Path) -> Artifact:
         if schema.num_features != model.num_features:
             raise ValueError(f"a schema of {schema.num_features} features, a model of {model.num_features}")
         artifact = Artifact(family, model, schema)
-    except _NotThisGendist:
+    except NotThisGendist:
         raise
     except NotImportable as error:
-        raise UserError(f"{path}: {error}") from error
+        raise NotThisGendist(f"{path}: {error}") from error
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

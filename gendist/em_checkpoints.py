@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from gendist.artifact import Artifact, load_artifact, save
+from gendist.artifact import Artifact, NotThisGendist, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.data import Schema
-from gendist.protocols import GenerativeModel
-from gendist.run_directory import RunDirectory, parse
+from gendist.protocols import GenerativeModel, UserError
+from gendist.run_directory import RunDirectory, newest_first
 from gendist.storage.patience import patiently
 
 KEEP_CHECKPOINTS = 2  # the newest, and the one before in case a disk loses the newest
-
-logger = logging.getLogger("gendist")
-
 
 M = TypeVar("M", bound=GenerativeModel)
 
@@ -54,7 +50,7 @@ def save_checkpoint(directory: RunDirectory, state: Checkpoint[Any], schema: Sch
                     save(Artifact(directory.spec.family, model, schema), inside / str(index))
                 content = {"records": state.records, "repairs_of_start": state.repairs_of_start}
                 write_atomically(inside / "history.json", json.dumps(content))
-        for old in _folders(directory)[:-KEEP_CHECKPOINTS]:
+        for old in newest_first(directory.checkpoints)[KEEP_CHECKPOINTS:]:
             shutil.rmtree(old)
 
     patiently(str(folder), write)
@@ -62,28 +58,34 @@ def save_checkpoint(directory: RunDirectory, state: Checkpoint[Any], schema: Sch
 
 
 def resume(directory: RunDirectory) -> Checkpoint[Any] | None:
-    """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none."""
-    directory.fetch_newest()
-    for folder in reversed(_folders(directory)):
-        try:
-            content = parse(folder / "history.json", (folder / "history.json").read_bytes())
-            repairs = tuple(tuple(lines) for lines in content["repairs_of_start"])
-            models = tuple(load_artifact(folder / str(index)).model for index in range(len(repairs)))
-            state = Checkpoint(models, tuple(content["records"]), repairs)
-            if not models or state.iteration != int(folder.name):
-                raise ValueError(f"{folder}: not the records of {int(folder.name)} iterations")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("a checkpoint cannot be read and is put aside: %s", error)
+    """The newest checkpoint that can be read, with the metrics cut back to it; None where there is none. Those that are damaged
+    are put aside.
+
+    UserError where one may be whole, but cannot be read now, or by this gendist.
+    """
+    state = directory.newest(_read)
+    for folder in newest_first(directory.checkpoints):
+        if state is None or int(folder.name) > state.iteration:
             folder.rename(folder.with_name(f".{folder.name}.unreadable"))
-            continue
+    if state is None:
+        directory.metrics_file.unlink(missing_ok=True)
+    else:
         directory.write_metrics(state.records)
-        directory.last_written = folder.name
-        return state
-    directory.metrics_file.unlink(missing_ok=True)
-    return None
+    return state
 
 
-def _folders(directory: RunDirectory) -> list[Path]:
-    """Every checkpoint, the newest last."""
-    there = directory.checkpoints
-    return sorted(path for path in there.glob("[0-9]*") if path.is_dir()) if there.exists() else []
+def _read(folder: Path) -> Checkpoint[Any]:
+    content = json.loads((folder / "history.json").read_bytes())
+    repairs = tuple(tuple(lines) for lines in content["repairs_of_start"])
+    try:
+        models = tuple(load_artifact(folder / str(index)).model for index in range(len(repairs)))
+    except NotThisGendist:
+        raise
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):  # which may pass
+            raise error.__cause__ from None
+        raise ValueError(str(error)) from error
+    state = Checkpoint(models, tuple(content["records"]), repairs)
+    if not models or state.iteration != int(folder.name):
+        raise ValueError(f"not the records of {int(folder.name)} iterations")
+    return state

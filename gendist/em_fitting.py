@@ -156,9 +156,9 @@ class EMFitting:
                 for record in records:
                     self.watch(record)
         except KeyboardInterrupt:
-            self._save(candidates, transforms)
             if directory:
                 directory.write_metrics(all_records(candidates))  # the last line may be half-written
+            self._save(candidates, transforms)
             raise
         results = self._results(candidates, training, validation, summary, log_abs_det)
         if transforms.steps:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
@@ -30,12 +30,18 @@ from gendist.storage import Storage, place_of
 from gendist.storage.check import MARK
 from gendist.storage.lease import Lease
 from gendist.storage.mirror import Mirror, StopSign
-from gendist.storage.patience import StorageError, patiently
+from gendist.storage.patience import StorageError, first_whole, patiently
 from gendist.storage.working_copy import working_copy
 
 STOP = ".stop"  # while it is there, whoever fits is asked to leave a checkpoint and stop
 LEASE, WRITER = ".lease.json", ".writer.json"  # in a store: of the process that began the run, and of the one that writes to it
 
+# Set by Ray in the process of a job. An attempt there follows one whose host was lost: for a while, its lock or its lease may
+# not have been (NFS keeps a lock for 90 s, and a host that is cut off from the cluster may still reach the store).
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+JOB_WAIT_S = 180.0
+
+T = TypeVar("T")
 logger = logging.getLogger("gendist")
 
 
@@ -45,6 +51,7 @@ class RunDirectory:
 
     place         as people call it: a path, or a URL
     path          of the folder; of a URL that of the working copy, which is there inside of the `with` block alone
+    wait_s        how long another process that works there is waited for
     last_written  the name of the newest checkpoint that was written or gone on from here
 
     UserError where the place holds a run of another spec, or something that is no run.
@@ -52,6 +59,7 @@ class RunDirectory:
 
     place: Path | str
     spec: Spec
+    wait_s: float = field(default_factory=lambda: JOB_WAIT_S if IN_A_JOB in os.environ else 0.0)
     path: Path = field(init=False)
     mirror: Mirror | None = field(default=None, init=False)
     last_written: str | None = field(default=None, init=False)
@@ -75,11 +83,11 @@ class RunDirectory:
                 self._tidy()
             else:
                 if self.mirror:
-                    self.mirror.writer = held.enter_context(Lease(self.mirror.storage, LEASE).held())
-                    held.callback(self._leave_nothing_behind)
+                    self.mirror.writer = held.enter_context(Lease(self.mirror.storage, LEASE).held(self.wait_s))
                     self.mirror.pull_run()
                 else:
-                    held.enter_context(locked(self.path))
+                    held.enter_context(locked(self.path, self.wait_s))
+                held.callback(self._leave_nothing_behind)
                 self._check_what_is_there()  # again: another process may have begun a run in between
             self._held = held.pop_all()
         return self
@@ -126,12 +134,16 @@ class RunDirectory:
                     self.mirror.forget([LEASE, WRITER, STOP])
 
     def _leave_nothing_behind(self) -> None:
-        """Of what only a run that is at work needs; and bring what wandb has left in the working copy."""
-        assert self.mirror
-        with suppress(UserError), self.quickly():
-            self.mirror.push_folder("wandb")
-            marks = [name for name in self.mirror.storage.names() if name.startswith(MARK)]  # of a look that was killed
-            self.mirror.forget([WRITER, STOP, *marks])
+        """Of what only a run that is at work needs, or a look that was killed; and bring what wandb has left in the working
+        copy. Whoever has lost the run by now changes nothing of it."""
+        with suppress(UserError, OSError), self.quickly():
+            if self.mirror:
+                self.mirror.push_folder("wandb")
+                marks = [name for name in self.mirror.storage.names() if name.startswith(MARK)]
+                self.mirror.forget([WRITER, STOP, *marks])
+            else:
+                for mark in self.path.glob(f"{MARK}*"):
+                    mark.unlink(missing_ok=True)
 
     def _check_what_is_there(self) -> None:
         """UserError unless there is nothing, or a run of the same spec."""
@@ -204,7 +216,12 @@ class RunDirectory:
         self._write("manifest.json", json.dumps(manifest, indent=2) + "\n")
 
     def append_metrics(self, records: Iterable[dict[str, Any]], sync: bool = False) -> None:
-        """sync: wait until the disk has them, as before a checkpoint that does not hold them itself."""
+        """sync: wait until the disk has them, as before a checkpoint that does not hold them itself.
+
+        UserError where it is known that somebody else has the run by now.
+        """
+        if self.mirror and self.mirror.writer and self.mirror.writer.lost:
+            raise self.mirror.writer.lost
         text, ends_at = _lines(records).encode(), None
 
         def append() -> None:
@@ -259,14 +276,24 @@ class RunDirectory:
     def _write(self, name: str, content: str) -> None:
         patiently(str(self.path / name), lambda: write_atomically(self.path / name, content))
 
-    def fetch_newest(self) -> str | None:
-        """Of a store, bring its newest checkpoint that is whole, and the metrics up to it; a folder has them. Its name."""
-        return self.mirror.pull_newest() if self.mirror else None
+    def newest(self, read: Callable[[Path], T]) -> T | None:
+        """What the newest checkpoint that is whole holds, of a store with the metrics up to it; None where there is none.
 
-    def fetch(self, name: str) -> None:
-        """The same of one of its checkpoints."""
-        if self.mirror:
-            self.mirror.pull_checkpoint(name)
+        UserError where one may be whole, but cannot be read now, or by this gendist.
+        """
+        found = first_whole(self.mirror.newest_first() if self.mirror else newest_first(self.checkpoints), read)
+        self.last_written = found[0].name if found else None
+        return found[1] if found else None
+
+    def has_checkpoints(self) -> bool:
+        """Whether there are any, whole or not."""
+        return bool(self.mirror.steps() if self.mirror else newest_first(self.checkpoints))
+
+    def fetch(self, name: str) -> Path:
+        """The folder of one of the checkpoints. FileNotFoundError where a store has it no more, or not whole."""
+        if self.mirror and not self.mirror.pull_checkpoint(name):
+            raise FileNotFoundError(f"{self.place}/checkpoints/{name}: is not there any more, or not whole")
+        return self.checkpoints / name
 
     def checkpoint_written(self, name: str, kept: Callable[[list[int]], Set[int]]) -> None:
         """One is complete in the folder.
@@ -302,7 +329,9 @@ class RunDirectory:
 
     def stop_sign(self) -> Callable[[], bool]:
         """What tells whether somebody has asked to stop."""
-        return StopSign(self.storage, STOP) if self.storage else (self.path / STOP).exists
+        if self.storage:
+            return StopSign(self.storage, STOP, self.mirror.writer if self.mirror else None)
+        return (self.path / STOP).exists
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -312,6 +341,11 @@ class RunDirectory:
         self.mirror.writer = Lease(self.mirror.storage, WRITER)
         self.mirror.writer.seize()
         yield
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """Of the checkpoints in a folder."""
+    return sorted((path for path in folder.glob("[0-9]*") if path.is_dir()), reverse=True)
 
 
 def finished(directory: RunDirectory) -> Run:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from gendist.blocks import LocalBlocks
 from gendist.config import Spec
 from gendist.data import Dataset, Schema, as_rows, open_source, source_of
@@ -27,9 +25,9 @@ from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
-from gendist.storage.patience import PATIENCE_S, StorageError
+from gendist.storage.patience import PATIENCE_S, StorageError, patiently
 from gendist.tracking import tracked
-from gendist.train.checkpoints import TrainingCheckpoint, name_of, newest, read
+from gendist.train.checkpoints import TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
 from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks, part
 from gendist.training_job import TrainingJob, new_model
@@ -70,7 +68,7 @@ def kept(spec: Spec, directory: RunDirectory | None) -> Iterator[Training]:
             try:
                 yield Training(spec, directory, is_asked_for=True)
             finally:
-                with suppress(UserError), directory.quickly():
+                with suppress(UserError, OSError), directory.quickly():
                     directory.forget_to_stop()
         return
     with tempfile.TemporaryDirectory(prefix="gendist-") as folder, RunDirectory(Path(folder) / "run", spec) as nowhere:
@@ -162,9 +160,8 @@ class Training:
     def undo(self) -> None:
         """Of a run that has come nowhere, as when the first step is refused, nothing stays, so that a spec that is put right
         may have its folder."""
-        with suppress(UserError), self.directory.quickly():
-            self.directory.fetch_newest()
-            if newest(self.directory.checkpoints) is None and not self.directory.metrics_file.exists():
+        with suppress(UserError, OSError), self.directory.quickly():
+            if not self.directory.has_checkpoints() and not self.directory.metrics_file.exists():
                 self.directory.abandon()
 
     def finish(self) -> Run:
@@ -176,8 +173,7 @@ class Training:
 
     def _finish(self) -> Run:
         directory = self.directory
-        directory.last_written = directory.fetch_newest()
-        last = newest(directory.checkpoints)
+        last = directory.newest(read)
         assert last is not None, "training ends with a checkpoint"
         chosen = self._best(last)
         model = self._averaged_model(chosen)
@@ -210,9 +206,11 @@ class Training:
         if best_step is None or best_step == last.progress.step:
             return last
         try:
-            self.directory.fetch(name_of(best_step))
-            return read(self.directory.checkpoints / name_of(best_step))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            path = self.directory.fetch(name_of(best_step))
+            return patiently(str(path), lambda: read(path))
+        except StorageError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("the checkpoint of the best validation cannot be read, and the last one is taken (%s)", error)
             return last
 

@@ -27,7 +27,7 @@ from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
 from gendist.storage.patience import StorageError, patiently
-from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, name_of, newest
+from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
 from gendist.train.engine import Engine
@@ -36,7 +36,7 @@ from gendist.train.processes import Processes, joined, told_by_first
 from gendist.transformed import transformed
 
 SAMPLES = "samples"  # in the run directory: the pictures along the way
-PATIENCE_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
+RECORD_WITHIN_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 150.0  # for a process of the same run that is about to end; one on a host that is cut off needs a minute
 
 logger = logging.getLogger("gendist")
@@ -110,11 +110,8 @@ class _Process:
         if "validation" in rows:  # they are not learned from, but looked at
             _check_labels(model, [rows["training"], rows["validation"]])
         with _only_writer(self.directory) if self.is_first else nullcontext():
-            self._fetch_newest()
-            resumed = newest(self.directory.checkpoints)
+            resumed = self._newest()
             progress = resumed.progress if resumed else Progress()
-            if resumed:
-                self.directory.last_written = name_of(progress.step)
             if self.is_first:
                 _cut_back(self.directory, progress.step)
             engine = make_engine(self.processes, self.config)
@@ -144,12 +141,26 @@ class _Process:
             except StorageError as error:
                 raise self.directory.explained(error) from error
 
-    def _fetch_newest(self) -> None:
-        """Of a store, its newest checkpoint, the same one in all processes, whatever an earlier worker writes meanwhile."""
-        if self.directory.mirror:
-            name = told_by_first(self.processes, self.directory.fetch_newest)
-            if name is not None and not self.is_first:
-                self.directory.fetch(name)
+    def _newest(self) -> TrainingCheckpoint | None:
+        """The newest checkpoint that is whole, the same one in all processes, whatever an earlier worker writes meanwhile. What
+        this one cannot have of it is no mistake of the user's: the group starts anew."""
+        found: TrainingCheckpoint | None = None
+
+        def look() -> str | None:
+            nonlocal found
+            found = self.directory.newest(read)
+            return name_of(found.progress.step) if found else None
+
+        name = told_by_first(self.processes, look)
+        if name is None or self.is_first:
+            return found
+        path = self.directory.fetch(name)
+        try:
+            return patiently(str(path), lambda: read(path))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise OSError(f"{path}: {error}") from error
 
     def _keep(self, report: Report, model: DeepModel, engine: Engine, writer: CheckpointWriter | None, held_out: Any) -> None:
         """What is due after a step; every process takes part."""
@@ -241,7 +252,7 @@ class _Asked:
         if not self.is_there():
             return Asked.NOTHING
         self._since = self._since or time.monotonic()
-        return Asked.TO_STOP_NOW if time.monotonic() - self._since > PATIENCE_S else Asked.TO_STOP_AT_A_RECORD
+        return Asked.TO_STOP_NOW if time.monotonic() - self._since > RECORD_WITHIN_S else Asked.TO_STOP_AT_A_RECORD
 
 
 def _nothing() -> Asked:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,14 @@ import yaml
 from object_store import ObjectStore
 
 import gendist
-from gendist import atomic, training, training_job
+from gendist import atomic, em_checkpoints, em_fitting, run_directory, training, training_job
+from gendist.artifact import NotThisGendist
+from gendist.config import load_spec
 from gendist.launch import cli
 from gendist.protocols import UserError
-from gendist.storage import mirror, patience
+from gendist.run_directory import RunDirectory
+from gendist.storage import Storage, mirror, patience
+from gendist.storage.lease import Holder, Lease, Taken
 
 pytestmark = pytest.mark.usefixtures("toy")
 
@@ -47,8 +52,8 @@ SPECS = {"em": EM, "deep": DEEP}
 def no_pictures(monkeypatch) -> None:
     for module, name in ((training, "draw_samples"), (training, "draw_figures"), (training_job, "samples_picture")):
         monkeypatch.setattr(module, name, lambda *_: None)
-    monkeypatch.setattr(gendist.em_fitting, "draw_samples", lambda *_: None)
-    monkeypatch.setattr(gendist.em_fitting, "draw_figures", lambda *_: None)
+    monkeypatch.setattr(em_fitting, "draw_samples", lambda *_: None)
+    monkeypatch.setattr(em_fitting, "draw_figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -263,6 +268,122 @@ def test_a_damaged_checkpoint_is_passed_over(kind, plain, store, tmp_path):
         gendist.fit(SPECS[kind], data=X, run_dir=f"{store}/run", watch=trouble_at(6, lose, []))
     gendist.fit(SPECS[kind], data=X, run_dir=f"{store}/run")
     check(f"{store}/run", plain)
+
+
+def elsewhere() -> Holder:
+    return replace(Holder.here(), host="another machine", node="far", process=7)
+
+
+def test_whoever_has_lost_a_run_changes_nothing_of_it(store):
+    """Here the other one is at work, there it has come and gone."""
+    for number, is_gone in enumerate((False, True)):
+        url = f"{store}/{number}"
+        storage = Storage(url)
+        with RunDirectory(url, load_spec(EM)) as loser:
+            loser.begin({"data": 1, "machine": "here", "started": "now", "run_id": "x"})
+            winner = Lease(storage, ".lease.json", elsewhere())
+            winner.seize()
+            storage.write(".writer.json", b"of the winner")
+            storage.write("checkpoints/00000004/.files.json", b"{}")
+            if is_gone:
+                winner.release()
+            before = storage.names()
+            (loser.checkpoints / "00000002").mkdir(parents=True)
+            for act in (
+                loser.abandon,
+                loser.forget_to_stop,
+                lambda: loser.checkpoint_written("00000002", set),
+                lambda: loser.append_metrics([]),
+            ):
+                with pytest.raises(Taken, match="another process is at work here"):
+                    act()
+        assert storage.names() == before
+
+
+def test_a_worker_whose_run_another_has_taken_stops(monkeypatch, store):
+    monkeypatch.setattr(mirror, "STOP_POLL_S", 0.0)
+    writer = Lease(Storage(store), ".writer.json")
+    writer.seize()
+    sign = mirror.StopSign(Storage(store), ".stop", writer)
+    Lease(Storage(store), ".writer.json", elsewhere()).seize()
+    deadline = time.monotonic() + 20
+    while not sign():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_newer_checkpoint_that_may_be_whole_stays(store):
+    with RunDirectory(store, load_spec(EM)) as run:
+        for step in ("00000004", "00000002"):
+            (run.checkpoints / step).mkdir(parents=True)
+            (run.checkpoints / step / "x").write_text(step)
+            run.checkpoint_written(step, lambda steps: set(steps[-1:]))
+        assert steps_in(store) == ["00000002", "00000004"]
+        assert run.newest(lambda path: (path / "x").read_text()) == "00000004"
+        Storage(store).write("checkpoints/00000004/x", b"damaged")
+        assert run.newest(lambda path: (path / "x").read_text()) == "00000002"
+        with pytest.raises(FileNotFoundError, match="not there any more, or not whole"):
+            run.fetch("00000004")
+        run.checkpoint_written("00000002", lambda steps: set(steps[-1:]))
+        assert steps_in(store) == ["00000002"]
+
+
+def steps_in(url: str) -> list[str]:
+    return sorted({name.split("/")[1] for name in Storage(url).names("checkpoints")})
+
+
+@pytest.mark.parametrize("is_store", [False, True])
+def test_em_goes_on_from_what_could_not_be_read_at_first(monkeypatch, impatient, store, tmp_path, is_store):
+    """And where only a newer gendist can read it, it stays."""
+    impatient(20.0)
+    place = f"{store}/run" if is_store else tmp_path / "run"
+    folder = tmp_path / "store" / "run" if is_store else tmp_path / "run"
+
+    def kill():
+        raise Killed
+
+    with pytest.raises(Killed):
+        gendist.fit(EM, data=X, run_dir=place, watch=trouble_at(5, kill, []))
+    before = steps(folder)
+    load, errors = em_checkpoints.load_artifact, [NotThisGendist("written by a newer gendist")]
+
+    def failing(path):
+        if errors:
+            raise errors.pop()
+        return load(path)
+
+    monkeypatch.setattr(em_checkpoints, "load_artifact", failing)
+    with pytest.raises(UserError, match="newer gendist"):
+        gendist.fit(EM, data=X, run_dir=place)
+    assert steps(folder) == before
+    for _ in range(3):
+        errors.append(UserError("damaged"))
+        errors[-1].__cause__ = OSError(errno.EIO, "Input/output error")
+    records = []
+    gendist.fit(EM, data=X, run_dir=place, watch=records.append)
+    assert [record["iteration"] for record in records] == [5, 6]
+
+
+def test_an_interrupt_leaves_whole_metrics_in_the_store(monkeypatch, store, tmp_path):
+    append = RunDirectory.append_metrics
+
+    def interrupted(directory, records):
+        append(directory, records)
+        if records[-1]["iteration"] == 3:
+            with directory.metrics_file.open("a") as file:
+                file.write('{"half')
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunDirectory, "append_metrics", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gendist.fit(EM, data=X, run_dir=f"{store}/run")
+    assert [record["iteration"] for record in trace(tmp_path / "store" / "run")] == [1, 2, 3]
+
+
+def test_a_job_waits_for_the_attempt_before(monkeypatch, tmp_path):
+    assert RunDirectory(tmp_path, load_spec(EM)).wait_s == 0.0
+    monkeypatch.setenv(run_directory.IN_A_JOB, "{}")
+    assert RunDirectory(tmp_path, load_spec(EM)).wait_s > 90, "as long as NFS keeps a lock"
 
 
 def test_a_model_is_loaded_and_served_from_a_store(monkeypatch, capsys, store, tmp_path):

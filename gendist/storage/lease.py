@@ -1,8 +1,8 @@
 """One process at a time writes to a run in a store, which knows no locks: an object says who, and goes on saying it.
 
 Clocks are not compared. A holder writes anew every RENEW_S; one that has not for EXPIRES_S, while somebody looked, is gone.
-Two who come at the same moment may both take it; the one who wrote last has it, and the other finds out before its next
-checkpoint at the latest.
+Two who come at the same moment may both take it; the one who wrote last has it, and the other finds out before it writes or
+removes anything else. Where it is gone, it is nobody's, and whoever had it has lost it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from gendist.errors import UserError
@@ -28,6 +28,10 @@ SETTLE_S = 0.3  # for somebody who takes it at the same moment
 
 _held_here: set[str] = set()  # the tokens of the leases of this process
 logger = logging.getLogger("gendist")
+
+
+class Taken(UserError):
+    """Somebody else has the lease."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class Holder:
 
     @classmethod
     def parse(cls, content: bytes | None) -> Holder | None:
-        """None where there is none, or what there is was not written to its end."""
+        """None where there is none, or what there is was not written to its end. A newer gendist may say more."""
         try:
-            return cls(**json.loads(content or b""))
-        except (ValueError, TypeError):
+            said = json.loads(content or b"")
+            return cls(**{known.name: said[known.name] for known in fields(cls)})
+        except (ValueError, TypeError, KeyError):
             return None
 
     def in_bytes(self) -> bytes:
@@ -67,8 +72,9 @@ class Holder:
         can tell."""
         if self.host != _host():
             return False
-        is_this_process = (self.process, self.process_began) == (os.getpid(), _began(os.getpid()))
-        return self.token not in _held_here if is_this_process else _began(self.process) != self.process_began
+        if (self.process, self.process_began) == (os.getpid(), _began(os.getpid()) or 0):
+            return self.token not in _held_here
+        return _is_gone(self.process, self.process_began)
 
 
 def _host() -> str:
@@ -78,27 +84,44 @@ def _host() -> str:
     return " ".join(parts)
 
 
-def _began(pid: int) -> int | None:
-    """When a process began, in ticks since the machine did; None where there is no such process, or it waits to be buried."""
+def _is_gone(pid: int, began: int) -> bool:
+    """Whether a process has ended, though another may have its number now. One that may not be looked at is alive."""
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return _began(pid) not in (None, began)
+
+
+def _began(pid: int) -> int | None:
+    """When a process began, in ticks since the machine did; -1 where it only waits to be buried, None where nobody says."""
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if state in "ZX" else int(fields[18])
+    return -1 if state in "ZX" else int(others[18])
 
 
 @dataclass
 class Lease:
-    """The right to write to a run, which an object of this name in its store stands for."""
+    """The right to write to a run, which an object of this name in its store stands for.
+
+    lost  what was found when somebody else had it
+    """
 
     storage: Storage
     name: str
     holder: Holder = field(default_factory=Holder.here)
+    lost: Taken | None = field(default=None, init=False)
+    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @contextmanager
-    def held(self) -> Iterator[Lease]:
-        """Take it where nobody has it, and keep it for the length of a `with` block. UserError where somebody has."""
-        self._await_free()
+    def held(self, wait_s: float = 0.0) -> Iterator[Lease]:
+        """Take it where nobody has it, and keep it for the length of a `with` block. UserError where somebody has, and has it
+        still after so long a wait."""
+        self._await_free(wait_s)
         done = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(done,), name="lease", daemon=True)
         _held_here.add(self.holder.token)
@@ -119,11 +142,15 @@ class Lease:
         """Take it from whoever has it, who will find out."""
         self.storage.write(self.name, self.holder.in_bytes())
 
-    def check(self) -> None:
-        """UserError where somebody else has it now."""
-        there = Holder.parse(self.storage.read(self.name))
-        if there is not None and there.token != self.holder.token:
-            raise self._taken(there)
+    def check(self, is_patient: bool = True) -> None:
+        """UserError unless it is there, and this holder's."""
+        storage = replace(self.storage, is_patient=is_patient and self.storage.is_patient)
+        with self._one_at_a_time:  # what is being renewed may be half there
+            there = Holder.parse(storage.read(self.name))
+        if there is None or there.token != self.holder.token:
+            self.lost = self._taken(there)
+        if self.lost:
+            raise self.lost
 
     def release(self) -> None:
         with suppress(UserError):
@@ -132,38 +159,48 @@ class Lease:
             if there is not None and there.token == self.holder.token:
                 quick.remove([self.name])
 
-    def _await_free(self) -> None:
-        first = self.storage.read(self.name)
-        if first is None:
-            return
-        holder = Holder.parse(first)
-        if holder and holder.is_known_dead():
-            return
-        if holder and holder.host == self.holder.host:
-            raise self._taken(holder)
-        who = f"process {holder.process} of {holder.node}" if holder else "another process"
-        logger.warning("%s: %s was at work here; looking for %.0f s whether it still is", self.storage.url, who, EXPIRES_S)
-        began = time.monotonic()
-        while time.monotonic() - began < EXPIRES_S:
-            time.sleep(LOOK_S)
-            there = self.storage.read(self.name)
-            if there is None:
+    def _await_free(self, wait_s: float) -> None:
+        """Until nobody has it, or whoever has it is gone: known to be dead, or silent for EXPIRES_S on another machine."""
+        there = self.storage.read(self.name)
+        began = written_at = time.monotonic()
+        is_at_work, said = False, ""
+        while there is not None:
+            holder = Holder.parse(there)
+            if holder and holder.is_known_dead():
                 return
-            if there != first and (holder := Holder.parse(there)):
+            is_here = holder is not None and holder.host == self.holder.host
+            now = time.monotonic()
+            if not is_here and now - written_at >= EXPIRES_S:
+                return
+            is_at_work |= is_here
+            if is_at_work and now - began >= wait_s:
                 raise self._taken(holder)
+            saying = f"is at work here; it is waited for, up to {wait_s:.0f} s" if is_at_work else (
+                f"was at work here; looking for {EXPIRES_S:.0f} s whether it still is")  # fmt: skip
+            if saying != said:
+                logger.warning("%s: %s %s", self.storage.url, _called(holder), saying)
+                said = saying
+            time.sleep(LOOK_S)
+            before, there = there, self.storage.read(self.name)
+            if there != before:
+                is_at_work, written_at = True, time.monotonic()
 
     def _renew(self, done: threading.Event) -> None:
         """What the thread does. Where the store does not answer, whoever writes there says so."""
         storage = replace(self.storage, is_patient=False)
         while not done.wait(RENEW_S):
             with suppress(Exception):
-                there = Holder.parse(storage.read(self.name))
-                if there is not None and there.token != self.holder.token:
-                    return
+                self.check(is_patient=False)
                 self.holder = replace(self.holder, renewed=self.holder.renewed + 1)
-                storage.write(self.name, self.holder.in_bytes())
+                with self._one_at_a_time:
+                    storage.write(self.name, self.holder.in_bytes())
+            if self.lost:
+                return
 
-    def _taken(self, by: Holder) -> UserError:
-        return UserError(
-            f"{self.storage.url}: another process is at work here (process {by.process} of {by.node}); wait for it or stop it"
-        )
+    def _taken(self, by: Holder | None) -> Taken:
+        who = f" ({_called(by)})" if by else ""
+        return Taken(f"{self.storage.url}: another process is at work here{who}; wait for it or stop it")
+
+
+def _called(holder: Holder | None) -> str:
+    return f"process {holder.process} of {holder.node}" if holder else "another process"

@@ -92,10 +92,15 @@ class Storage:
         return self._do(name, read)
 
     def write(self, name: str, content: bytes) -> None:
-        with tempfile.NamedTemporaryFile(prefix="gendist-") as file:
-            file.write(content)
-            file.flush()
-            self.upload(Path(file.name), name)
+        system, root = _opened(self.url)
+
+        def write() -> None:
+            with tempfile.NamedTemporaryFile(prefix="gendist-") as file:
+                file.write(content)
+                file.flush()
+                system.put_file(file.name, f"{root}/{name}")
+
+        self._do(name, write)
 
     def upload(self, path: Path, name: str) -> None:
         """Make a file an object."""

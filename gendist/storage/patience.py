@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TypeVar
 
 from gendist.errors import UserError
@@ -20,6 +21,9 @@ MAY_PASS = {
     errno.ENXIO, errno.ENODEV, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN,
     errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.EREMOTEIO, errno.ENOLINK,
 }  # fmt: skip
+
+# What is said of something that is there no more, or has other bytes than were written.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 T = TypeVar("T")
 logger = logging.getLogger("gendist")
@@ -59,6 +63,24 @@ def patiently(what: str, act: Callable[[], T], may_pass: Callable[[Exception], b
             if failed_at is not None:
                 logger.warning("%s: done at last, after %.1f s", what, time.monotonic() - failed_at)
             return result
+
+
+def first_whole(paths: Iterable[Path], read: Callable[[Path], T]) -> tuple[Path, T] | None:
+    """The first that is not damaged, and what it holds; None where there is none. What is damaged stays and is said.
+
+    UserError where one may well be whole, but cannot be read now, or by this gendist: then none is passed over.
+    """
+    for path in paths:
+        try:
+            return path, patiently(str(path), lambda path=path: read(path))  # type: ignore[misc]
+        except UserError:
+            raise
+        except DAMAGE as error:
+            said = reason(error)
+            logger.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, said)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({reason(error)})") from error
+    return None
 
 
 def next_pause(number: int, waited_s: float) -> float | None:

@@ -28,7 +28,8 @@ def check_storage(place: str, uses_gpu: bool = False) -> None:
     Nodes that join later are not asked: what they do not see they say themselves.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU" if uses_gpu else "CPU", 0) >= 1]
-    if len(nodes) < 2 and not is_url(place):
+    here = ray.get_runtime_context().get_node_id()
+    if not is_url(place) and all(node["NodeID"] == here for node in nodes):
         return  # this machine has made the folder
     driver = f"driver-{socket.gethostname()}"
     by_name = {f"{node['NodeManagerAddress']}-{node['NodeID'][:6]}": node for node in nodes}

@@ -38,7 +38,8 @@ def working_copy() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)
+            with suppress(OSError):
+                lock.unlink(missing_ok=True)
 
 
 def _remove_if_left(lock: Path) -> None:

@@ -1,6 +1,6 @@
 """Checkpoints of training: a folder for each, which any engine and any number of processes may go on from.
 
-00000100/training.json         how far training had come, and what the caller wants to know again
+00000100/training.json         how far training had come
 00000100/training.safetensors  the tensors of `Engine.state`
 
 A folder appears whole or not at all. Writing happens in a thread of its own, beside the steps that follow; where storage
@@ -18,17 +18,16 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
 from gendist.atomic import new_folder, sync_file, write
 from gendist.protocols import UserError
-from gendist.storage.patience import patiently
+from gendist.storage.patience import first_whole, patiently, reason
 from gendist.train.decisions import Progress, kept
 
 FORMAT_VERSION = 1
@@ -41,12 +40,10 @@ class TrainingCheckpoint:
     """
     progress  how far training had come
     state     as `Engine.state` returned it
-    extra     what the caller wants to know again, such as the length of a file of metrics; plain JSON
     """
 
     progress: Progress
     state: Mapping[str, Tensor]
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 Kept = Callable[[list[int]], Set[int]]
@@ -140,7 +137,6 @@ def _write(path: Path, checkpoint: TrainingCheckpoint, kept: Kept) -> None:
             "format_version": FORMAT_VERSION,
             "progress": asdict(checkpoint.progress),
             "crc32": _crc32(tensors),
-            "extra": dict(checkpoint.extra),
         }
         write(inside / "training.json", (json.dumps(description, indent=2) + "\n").encode())
     steps = {int(path.name): path for path in _folders(folder)}
@@ -174,19 +170,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def newest(folder: Path) -> TrainingCheckpoint | None:
-    """The newest checkpoint that can be read; None where there is none. What cannot be read stays and is said.
+    """The newest checkpoint that is whole; None where there is none. What is damaged stays and is said.
 
-    UserError where it was written by a newer gendist.
+    UserError where one may be whole, but cannot be read now, or by this gendist.
     """
-    for path in reversed(_folders(folder)):
-        try:
-            return read(path)
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            logger.warning("%s cannot be read and is passed over (%s: %s)", path, type(error).__name__, reason)
-    return None
+    found = first_whole(reversed(_folders(folder)), read)
+    return found[1] if found else None
 
 
 def read(path: Path) -> TrainingCheckpoint:
@@ -203,4 +192,8 @@ def read(path: Path) -> TrainingCheckpoint:
     tensors = path / "training.safetensors"
     if _crc32(tensors) != description["crc32"]:
         raise ValueError("training.safetensors has other bytes than were written")
-    return TrainingCheckpoint(progress, safetensors.torch.load_file(tensors), description["extra"])
+    try:
+        return TrainingCheckpoint(progress, safetensors.torch.load_file(tensors))
+    except safetensors.SafetensorError as error:
+        said = _as_os_error(error)
+        raise said if isinstance(said, OSError) else ValueError(reason(error)) from error

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
+import subprocess
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from gendist import folder_lock
 from gendist.protocols import UserError
 from gendist.storage import check as storage_check
 from gendist.storage import lease, patience
 from gendist.storage.check import Marks
-from gendist.storage.lease import Holder, Lease
+from gendist.storage.lease import Holder, Lease, Taken
 from gendist.storage.objects import Storage, explained, is_url, place_of
-from gendist.storage.patience import PATIENCE_S, StorageError, next_pause, patiently
+from gendist.storage.patience import PATIENCE_S, StorageError, first_whole, next_pause, patiently
 
 
 def test_pauses_grow_and_end_with_patience():
@@ -138,6 +142,106 @@ def test_what_is_half_written_is_not_believed(soon, store):
     storage.write("lease", b'{"token": ')
     with Lease(storage, "lease").held():
         pass
+
+
+def test_one_that_another_has_come_and_gone_since_has_lost_it(monkeypatch, store):
+    storage = Storage(store)
+    with Lease(storage, "lease").held() as held:
+        other = Lease(storage, "lease", elsewhere())
+        other.seize()
+        other.release()
+        monkeypatch.setattr(lease, "RENEW_S", 0.01)
+        held._renew(threading.Event())
+        assert held.lost, "and so it is known without another look"
+        with pytest.raises(Taken, match="another process is at work here"):
+            held.check()
+        assert storage.names() == [], "nor is it written anew"
+
+
+@pytest.mark.parametrize("said", ['{"token": "x", "new": %d}', "of another form: %d"])
+def test_one_of_a_newer_gendist_is_heard(soon, store, said):
+    storage, done = Storage(store), threading.Event()
+
+    def renew():
+        number = 0
+        while not done.wait(0.02):
+            number += 1
+            storage.write("lease", (said % number).encode())
+
+    storage.write("lease", (said % 0).encode())
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    try:
+        with pytest.raises(Taken), Lease(storage, "lease").held():
+            pass
+    finally:
+        done.set()
+        renewing.join()
+    assert Holder.parse(json.dumps({**elsewhere().__dict__, "new": 1}).encode()).node == "far"
+
+
+def test_a_job_waits_for_one_that_is_about_to_end(soon, store, caplog):
+    storage = Storage(store)
+    with ExitStack() as held:
+        held.enter_context(Lease(storage, "lease", elsewhere()).held())
+        threading.Timer(0.5, held.pop_all().close).start()
+        with Lease(storage, "lease").held(wait_s=30) as mine:
+            mine.check()
+    assert caplog.text.count("process 7 of far is at work here; it is waited for, up to 30 s") == 1
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch):
+    """Which /proc may say nothing of (hidepid)."""
+    monkeypatch.setattr(lease, "_began", lambda pid: None)
+    assert not replace(Holder.here(), process=1, process_began=5).is_known_dead()
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    assert replace(Holder.here(), process=ended.pid, process_began=5).is_known_dead()
+
+
+def test_a_job_waits_for_the_lock_of_a_folder(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(folder_lock, "LOOK_S", 0.02)
+    (tmp_path / "kept").touch()
+    with ExitStack() as held:
+        held.enter_context(folder_lock.locked(tmp_path))
+        with pytest.raises(UserError, match="another process is at work here"), folder_lock.locked(tmp_path):
+            pass
+        threading.Timer(0.2, held.pop_all().close).start()
+        with folder_lock.locked(tmp_path, wait_s=30):
+            pass
+    assert caplog.text.count("it is waited for, up to 30 s") == 1
+
+
+def test_what_a_failing_folder_said_is_not_masked(monkeypatch, tmp_path):
+    def failing(path):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def work():
+        with folder_lock.locked(tmp_path / "run"):
+            monkeypatch.setattr(Path, "iterdir", failing)
+            raise StorageError("first")
+
+    with pytest.raises(StorageError, match="first"):
+        work()
+
+
+def test_only_what_is_damaged_is_passed_over(monkeypatch):
+    monkeypatch.setattr(patience, "FIRST_PAUSE_S", 0.001)
+    errors = [OSError(errno.EIO, "Input/output error"), OSError(errno.EIO, "Input/output error")]
+
+    def read(path):
+        if path.name == "2":
+            raise ValueError("other bytes")
+        if errors:
+            raise errors.pop()
+        return path.name
+
+    assert first_whole([Path("2"), Path("1"), Path("0")], read) == (Path("1"), "1")
+    assert first_whole([Path("2")], read) is None
+    for lasting in (PermissionError(errno.EACCES, "Permission denied"), UserError("Permission denied by a newer gendist")):
+        errors.append(lasting)
+        with pytest.raises(UserError, match="Permission denied"):
+            first_whole([Path("1"), Path("0")], read)
 
 
 @pytest.mark.parametrize("is_store", [False, True])
