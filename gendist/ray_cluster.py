@@ -31,7 +31,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_client
 
-from gendist.machine import machine_type
+from gendist.machine import IN_A_JOB, machine_type
 from gendist.protocols import UserError
 
 # glibc hands step-sized memory back to the system and pays for its pages at every step; it reads these when a worker starts.
@@ -42,7 +42,6 @@ WORKER_ENVIRONMENT = {
 }
 CPU_WORKER: Mapping[str, float] = {"CPU": 1}
 GPU_WORKER: Mapping[str, float] = {"CPU": 1, "GPU": 1}
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray where this process is that of a submitted job
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0  # it takes seconds on a machine with nothing else to do
 MACHINES_LIMIT_S = 20.0  # that is waited for the nodes to say what machines they are

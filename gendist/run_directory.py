@@ -24,6 +24,7 @@ from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.folder_lock import locked
+from gendist.machine import IN_A_JOB
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
 from gendist.storage import Storage, place_of
@@ -38,7 +39,6 @@ LEASE, WRITER = ".lease.json", ".writer.json"  # in a store: of the process that
 
 # Set by Ray in the process of a job. An attempt there follows one whose host was lost: for a while, its lock or its lease may
 # not have been (NFS keeps a lock for 90 s, and a host that is cut off from the cluster may still reach the store).
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 JOB_WAIT_S = 180.0
 
 T = TypeVar("T")
