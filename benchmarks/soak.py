@@ -9,7 +9,9 @@ ended in the same bytes and the share of time that was useful work (undisturbed 
 it struck and for how long the fit stood still; memory and open files of drivers and of the head over time; and what was
 left behind.
 
-Exit code 1 where a fit ended otherwise than it should, or something was left behind.
+Exit code 1 where a fit ended otherwise than it should, something was left behind, no fault struck, their thread failed, or the
+head's processes have at last more than 1.5 times the memory and files that they had in the second quarter, and 100 MiB or 100
+files more (with four quarters of 10 minutes or more: before, it is only printed).
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BETWEEN_FAULTS_S = (20.0, 40.0)
 LASTS_S = 20.0  # a cut, a loss, the time until a killed host is started again
+GROWTH_LIMIT, GROWTH_AT_LEAST = 1.5, 100  # of the head's processes: MiB, or files
 FIT_LIMIT_S = 1800.0  # a fit that takes longer hangs
 WORKERS = (b"ray::_run_task", b"ray::_load_task", b"ray::_RayTrainWorker", b"ray::RayTrainWorker", b"ray::run_train_fn")
 MIB = 2**20
@@ -129,6 +132,8 @@ class Faults:
             return
         kind = self.rng.choice(["worker killed", "host killed", "host cut off", "packets lost", "driver killed"])
         host = self.rng.choice(self.bed.hosts[1:])
+        if kind == "worker killed" and not self._kill_a_worker(fit):
+            return
         undo = self._happen(kind, host, fit)
         standstill_s = self._longest_standstill(fit, partial(undo, host) if undo else None)
         self.standstill_s.setdefault(kind, []).append(standstill_s)
@@ -168,12 +173,19 @@ class Faults:
         if kind == "driver killed":
             fit.kill_driver()
             fit.start()
-            return None
-        workers = [pid for each in self.bed.hosts[1:] for pid in each.pids() if _is_worker(pid)]
-        if workers:
-            with suppress(ProcessLookupError):
-                os.kill(self.rng.choice(workers), signal.SIGKILL)
         return None
+
+    def _kill_a_worker(self, fit: Fit) -> bool:
+        """One that is at work, held meanwhile so that it stays so; False where none was found while the fit ran."""
+        while fit.is_running:
+            for pid in [pid for each in self.bed.hosts[1:] for pid in each.pids() if _is_worker(pid)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+                    at_work = _is_worker(pid)
+                    os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
+                    if at_work:
+                        return True
+        return False
 
 
 def _is_worker(pid: int) -> bool:
@@ -197,18 +209,33 @@ class Gauge:
             (time.monotonic(), sum(map(_pss, drivers)), sum(map(_fds, drivers)), sum(map(_pss, head)), sum(map(_fds, head)))
         )
 
-    def rows(self) -> list[list[str]]:
-        """The largest of each quarter of the time."""
+    def quarters(self) -> dict[int, tuple[float, ...]]:
+        """The largest of each quarter of the time: MiB and files of the driver, and of the head's processes."""
         if not self.samples:
-            return []
+            return {}
         begin, end = self.samples[0][0], self.samples[-1][0] + 1e-9
-        rows = []
+        found = {}
         for quarter in range(4):
             inside = [sample for sample in self.samples if quarter <= 4 * (sample[0] - begin) / (end - begin) < quarter + 1]
             if inside:
                 driver, files, head, head_files = (max(sample[i] for sample in inside) for i in range(1, 5))
-                rows.append([f"{quarter + 1}", f"{driver / MIB:.0f}", f"{files}", f"{head / MIB:.0f}", f"{head_files}"])
-        return rows
+                found[quarter + 1] = (driver / MIB, files, head / MIB, head_files)
+        return found
+
+    def rows(self) -> list[list[str]]:
+        return [[f"{quarter}", *(f"{value:.0f}" for value in values)] for quarter, values in self.quarters().items()]
+
+    def growth(self) -> list[str]:
+        """What of the head's has grown beyond bounds."""
+        quarters = self.quarters()
+        if len(quarters) < 4 or self.samples[-1][0] - self.samples[0][0] < 4 * 600.0:
+            return []
+        pairs = zip(("MiB", "files"), quarters[2][2:], quarters[4][2:], strict=True)
+        return [
+            f"the head grew from {before:.0f} to {now:.0f} {what}"
+            for what, before, now in pairs
+            if now > GROWTH_LIMIT * before and now > before + GROWTH_AT_LEAST
+        ]
 
 
 def _name(pid: int) -> str:
@@ -234,7 +261,8 @@ def _fds(pid: int) -> int:
 
 
 @contextmanager
-def _thread(work: Any, every_s: float) -> Iterator[None]:
+def _thread(work: Any, every_s: float) -> Iterator[list[BaseException]]:
+    """Does it again and again; yields what it raised, with which it ends."""
     ended = threading.Event()
     errors: list[BaseException] = []
 
@@ -249,12 +277,10 @@ def _thread(work: Any, every_s: float) -> Iterator[None]:
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
     try:
-        yield
+        yield errors
     finally:
         ended.set()
         thread.join()
-        if errors:
-            raise errors[0]
 
 
 def _left_behind(bed: Testbed) -> list[str]:
@@ -275,6 +301,13 @@ def main() -> int:
     parser.add_argument("--scale", type=int, default=1, help="divide the length of the fits by this")
     parser.add_argument("--only", help="families, such as gmm,vae")
     given = parser.parse_args()
+    known = {"gmm", "hmm", *NETWORKS}
+    if unknown := sorted(set((given.only or "gmm").split(",")) - known):
+        print(
+            f"error: --only {given.only}: there is no {', '.join(unknown)}; choose of {', '.join(sorted(known))}",
+            file=sys.stderr,
+        )
+        return 2
     if reason := why_not():
         print(f"error: {reason}", file=sys.stderr)
         return 2
@@ -320,8 +353,8 @@ def soak(given: argparse.Namespace, folder: Path, bed: Testbed) -> int:
         undisturbed[name] = (parameters, seconds)
         print(f"{name}: {seconds:.0f} s undisturbed", flush=True)
     until, number = time.monotonic() + 60.0 * given.minutes, 0
-    with _thread(faults.strike, 0.2):
-        while time.monotonic() < until:
+    with _thread(faults.strike, 0.2) as errors:
+        while time.monotonic() < until and not errors:
             name = list(chosen)[number % len(chosen)]
             number += 1
             print(f"fit {number}: {name}", flush=True)
@@ -333,7 +366,11 @@ def soak(given: argparse.Namespace, folder: Path, bed: Testbed) -> int:
                 print(f"  NOT as undisturbed: {fit.run.with_suffix('.log').read_text()[-2000:]}", flush=True)
     left = _left_behind(bed)
     report(undisturbed, times, wrong, faults, gauge, left)
-    return 1 if wrong or left else 0
+    failures = [f"the thread of the faults failed ({error!r})" for error in errors] + gauge.growth()
+    failures += [] if faults.standstill_s else ["no fault struck"]
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if wrong or left or failures else 0
 
 
 def report(

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import fcntl
+import ipaddress
 import json
 import os
 import re
@@ -29,6 +30,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -36,14 +38,18 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = Path("/tmp")  # a short path: the names of Ray's sockets, which begin with it, may have 107 characters
-PREFIX = "gdb"  # of all names: a bed is gdb1a2b, its bridge is called so, its hosts' namespaces gdb1a2b-0, gdb1a2b-1, ...
+# Of all names: a bed is gdistbed1a2b, its bridge is called so, its hosts' namespaces gdistbed1a2b-0, ..., its cables
+# gdistbed1a2bv0, ...: a link's name may have 15 characters.
+PREFIX = "gdistbed"
 NAME = re.compile(PREFIX + "[0-9a-f]{4}")
 SUBNETS = [f"10.77.{number}" for number in range(1, 255)]
+OWNER = "owner"  # in the folder of a bed: the process that made it. Nothing is removed where this file, root's own, is not
 OWN = "own"  # in the folder of a bed: what a host finds there is its own folder
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 START_TIMEOUT_S = 60.0
@@ -82,7 +88,9 @@ class Host:
         # Ray tells a driver by files which node it is on: where hosts saw each other's, it would take itself for the head.
         enter = ["nsenter", f"--net=/run/netns/{self.name}", "unshare", "--mount", "--propagation", "slave"]
         inside = [*enter, "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(self.folder), str(own), *command]
-        return subprocess.Popen(inside, env=environment, **{"cwd": REPOSITORY, "start_new_session": True, **options})
+        process = subprocess.Popen(inside, env=environment, **{"cwd": REPOSITORY, "start_new_session": True, **options})
+        _programs.append((self.name, process))
+        return process
 
     def run(
         self, *command: str, timeout_s: float = 120.0, env: dict[str, str] | None = None, **options: Any
@@ -119,11 +127,12 @@ class Testbed:
             raise NoTestbed(reason)
         with _alone():
             remove_leftovers()
-            names = {f"{PREFIX}{number:04x}" for number in range(1 << 16)} - set(_names())
-            self._begin(secrets.choice(sorted(names)))
-            (self._folder / OWN).mkdir(parents=True, mode=0o755)
-            _write(self._folder / "owner", _birth(os.getpid()))
+            taken = {found[: len(PREFIX) + 4] for found in _found()}
+            self._begin(secrets.choice(sorted({f"{PREFIX}{number:04x}" for number in range(1 << 16)} - taken)))
             subnet = _free_subnet()
+            self._folder.mkdir(mode=0o755)
+            _write(self._folder / OWNER, _birth(os.getpid()))
+            (self._folder / OWN).mkdir(mode=0o755)
             head_cpus = num_cpus if head_cpus is None else head_cpus
             self._settings = {"subnet": subnet, "num_cpus": num_cpus, "head_cpus": head_cpus}
             self._settings |= {"object_store_memory": object_store_memory}
@@ -244,7 +253,26 @@ class Testbed:
     def kill(self, host: Host) -> None:
         """As if its plug were pulled: no process there is left, and none could say goodbye to anybody. `restart` starts it."""
         self.cut(host)
+        for name, process in _programs:
+            if name == host.name:
+                process.kill()  # it may be on its way there
         _kill_all(host.name)
+
+    def end_programs(self) -> None:
+        """Kill whatever this process has started on the hosts with `popen` and `run`, and its children: all but Ray."""
+        names = {host.name for host in self.hosts}
+        ended = [process for name, process in _programs if name in names and process not in _started]
+        for process in ended:
+            process.kill()  # it may be on its way to its host
+        sessions = {process.pid for process in ended}
+        until = time.monotonic() + 20.0
+        while left := [pid for host in self.hosts for pid in host.pids() if _session(pid) in sessions]:
+            if time.monotonic() > until:
+                raise NoTestbed(f"{self.name}: processes {left} do not end")
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
     def restart(self, host: Host) -> None:
         """Start a host that was killed: with its address, and with Ray, but without anything that ran there."""
@@ -366,8 +394,10 @@ class Testbed:
 
 
 _started: list[subprocess.Popen[Any]] = []  # whose end nobody waits for; Python warns of one that is forgotten
+_programs: list[tuple[str, subprocess.Popen[Any]]] = []  # that this process has started, and on which host
 
 
+@cache
 def why_not() -> str | None:
     """Why no bed can be made here, in a line; None where it can."""
     if not sys.platform.startswith("linux"):
@@ -377,45 +407,126 @@ def why_not() -> str | None:
     for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("unshare", "util-linux")):
         if shutil.which(tool) is None:
             return f"a test bed needs `{tool}` of {package}"
-    trial = f"{PREFIX}-trial-{os.getpid()}"
-    wire = f"{PREFIX}t{os.getpid()}"
     try:
-        _ip("netns", "add", trial)
-        try:
-            _ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", trial)
-            _ip("link", "del", wire)
-            _ip("link", "add", wire, "type", "bridge")
-            _ip("link", "del", wire)
-        finally:
-            _ip("netns", "del", trial)
+        arrives = _packet_arrives()
     except NoTestbed as error:
         return f"network namespaces, veth pairs and bridges are not to be had here ({error})"
+    if not arrives:
+        return (
+            "packets do not pass a bridge here; a firewall filters it, as Docker's does: `sysctl -w "
+            "net.bridge.bridge-nf-call-iptables=0` ends that"
+        )
     return None
 
 
+TRIAL_RECEIVER = """
+import socket
+receiving = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+receiving.bind(("10.77.0.1", 9999))
+receiving.settimeout(10.0)
+print("ready", flush=True)
+receiving.recv(1)
+"""
+TRIAL_SENDER = """
+import socket, time
+sending = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for _ in range(20):
+    sending.sendto(b"1", ("10.77.0.1", 9999))
+    time.sleep(0.1)
+"""
+
+
+def _packet_arrives() -> bool:
+    """Whether one of two namespaces on a bridge hears the other; it is all gone again. NoTestbed where they cannot be made."""
+    bridge = f"gdtrial{os.getpid()}"  # and one letter more: 15 characters at most
+    hosts = [(f"{bridge}-{end}", f"{bridge}{end}", f"10.77.0.{number}/30") for number, end in enumerate("ab", 1)]
+    namespaces, processes = [], []
+    try:
+        _ip("link", "add", bridge, "type", "bridge")
+        _ip("link", "set", bridge, "up")
+        for namespace, wire, address in hosts:
+            _ip("netns", "add", namespace)
+            namespaces.append(namespace)
+            _ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+            _ip("link", "set", wire, "master", bridge, "up")
+            _ip("-n", namespace, "addr", "add", address, "dev", "eth0")
+            _ip("-n", namespace, "link", "set", "eth0", "up")
+        python = [["nsenter", f"--net=/run/netns/{namespace}", sys.executable, "-S", "-c"] for namespace in namespaces]
+        silent = {"stderr": subprocess.DEVNULL, "text": True}
+        receiver = subprocess.Popen([*python[0], TRIAL_RECEIVER], stdout=subprocess.PIPE, **silent)
+        processes.append(receiver)
+        assert receiver.stdout is not None
+        if receiver.stdout.readline() != "ready\n":
+            raise NoTestbed("a program in a network namespace cannot listen")
+        processes.append(subprocess.Popen([*python[1], TRIAL_SENDER], stdout=subprocess.DEVNULL, **silent))
+        return receiver.wait(30) == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoTestbed(str(error)) from error
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+        for namespace in namespaces:
+            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+
+
 def remove(name: str) -> None:
-    """Take a bed down by its name: what runs on its hosts, its network, its folder. What is not there is passed over."""
+    """Take a bed down by its name: what runs on its hosts, its network, its folder. What is not there is passed over.
+
+    NoTestbed where processes do not end; the rest is gone by then, and the next bed tries again.
+    """
+    if not _is_bed(FOLDERS / name):
+        return
+    stuck: NoTestbed | None = None
     for namespace in _namespaces():
-        if namespace.startswith(f"{name}-"):
-            _kill_all(namespace)
+        if re.fullmatch(f"{name}-[0-9]+", namespace):
+            try:
+                _kill_all(namespace)
+            except NoTestbed as error:
+                stuck = error
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
     for link in _links():
-        if link == name or link.startswith(f"{name}v"):
+        if link == name or re.fullmatch(f"{name}v[0-9]+", link):
             subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
+    for path in (FOLDERS / name).iterdir():
+        if path.name != OWNER:
+            shutil.rmtree(path, ignore_errors=True)
+    if stuck is not None:
+        raise stuck
     shutil.rmtree(FOLDERS / name, ignore_errors=True)
 
 
 def remove_leftovers() -> None:
     """Those beds whose maker is gone."""
     for name in _names():
-        if not _is_running(FOLDERS / name / "owner"):
-            remove(name)
+        if not _is_running(FOLDERS / name / OWNER):
+            try:
+                remove(name)
+            except NoTestbed as error:
+                print(f"a test bed whose maker is gone could not be removed: {error}", file=sys.stderr)
 
 
 def _names() -> list[str]:
-    """Of all beds of which there is anything."""
+    """Of all beds."""
+    return sorted(path.name for path in FOLDERS.glob(f"{PREFIX}*") if _is_bed(path))
+
+
+def _is_bed(folder: Path) -> bool:
+    """Whether root has made it a bed's: anybody may make a folder of such a name."""
+    try:
+        kinds = [(path.lstat(), is_kind) for path, is_kind in ((folder, stat.S_ISDIR), (folder / OWNER, stat.S_ISREG))]
+    except OSError:
+        return False
+    return NAME.fullmatch(folder.name) is not None and all(
+        is_kind(each.st_mode) and each.st_uid == 0 for each, is_kind in kinds
+    )
+
+
+def _found() -> list[str]:
+    """Whatever has a name that begins as those of beds."""
     found = [*_namespaces(), *_links(), *(path.name for path in FOLDERS.glob(f"{PREFIX}*"))]
-    return sorted({match.group() for name in found if (match := NAME.match(name))})
+    return [name for name in found if name.startswith(PREFIX)]
 
 
 def _namespaces() -> list[str]:
@@ -431,6 +542,13 @@ def _pids(namespace: str) -> list[int]:
     return [int(line) for line in answer.stdout.split()]
 
 
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
 def _kill_all(namespace: str) -> None:
     """Every process in it, and those that one of them starts meanwhile."""
     until = time.monotonic() + 20.0
@@ -444,9 +562,10 @@ def _kill_all(namespace: str) -> None:
 
 
 def _free_subnet() -> str:
-    taken = _ip("addr") + _ip("route", "show", "table", "all")
+    routes = json.loads(_ip("-j", "-4", "route", "show", "table", "all") or "[]")
+    taken = [ipaddress.ip_network(route["dst"], strict=False) for route in routes if route["dst"] != "default"]
     for subnet in SUBNETS:
-        if f" {subnet}." not in taken:
+        if not any(ipaddress.ip_network(f"{subnet}.0/24").overlaps(network) for network in taken):
             return subnet
     raise NoTestbed(f"no subnet is free between {SUBNETS[0]}.0 and {SUBNETS[-1]}.0")
 
@@ -483,7 +602,10 @@ def _ip(*arguments: str) -> str:
 
 
 def _do(*command: str) -> str:
-    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise NoTestbed(f"`{' '.join(command)}` failed: {error}") from error
     if answer.returncode != 0:
         reason = (answer.stderr.strip().splitlines() or ["no reason given"])[0]
         raise NoTestbed(f"`{' '.join(command)}` failed: {reason}")

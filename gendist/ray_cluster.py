@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +48,10 @@ MACHINES_LIMIT_S = 20.0  # that is waited for the nodes to say what machines the
 NEW_NODE_LIMIT_S = 900.0  # that it waits for an autoscaler at its beginning: a machine starts, and is set up
 NO_ROOM_LIMIT_S = 300.0  # that a run waits for a cluster that has lost too many nodes
 HEAD_LIMIT_S = 20.0  # that it waits for a head that does not answer; after 60 Ray ends the process, and does not say why
-LOOK_AT_HEAD_EVERY_S = 3.0
 LOOK_AT_ROOM_EVERY_S = 1.0
 UNEXPECTED = (2, 3)  # reasons for the end of a node: it was lost, or taken away for somebody else
-END_LIMIT_S = 20.0  # of a process whose head is gone: Ray's own end waits for it
+APART_S = 15.0  # looks that are further apart say nothing of the time between them: the process may have slept
+END_LIMIT_S = 20.0  # of a command whose head is gone: Ray's own end waits for it
 LOST_NODE = re.compile(r"address: (\S+) and node name: \S+ has been marked dead")
 logger = logging.getLogger("gendist")
 
@@ -70,6 +70,13 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
     address = address or os.environ.get("RAY_ADDRESS") or None
     ours = not ray.is_initialized()
     if ours:
+        _without_head.clear()
+    with _hearing_of_lost_nodes() if ours and address not in (None, "local") else nullcontext():
+        yield from _connected(num_workers, address, num_gpus, ours)
+
+
+def _connected(num_workers: int, address: str | None, num_gpus: int, ours: bool) -> Iterator[None]:
+    if ours:
         with uninterrupted():
             _connect(num_workers, address)
     elif address is not None:
@@ -81,9 +88,7 @@ def ray_cluster(num_workers: int, address: str | None, num_gpus: int = 0) -> Ite
         check_room(num_workers, GPU_WORKER if num_gpus else CPU_WORKER)
         yield
     finally:
-        if is_without_head():
-            _is_told.set()
-        elif ours:
+        if ours and not is_without_head():  # which Ray's end would wait for
             with uninterrupted():
                 ray.shutdown()
 
@@ -179,13 +184,12 @@ class Lookout:
         self._each, self._needed = each, needed
         self._limit_s = NO_ROOM_LIMIT_S if limit_s is None else limit_s
         self._without_room_since: float | None = None
-        self._looked_at_head_at = time.monotonic()
-        self._head_silent_since: float | None = None
+        self._silence = Silence()
 
     def look(self) -> int:
         """To be called now and then while one waits; how many workers there is room for. UserError once that has been too
         few for too long, or the head is gone."""
-        there, now = (room(self._each) if self._head_answers() else 0), time.monotonic()
+        there, now = (room(self._each) if self._head_answers() else 0), time.monotonic()  # Ray's answer may never come
         if there >= self._needed:
             self._without_room_since = None
         elif self._without_room_since is None:
@@ -198,28 +202,48 @@ class Lookout:
         return there
 
     def _head_answers(self) -> bool:
-        now = time.monotonic()
-        if now - self._looked_at_head_at >= LOOK_AT_HEAD_EVERY_S:
-            self._looked_at_head_at = now
-            head = ray.get_runtime_context().gcs_address
-            host, _, port = head.rpartition(":")
-            try:
-                socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-                self._head_silent_since = None
-            except OSError:
-                self._head_silent_since = self._head_silent_since or now
-                silent_s = now - self._head_silent_since
-                if silent_s > HEAD_LIMIT_S:
-                    message = (
-                        f"the head of the cluster ({head}) has not answered for {silent_s:.0f} s; once there is one, run "
-                        "the command again: what was reached is kept, and it goes on from there"
-                    )
-                    _end_without_head(message)
-                    raise UserError(message) from None
-        return self._head_silent_since is None
+        if ray.util.client.ray.is_connected():
+            return True  # ray://: the address of the head is one inside of the cluster
+        head = ray.get_runtime_context().gcs_address
+        silent_s = self._silence.heard(_answers(head), time.monotonic())
+        if silent_s > HEAD_LIMIT_S:
+            _without_head.set()
+            raise UserError(
+                f"the head of the cluster ({head}) has not answered for {silent_s:.0f} s; once there is one, run the command "
+                "again: what was reached is kept, and it goes on from there (Ray itself may end this process, 60 s after it "
+                "lost the head; ray.shutdown() waits for the head)"
+            )
+        return silent_s == 0.0
 
 
-_without_head, _is_told = threading.Event(), threading.Event()
+class Silence:
+    """For how long there has been no answer, as far as one knows: from the first of looks that follow one another."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._looked_at = 0.0
+
+    def heard(self, answered: bool, now: float) -> float:
+        """After a look at `now` (seconds); more than 0 where there was no answer."""
+        if answered:
+            self._since = None
+            return 0.0
+        if self._since is None or now - self._looked_at > APART_S:
+            self._since = now
+        self._looked_at = now
+        return max(now - self._since, 1e-9)
+
+
+def _answers(head: str) -> bool:
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
+
+
+_without_head = threading.Event()
 
 
 def is_without_head() -> bool:
@@ -227,18 +251,12 @@ def is_without_head() -> bool:
     return _without_head.is_set()
 
 
-def _end_without_head(message: str) -> None:
-    """This process has a while to end by itself; what it waits for may be Ray."""
-
-    def end() -> None:
-        if not _is_told.is_set():
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    _without_head.set()
-    timer = threading.Timer(END_LIMIT_S, end)
-    timer.daemon = True
-    timer.start()
+def end_without_head(code: int) -> None:
+    """For a command that has said why it ends: where the head is gone, it has a while to do so by itself, and is ended then."""
+    if is_without_head():
+        timer = threading.Timer(END_LIMIT_S, os._exit, [code])
+        timer.daemon = True
+        timer.start()
 
 
 @contextmanager
@@ -272,7 +290,6 @@ def _connect(num_workers: int, address: str | None) -> None:
         return
     check_reachable(address)
     logger.info("connecting to Ray at %s", address)
-    _hear_of_lost_nodes()
     try:
         # The cluster's workers run this very code; its dependencies must be installed there. A job has brought it along.
         package = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent)]}
@@ -349,18 +366,26 @@ def refusal(said: str) -> str:
     return "something listens there, but it is no Ray head of this version"
 
 
-def _hear_of_lost_nodes() -> None:
+@contextmanager
+def _hearing_of_lost_nodes() -> Iterator[None]:
     """In a line each, where Ray would print the ends of their logs between those of a progress bar."""
+    worker = ray._private.worker
+    rays = getattr(worker, "print_to_stdstream", None)
 
     def hear(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-        for line in data["lines"]:
-            if lost := LOST_NODE.search(line):
-                logger.warning("the cluster has lost the node %s; what it was at is done again elsewhere", lost.group(1))
-            else:
-                logger.debug("Ray says: %s", line)
+        lost = [found.group(1) for line in data["lines"] if (found := LOST_NODE.search(line))]
+        for address in lost:
+            logger.warning("the cluster has lost the node %s; what it was at is done again elsewhere", address)
+        if not lost and rays is not None:
+            rays(data, ignore_prefix)
 
-    if hasattr(ray._private.worker, "print_to_stdstream"):
-        ray._private.worker.print_to_stdstream = hear
+    if rays is not None:
+        worker.print_to_stdstream = hear
+    try:
+        yield
+    finally:
+        if rays is not None:
+            worker.print_to_stdstream = rays
 
 
 def _warn_of_mixed_machines() -> None:

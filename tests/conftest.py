@@ -40,6 +40,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return OneRay(config, log)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "exhaustive" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator:
     """A Ray cluster of one node with 8 CPUs, to which a test may add nodes of its own; this process is connected to it."""

@@ -15,7 +15,7 @@ import pytest
 
 from gendist import ray_cluster
 from gendist.protocols import UserError
-from gendist.ray_cluster import refusal, require_token
+from gendist.ray_cluster import Silence, _hearing_of_lost_nodes, refusal, require_token
 
 ROOT = Path(__file__).parents[1]
 
@@ -167,3 +167,30 @@ def test_what_no_node_will_do_is_refused_at_once(monkeypatch, has_autoscaler):
     with pytest.raises(UserError, match="num_workers is 3, but the cluster has 2 CPUs; ask for at most 2"):
         ray_cluster.check_room(3, ray_cluster.CPU_WORKER)
     assert len(cluster.removed) == len(cluster.demanded) == has_autoscaler
+
+
+def test_silence_is_counted_from_the_first_of_looks_that_follow_one_another():
+    silence = Silence()
+    assert silence.heard(True, 0.0) == 0.0
+    assert 0.0 < silence.heard(False, 3.0) < 1e-6
+    assert silence.heard(False, 13.0) == 10.0
+    assert silence.heard(True, 14.0) == 0.0
+    assert silence.heard(False, 15.0) < 1e-6
+    # The machine slept for an hour: nothing is known of that.
+    assert silence.heard(False, 3615.0) < 1e-6
+    assert silence.heard(False, 3625.0) == 10.0
+
+
+def test_lost_nodes_are_a_line_each_and_the_rest_is_rays_until_the_connection_ends(monkeypatch, caplog):
+    import ray
+
+    shown = []
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", lambda data, ignore_prefix: shown.append(data["lines"]))
+    rays = ray._private.worker.print_to_stdstream
+    with _hearing_of_lost_nodes(), caplog.at_level(logging.WARNING, "gendist"):
+        ray._private.worker.print_to_stdstream({"lines": ["a task has no room"]}, ignore_prefix=False)
+        lost = "The node with node id: 1, address: 10.0.0.7 and node name: 10.0.0.7 has been marked dead"
+        ray._private.worker.print_to_stdstream({"lines": [lost]}, ignore_prefix=False)
+    assert shown == [["a task has no room"]]
+    assert "the cluster has lost the node 10.0.0.7" in caplog.text
+    assert ray._private.worker.print_to_stdstream is rays

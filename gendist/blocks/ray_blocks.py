@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,6 +21,8 @@ MAX_RELOADS = 100  # of what the cluster holds through all passes, and may lose 
 LEAVES_PER_LOAD = 4  # what is read is held several times while it is made into leaves: little at a time
 RUNS_AHEAD = 4  # runs a worker may be ahead of the one that is waited for, so that results do not pile up
 LOOK_EVERY_S = 5.0  # at whether there is a cluster left
+WAITING_S = 30.0  # after which it is said that nothing gets done, and again
+logger = logging.getLogger("gendist")
 
 
 @ray.remote(max_retries=MAX_RELOADS, scheduling_strategy="SPREAD")
@@ -98,12 +101,17 @@ class RayBlocks:
 
 def _wait_for_some(refs: list[ray.ObjectRef], lookout: Lookout) -> list[ray.ObjectRef]:
     """The refs that are done, at least one. UserError once the cluster has had no worker for a while."""
+    told_at = time.monotonic()
     while True:
         done, waiting = ray.wait(refs, num_returns=1, timeout=LOOK_EVERY_S, fetch_local=False)
         if done:
             more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False) if waiting else ([], [])
             return done + more
         lookout.look()
+        if time.monotonic() - told_at >= WAITING_S:
+            told_at = time.monotonic()
+            if ray.available_resources().get("CPU", 0) < 1:
+                logger.info("waiting for a free CPU, or for tasks that take long: the cluster has none free at the moment")
 
 
 def _get(ref: ray.ObjectRef, lookout: Lookout) -> Any:

@@ -400,5 +400,7 @@ def _interruptible(begun: Path | None) -> Iterator[None]:
 
 def _fail(message: str, code: int) -> NoReturn:
     if not _is_one_of_others():
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if ray_cluster := sys.modules.get("gendist.ray_cluster"):
+        ray_cluster.end_without_head(code)
     raise SystemExit(code)

@@ -38,6 +38,8 @@ def main() -> int:
         _fit(json.loads(Path(JOB_FILE).read_text(encoding="utf-8")))
     except UserError as error:
         say("error", str(error), sys.stdout)
+        if ray_cluster := sys.modules.get("gendist.ray_cluster"):
+            ray_cluster.end_without_head(2)
         return 2
     except (ConnectionError, TimeoutError):  # which may pass: the keeper tries again
         raise

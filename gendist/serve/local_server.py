@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from gendist.protocols import UserError
 from gendist.serve.addresses import LOOPBACK, asked_at, free_port, in_url, resolved, to_call
@@ -33,6 +33,7 @@ from gendist.serve.server_log import shown_log
 
 MARK = "GENDIST_SERVER"
 READY_TIMEOUT_S = 120.0
+LOOK_EVERY_S = 3.0  # at whether a cluster has its head
 STOP_TIMEOUT_S = 15.0  # on top of what the requests that run may take
 
 
@@ -68,7 +69,19 @@ def serve(
             url = stack.enter_context(on_a_cluster(config, host, port, address))
         await_ready(url, next(iter(tokens), None))
         _tell_howto_call(url, config, tell)
-        threading.Event().wait()
+        if address in (None, "local"):
+            threading.Event().wait()
+        _wait_with_the_head()
+
+
+def _wait_with_the_head() -> NoReturn:
+    """Until the head of the cluster is gone (UserError), or an interrupt."""
+    from gendist.ray_cluster import CPU_WORKER, Lookout
+
+    lookout = Lookout(CPU_WORKER, needed=0)
+    while True:
+        lookout.look()
+        time.sleep(LOOK_EVERY_S)
 
 
 def _check_artifacts(config: ServerConfig) -> None:
@@ -142,7 +155,7 @@ def on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> It
     """The application on a cluster's Serve, which is started where it is not there yet and stays; yields its URL."""
     url = f"http://{in_url(asked_at(host, address))}:{port}"
 
-    from gendist.ray_cluster import ray_cluster, uninterrupted
+    from gendist.ray_cluster import is_without_head, ray_cluster, uninterrupted
 
     with ray_cluster(0, address):
         import ray
@@ -153,8 +166,11 @@ def on_a_cluster(config: ServerConfig, host: str, port: int, address: str) -> It
             _run(config, host, port)
             yield url
         finally:
-            with uninterrupted():
-                _delete()
+            if not is_without_head():
+                with uninterrupted():
+                    deleting = threading.Thread(target=_delete, daemon=True)  # nobody answers it if the head is gone just now
+                    deleting.start()
+                    deleting.join(config.limits.time_limit_s + STOP_TIMEOUT_S)
 
 
 def _check_cluster(host: str, port: int, address: str) -> None:

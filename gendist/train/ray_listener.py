@@ -45,12 +45,13 @@ class Listener:
 
     def _listen(self) -> None:
         try:
-            messages = None
-            while messages or not self._ended.is_set():
+            ended = False
+            while not ended:
+                ended = self._ended.is_set()  # then what is there is heard once more
                 messages = ray.get(self.mailbox.take.remote())
                 for message in messages:
                     self._hear(*message)
-                if not messages:
+                if not messages and not ended:
                     self._look_for_room()
         except BaseException as error:
             self.error = error

@@ -10,12 +10,15 @@ waits for the controller to have read the report before. Here rank 0 alone speak
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import logging
 import os
 import shutil
+import signal
 import socket
 import struct
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -110,24 +113,50 @@ def train_on_ray(
             worker_runtime_env={"env_vars": WORKER_ENVIRONMENT},
         ),
     )
-    listener = Listener(mailbox, watch, Lookout(each, least, no_room_limit_s), trainer.stop)
+    in_main = threading.current_thread() is threading.main_thread()
+
+    def stop() -> None:
+        trainer.stop()
+        if is_without_head():
+            _interrupt(in_main, listener.error)
+
+    listener = Listener(mailbox, watch, Lookout(each, least, no_room_limit_s), stop)
     try:
         with _settings(), listener:
-            return trainer.fit().return_value
+            try:
+                result = trainer.fit().return_value
+            except (ray.train.TrainingFailedError, ray.exceptions.RayActorError):
+                raise
+            except BaseException:
+                trainer.stop()  # first of all: another Ctrl-C may end whatever comes after it
+                raise
+        if listener.error is not None:
+            raise listener.error
+        return result
     except ray.train.TrainingFailedError as error:
         raise _cause(error) from None
     except ray.exceptions.RayActorError:
         if listener.error is None:
             raise
         raise listener.error from None
-    except BaseException:
-        trainer.stop()
+    except KeyboardInterrupt:
+        if listener.error is not None and is_without_head():
+            raise listener.error from None  # the interrupt was our own: see `_interrupt`
         raise
     finally:
         with uninterrupted():
             if not is_without_head():
                 ray.kill(mailbox)
             shutil.rmtree(storage, ignore_errors=True)
+
+
+def _interrupt(in_main: bool, error: BaseException | None) -> None:
+    # The driver waits for Ray, which never answers it without a head.
+    heeded = [number for number in (signal.SIGINT, signal.SIGTERM) if callable(signal.getsignal(number))]
+    if in_main and heeded:
+        _thread.interrupt_main(heeded[0])
+    else:
+        logger.error("%s", error)  # Ray ends this process, and says nothing
 
 
 def _work(function: Callable[[Line], Any], mailbox: Any, use_gpu: bool, silence_limit_s: float) -> Any:

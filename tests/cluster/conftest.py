@@ -24,8 +24,8 @@ def hosts() -> Iterator[Testbed]:
 
 
 @pytest.fixture
-def bed(hosts: Testbed) -> Testbed:
-    """The same, whole again for each test."""
+def bed(hosts: Testbed) -> Iterator[Testbed]:
+    """The same, whole again for each test, which leaves none of its commands running."""
     for host in hosts.hosts:
         hosts.mend(host)
     alive = hosts.alive()
@@ -33,4 +33,7 @@ def bed(hosts: Testbed) -> Testbed:
         if host.address not in alive:
             hosts.restart(host)
     hosts.wait_for(hosts.hosts)
-    return hosts
+    try:
+        yield hosts
+    finally:
+        hosts.end_programs()

@@ -83,22 +83,38 @@ def all_get_on(commands: Sequence[Command], by: int = 3) -> None:
 
 def kill_a_worker(bed: Testbed, names: Sequence[bytes]) -> None:
     """As the kernel does when memory is short: one that is at work, on any host but the head."""
-    found: list[int] = []
 
-    def there() -> bool:
-        for host in bed.hosts[1:]:
-            for pid in host.pids():
-                try:
-                    line = (Path("/proc") / str(pid) / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if line.startswith(tuple(names)):
-                    found.append(pid)
-                    return True
+    def is_killed() -> bool:
+        pids = [pid for host in bed.hosts[1:] for pid in host.pids()]
+        until = time.monotonic() + 1.0  # short tasks are looked for often, and new processes now and then
+        while time.monotonic() < until:
+            if any(kill_at(pid, names) for pid in pids):
+                return True
+            time.sleep(0.002)
         return False
 
-    wait_until(there, f"a worker at {names}")
-    os.kill(found[0], signal.SIGKILL)
+    wait_until(is_killed, f"a worker at {names}")
+
+
+def is_at(pid: int, names: Sequence[bytes]) -> bool:
+    """Ray gives a worker the name of its task or actor."""
+    try:
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().startswith(tuple(names))
+    except OSError:
+        return False
+
+
+def kill_at(pid: int, names: Sequence[bytes]) -> bool:
+    """Kill a worker if it is at such a task; it is held meanwhile, so that the task does not end before it does."""
+    if not is_at(pid, names):
+        return False
+    try:
+        os.kill(pid, signal.SIGSTOP)
+        at_work = is_at(pid, names)
+        os.kill(pid, signal.SIGKILL if at_work else signal.SIGCONT)
+    except ProcessLookupError:
+        return False
+    return at_work
 
 
 def trace(run: Path) -> list[dict[str, Any]]:

@@ -45,6 +45,7 @@ def test_without_a_spec_it_says_how_it_is_called(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.multihost
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_job_that_is_told_to_stop_is_queued_again_and_goes_on_to_the_same_end(tmp_path):
     if reason := testbed.why_not():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def num_arrived(bed: Testbed, num_sent: int) -> int:
 
 
 def traces(name: str) -> list[str]:
-    return [found for found in testbed._names() if found == name]
+    return [found for found in testbed._found() if found.startswith(name)]
 
 
 def test_hosts_are_cut_mended_lossy_and_killed():
@@ -90,3 +91,31 @@ def test_a_maker_that_is_killed_leaves_nothing():
         while traces(name):
             assert time.monotonic() < until
             time.sleep(0.05)
+
+
+def test_only_what_a_maker_has_marked_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(testbed, "FOLDERS", tmp_path)
+    name = f"{testbed.PREFIX}cafe"
+    for other in (f"{name}-mine", name, "gdbcafe"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "file").write_text("mine")
+    (tmp_path / f"{name}-mine" / testbed.OWNER).write_text("1 1")
+    testbed.remove_leftovers()
+    testbed.remove(name)
+    assert len(list(tmp_path.glob("*/file"))) == 3
+    (tmp_path / name / testbed.OWNER).write_text("1 1")
+    os.chown(tmp_path / name / testbed.OWNER, 1000, 1000)
+    testbed.remove_leftovers()
+    assert (tmp_path / name / "file").exists()
+    os.chown(tmp_path / name / testbed.OWNER, 0, 0)
+    testbed.remove_leftovers()
+    assert not (tmp_path / name).exists()
+
+
+def test_a_subnet_is_free_where_no_route_but_the_default_goes_there(monkeypatch):
+    routes = [{"dst": "default"}, {"dst": "10.77.0.0/23"}, {"dst": "10.77.2.9"}]
+    monkeypatch.setattr(testbed, "_ip", lambda *arguments: json.dumps(routes))
+    assert testbed._free_subnet() == "10.77.3"
+    routes.append({"dst": "10.0.0.0/8"})
+    with pytest.raises(testbed.NoTestbed, match="no subnet is free"):
+        testbed._free_subnet()

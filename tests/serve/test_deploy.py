@@ -28,6 +28,7 @@ SERVE = [sys.executable, "-m", "ray.serve.scripts"]
 
 @pytest.mark.ray
 @pytest.mark.multihost
+@pytest.mark.exhaustive
 @pytest.mark.timeout(600)
 def test_serve_deploy_answers_with_the_bytes_of_the_model(artifacts, tmp_path, monkeypatch):
     if reason := testbed.why_not():
