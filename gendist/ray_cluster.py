@@ -104,13 +104,14 @@ def _room_of(node: Mapping[str, Any], each: Mapping[str, float]) -> int:
 
 def check_room(num_workers: int, each: Mapping[str, float]) -> None:
     """UserError where the cluster has no room for the workers, which Ray would wait for without an end. Where nodes may still
-    come, they are waited for first: an autoscaler starts them on demand, and one that was lost may come back.
+    come, they are waited for first: an autoscaler starts them on demand; and in a job, which may be the next attempt after one
+    whose node was lost, that node may come back.
     """
     there = room(each)
     if num_workers <= there:
         return
     is_growing = has_autoscaler()
-    if not is_growing and num_workers > most_room(ray.nodes(), each):
+    if not is_growing and (IN_A_JOB not in os.environ or num_workers > most_room(ray.nodes(), each)):
         raise _no_room(num_workers, there, each)
     limit_s = NEW_NODE_LIMIT_S if is_growing else NO_ROOM_LIMIT_S
     logger.info("the cluster has room for %d of %d workers; waiting up to %.0f s for more nodes", there, num_workers, limit_s)
@@ -394,13 +395,12 @@ def _warn_of_mixed_machines() -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     ask = ray.remote(num_cpus=0)(machine_type)  # which waits for nobody's work
     answers = [ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True)).remote() for node in nodes]
-    done, late = ray.wait(answers, num_returns=len(answers), timeout=MACHINES_LIMIT_S) if answers else ([], [])
+    # Those that are late are left to end: cancelled while it imports torch, a worker could do nothing else after that.
+    done, _ = ray.wait(answers, num_returns=len(answers), timeout=MACHINES_LIMIT_S) if answers else ([], [])
     machines = [machine_type()]
     for answer in done:
         with suppress(ray.exceptions.RayError):  # a node may be lost just now, and a warning is not worth a run
             machines.append(ray.get(answer))
-    for answer in late:
-        ray.cancel(answer)
     warn_if_mixed(machines)
 
 
