@@ -53,7 +53,7 @@ def sent(processes: Processes, engine: str) -> tuple[float, float]:
         "name": "x",
         "family": "vae",
         "model": {"latent_dim": 3, "encoder": SMALL, "decoder": SMALL, "likelihood": "bernoulli"},
-        "fit": {"num_steps": 3, "global_batch_size": 8, "micro_batch_size": 2, "engine": ENGINES[engine]},
+        "fit": {"num_steps": 4, "global_batch_size": 8, "micro_batch_size": 2, "engine": ENGINES[engine]},
     }
     spec = load_spec(content)
     model = family_class(spec.family).create(spec.model, (6,), (), 0)
