@@ -342,7 +342,7 @@ def fit_and_die(tmp_path: Path, spec: dict, iteration: int, how: str, address: s
     spec_file = tmp_path / "spec.yaml"
     spec_file.write_text(yaml.safe_dump(spec))
     arguments = [sys.executable, "-c", PROGRAM, str(spec_file), str(tmp_path / "run"), str(iteration), how]
-    return subprocess.run([*arguments, *([address] if address else [])], timeout=120, capture_output=True).returncode
+    return subprocess.run([*arguments, *([address] if address else [])], timeout=240, capture_output=True).returncode
 
 
 def test_killed_twice_it_ends_in_the_same_bytes(unbroken, tmp_path):
