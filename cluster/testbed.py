@@ -38,7 +38,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +256,7 @@ class Testbed:
         for name, process in _programs:
             if name == host.name:
                 process.kill()  # it may be on its way there
-        _kill_all(host.name)
+        _kill_all(host.name, host.pids)
 
     def end_programs(self) -> None:
         """Kill whatever this process has started on the hosts with `popen` and `run`, and its children: all but Ray."""
@@ -265,14 +265,7 @@ class Testbed:
         for process in ended:
             process.kill()  # it may be on its way to its host
         sessions = {process.pid for process in ended}
-        until = time.monotonic() + 20.0
-        while left := [pid for host in self.hosts for pid in host.pids() if _session(pid) in sessions]:
-            if time.monotonic() > until:
-                raise NoTestbed(f"{self.name}: processes {left} do not end")
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.02)
+        _kill_all(self.name, lambda: [pid for host in self.hosts for pid in host.pids() if _session(pid) in sessions])
 
     def restart(self, host: Host) -> None:
         """Start a host that was killed: with its address, and with Ray, but without anything that ran there."""
@@ -482,7 +475,7 @@ def remove(name: str) -> None:
     for namespace in _namespaces():
         if re.fullmatch(f"{name}-[0-9]+", namespace):
             try:
-                _kill_all(namespace)
+                _kill_all(namespace, partial(_pids, namespace))
             except NoTestbed as error:
                 stuck = error
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
@@ -549,13 +542,13 @@ def _session(pid: int) -> int | None:
         return None
 
 
-def _kill_all(namespace: str) -> None:
-    """Every process in it, and those that one of them starts meanwhile."""
+def _kill_all(where: str, pids: Callable[[], list[int]]) -> None:
+    """Kill what `pids` finds, and what one of these starts meanwhile."""
     until = time.monotonic() + 20.0
-    while pids := _pids(namespace):
+    while left := pids():
         if time.monotonic() > until:
-            raise NoTestbed(f"{namespace}: processes {pids} do not end")
-        for pid in pids:
+            raise NoTestbed(f"{where}: processes {left} do not end")
+        for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
