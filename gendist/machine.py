@@ -6,8 +6,6 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray in the environment of a process that is that of a submitted job
-
 
 def machine_type() -> dict[str, str]:
     """The processor, the instructions that torch uses on it, and torch's version."""

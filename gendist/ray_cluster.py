@@ -31,8 +31,9 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_client
 
-from gendist.machine import IN_A_JOB, machine_type
+from gendist.machine import machine_type
 from gendist.protocols import UserError
+from gendist.started_by import is_in_a_job
 
 # glibc hands step-sized memory back to the system and pays for its pages at every step; it reads these when a worker starts.
 WORKER_ENVIRONMENT = {
@@ -111,7 +112,7 @@ def check_room(num_workers: int, each: Mapping[str, float]) -> None:
     if num_workers <= there:
         return
     is_growing = has_autoscaler()
-    if not is_growing and (IN_A_JOB not in os.environ or num_workers > most_room(ray.nodes(), each)):
+    if not is_growing and (not is_in_a_job() or num_workers > most_room(ray.nodes(), each)):
         raise _no_room(num_workers, there, each)
     limit_s = NEW_NODE_LIMIT_S if is_growing else NO_ROOM_LIMIT_S
     logger.info("the cluster has room for %d of %d workers; waiting up to %.0f s for more nodes", there, num_workers, limit_s)
@@ -293,7 +294,7 @@ def _connect(num_workers: int, address: str | None) -> None:
     logger.info("connecting to Ray at %s", address)
     try:
         # The cluster's workers run this very code; its dependencies must be installed there. A job has brought it along.
-        package = {} if IN_A_JOB in os.environ else {"py_modules": [str(Path(__file__).parent)]}
+        package = {} if is_in_a_job() else {"py_modules": [str(Path(__file__).parent)]}
         ray.init(address=address, runtime_env={**package, "env_vars": WORKER_ENVIRONMENT}, **quiet)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -24,9 +24,9 @@ from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
 from gendist.folder_lock import locked
-from gendist.machine import IN_A_JOB
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
+from gendist.started_by import is_in_a_job
 from gendist.storage import Storage, place_of
 from gendist.storage.check import MARK
 from gendist.storage.lease import Lease
@@ -59,7 +59,7 @@ class RunDirectory:
 
     place: Path | str
     spec: Spec
-    wait_s: float = field(default_factory=lambda: JOB_WAIT_S if IN_A_JOB in os.environ else 0.0)
+    wait_s: float = field(default_factory=lambda: JOB_WAIT_S if is_in_a_job() else 0.0)
     path: Path = field(init=False)
     mirror: Mirror | None = field(default=None, init=False)
     last_written: str | None = field(default=None, init=False)

@@ -5,7 +5,6 @@ Rank 0 looks at the data and holds the run directory; the others learn from it w
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,11 +15,6 @@ from gendist.run_directory import RunDirectory
 from gendist.tracking import tracked
 from gendist.train.processes import joined, told_by_first
 from gendist.training import LocalLine, Training, held_back, kept
-
-
-def is_by_torchrun() -> bool:
-    """Whether this process is one of those."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address: str | None, watch: Watch) -> Run:

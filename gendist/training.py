@@ -25,6 +25,7 @@ from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
+from gendist.started_by import is_by_torchrun
 from gendist.storage.patience import PATIENCE_S, StorageError, patiently
 from gendist.tracking import tracked
 from gendist.train.checkpoints import TrainingCheckpoint, name_of, read
@@ -45,7 +46,7 @@ def train(
     """What `gendist.fit` does with a family of this kind."""
     if init is not None:
         raise UserError(f"init: the family {spec.family} is trained from weights that the seed tells; leave it out")
-    from gendist.torchrun import is_by_torchrun, train_in_all
+    from gendist.torchrun import train_in_all
 
     if is_by_torchrun():
         return train_in_all(spec, data, directory, address, watch)

@@ -14,6 +14,7 @@ import typer
 
 from gendist.launch import job_verbs
 from gendist.launch.arguments import Address, ArtifactArgument, Overrides, SpecArgument, WhereToCompute, command
+from gendist.started_by import is_by_torchrun, is_first
 
 INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended, and typer's
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
@@ -31,6 +32,16 @@ job_verbs.register(app)
 
 def main() -> None:
     """Run a command. A mistake of the user's is one line on stderr and exit code 2."""
+    _run()
+    if is_by_torchrun():
+        # Libraries keep the process group (DeepSpeed does), whose threads want an interpreter that has ended by then: one such
+        # exit in a hundred aborts, or waits for ever. All is written and closed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def _run() -> None:
     # A job that is told to end (SIGTERM, as schedulers do) leaves a resumable run, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if len(sys.argv) == 1:
@@ -86,7 +97,7 @@ def fit(
             print(f"# {line}")
         return
     run = _fit(resolved, run_dir or resolved.place_in_storage or f"runs/{resolved.name}", address)
-    if _is_one_of_others():
+    if not is_first():
         return
     from gendist.launch.summary import next_steps, verbs
 
@@ -353,11 +364,11 @@ def _fit(spec: Any, run_dir: str, address: str | None) -> Any:
     from gendist.launch.progress import fit_progress, log_to
     from gendist.storage import is_url
 
-    console = Console(stderr=True, quiet=_is_one_of_others())
+    console = Console(stderr=True, quiet=not is_first())
     log_to(console)
     with _interruptible(None if is_url(run_dir) else Path(run_dir) / "spec.yaml"), fit_progress(console, spec.fit) as watch:
         run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
-    if not _is_one_of_others():
+    if is_first():
         _tell(spec, run)
     return run
 
@@ -367,11 +378,6 @@ def _tell(spec: Any, run: Any) -> None:
 
     for line in summary(spec, run):
         print(line)
-
-
-def _is_one_of_others() -> bool:
-    """Whether torchrun started this process beside the first one, which alone speaks."""
-    return os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
@@ -399,7 +405,7 @@ def _interruptible(begun: Path | None) -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    if not _is_one_of_others():
+    if is_first():
         print(f"error: {message}", file=sys.stderr, flush=True)
     if ray_cluster := sys.modules.get("gendist.ray_cluster"):
         ray_cluster.end_without_head(code)

@@ -12,6 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Its functions take the group of all processes, as it is when the module is imported, for a default: first imported with an
+# optimizer, after the group is made, they would keep the group's threads beyond its end, and now and then a process that does
+# not get through its exit.
+import torch.distributed.nn.functional
+
 from gendist.protocols import UserError
 
 TIMEOUT_S = 600.0  # of a collective: a process that has gone is noticed then, where its connection does not tell at once

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,6 +134,32 @@ def test_the_environment_of_torchrun_makes_a_group_for_as_long_as_it_is_used(mon
         assert found == ALONE
         assert dist.is_initialized()
     assert not dist.is_initialized()
+
+
+def test_no_thread_of_a_group_outlives_it(tmp_path):
+    """Those of gloo want the interpreter: where it ends before they do, the process aborts or never ends."""
+    program = """
+import os, torch
+from pathlib import Path
+from gendist.train.processes import joined
+
+def of_gloo():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+with joined(use_gpu=False, timeout_s=20.0):
+    torch.optim.Adam([torch.nn.Parameter(torch.ones(3))])
+    during = of_gloo()
+print(during, of_gloo())
+"""
+    variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **variables}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    during, after = map(int, done.stdout.split())
+    assert during > 0
+    assert after == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
