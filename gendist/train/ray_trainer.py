@@ -133,15 +133,12 @@ def train_on_ray(
         if listener.error is not None:
             raise listener.error
         return result
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error) from None
-    except ray.exceptions.RayActorError:
-        if listener.error is None:
-            raise
-        raise listener.error from None
-    except KeyboardInterrupt:
-        if listener.error is not None and is_without_head():
-            raise listener.error from None  # the interrupt was our own: see `_interrupt`
+    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError, KeyboardInterrupt) as error:
+        # What the listener met is why Ray fails after it. An interrupt is our own where the head is gone: see `_interrupt`.
+        if listener.error is not None and (is_without_head() or not isinstance(error, KeyboardInterrupt)):
+            raise listener.error from None
+        if isinstance(error, ray.train.TrainingFailedError):
+            raise _cause(error) from None
         raise
     finally:
         with uninterrupted():
