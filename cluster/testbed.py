@@ -616,7 +616,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     up.add_argument("--hosts", type=int, default=3)
     up.add_argument("--cpus", type=int, default=1, help="that each host has for Ray (1)")
     up.add_argument("--head-cpus", type=int, help="that the head has (as many)")
-    up.add_argument("--token", help="of the cluster (one that is made up)")
     for verb, text in {
         "status": "the hosts, and which of them are nodes of the cluster",
         "add": "one more host",
@@ -661,7 +660,7 @@ def _up(given: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     with Testbed(given.hosts, given.cpus, head_cpus=given.head_cpus) as bed:
-        bed.start_ray(given.token)
+        bed.start_ray()
         here = f"{shlex.quote(sys.executable)} {os.path.relpath(__file__)}"
         for host in bed.hosts:
             print(f"host {host.number}  {host.address}  logs in {host.folder}/session_latest/logs")

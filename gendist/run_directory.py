@@ -29,7 +29,7 @@ from gendist.run import Run
 from gendist.started_by import is_in_a_job
 from gendist.storage import Storage, place_of
 from gendist.storage.check import MARK
-from gendist.storage.lease import Lease
+from gendist.storage.lease import Holder, Lease
 from gendist.storage.mirror import Mirror, StopSign
 from gendist.storage.patience import StorageError, first_whole, patiently
 from gendist.storage.working_copy import working_copy
@@ -130,7 +130,8 @@ class RunDirectory:
         """Take away the lease of a process that was killed when it had finished the run."""
         if self.mirror:
             with suppress(UserError), self.quickly():
-                if self.mirror.storage.read(LEASE) is not None:
+                holder = Holder.parse(self.mirror.storage.read(LEASE))
+                if holder is not None and holder.is_known_dead():
                     self.mirror.forget([LEASE, WRITER, STOP])
 
     def _leave_nothing_behind(self) -> None:
@@ -138,7 +139,10 @@ class RunDirectory:
         copy. Whoever has lost the run by now changes nothing of it."""
         with suppress(UserError, OSError), self.quickly():
             if self.mirror:
-                self.mirror.push_folder("wandb")
+                try:
+                    self.mirror.push_folder("wandb")
+                except (StorageError, OSError) as error:
+                    logger.warning("%s: what wandb has kept did not get there (%s)", self.place, error)
                 marks = [name for name in self.mirror.storage.names() if name.startswith(MARK)]
                 self.mirror.forget([WRITER, STOP, *marks])
             else:
@@ -317,6 +321,8 @@ class RunDirectory:
     def ask_to_stop(self) -> None:
         """Whoever fits, on whatever machine."""
         if self.storage:
+            if self.mirror and self.mirror.writer:
+                self.mirror.writer.check()  # whoever has lost the run stops nobody else's
             self.storage.write(STOP, b"")
         else:
             (self.path / STOP).touch()

@@ -15,6 +15,9 @@ NAME_OF_A_SECRET = re.compile(
     r"|(^|[_-])(sig|key|auth|authorization|jwt|sas|pwd|pass)($|[_-])"
 )
 
+# In a key before the host there may be what ends a host for `urlsplit`: half of all AWS keys hold a slash. A number is a port.
+KEY_BEFORE_HOST = re.compile(r"://[^/?#@\[:]*:(?!:|\d{1,5}(?:[/?#]|$))[^@]*@")
+
 
 def secret_in_url(url: str) -> str | None:
     """What in a path or URL looks like a secret, by its name and without its value; None where nothing does.
@@ -27,6 +30,8 @@ def secret_in_url(url: str) -> str | None:
         return None
     # Chained ones, such as `simplecache::s3://...`, have several; what is behind a bracket that is not closed is no host.
     for part in url.split("::"):
+        if KEY_BEFORE_HOST.search(part):
+            return "a password before the host"
         try:
             split = urlsplit(part)
         except ValueError:
@@ -49,6 +54,8 @@ def _in_snake_case(name: str) -> str:
 
 def without_secrets(url: str) -> str:
     """What may be shown of it: all but what stands before the host and in the query."""
+    if key := KEY_BEFORE_HOST.search(url):
+        url = url[: key.start()] + "://" + url[key.end() :]
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url

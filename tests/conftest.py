@@ -87,6 +87,7 @@ def store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     from gendist.storage import lease
 
     monkeypatch.setattr(lease, "SETTLE_S", 0.0)
+    monkeypatch.setattr(lease, "QUICK_S", 60.0)
     monkeypatch.setattr(ObjectStore, "calls", [])
     monkeypatch.setattr(ObjectStore, "dies_at", None)
     return f"objects://{tmp_path}/store"

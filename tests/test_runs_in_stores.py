@@ -260,7 +260,7 @@ def test_a_damaged_checkpoint_is_passed_over(kind, plain, store, tmp_path):
     folder = tmp_path / "store" / "run"
 
     def lose():
-        (newest,) = steps(folder)[-1:]
+        newest = [step for step in steps(folder) if (folder / "checkpoints" / step / ".files.json").exists()][-1]
         next(path for path in (folder / "checkpoints" / newest).rglob("*.safetensors")).write_bytes(b"half")
         raise Killed
 
@@ -292,6 +292,7 @@ def test_whoever_has_lost_a_run_changes_nothing_of_it(store):
             for act in (
                 loser.abandon,
                 loser.forget_to_stop,
+                loser.ask_to_stop,
                 lambda: loser.checkpoint_written("00000002", set),
                 lambda: loser.append_metrics([]),
             ):

@@ -28,6 +28,8 @@ GLUED = ("authtoken", "accesstoken", "secretkey", "auth", "pwd", "jwt", "bearer"
         *(f"https://example.org/x?{name}={SECRET}" for name in GLUED),
         f"https://{SECRET}@example.org/x.npy",
         f"s3://AKIAEXAMPLE%3A{SECRET}@bucket/runs",
+        *(f"s3://AKIAEXAMPLE:wJal{special}{SECRET}@bucket/runs/x" for special in "/?#[+"),
+        f"simplecache::s3://AKIAEXAMPLE:wJal/{SECRET}/k@bucket/runs",
     ],
 )
 def test_a_secret_is_refused_wherever_it_stands_and_not_told(url):
@@ -64,6 +66,11 @@ def test_a_secret_is_refused_wherever_it_stands_and_not_told(url):
         "https://example.org/x.parquet?tokenizer=bpe&author=me&passage=3&keyword=sea&signal=4",
         "https://example.org/x.parquet?token=",
         "http://[::1/x.parquet",
+        "http://host:8080/a@b/x.parquet",
+        "http://[::1]:8265/x@y",
+        "hdfs://namenode:8020/user@realm/x.parquet",
+        "hf://datasets/user/name@main/x.parquet",
+        "zip://x.csv::https://example.org/p@q.zip",
         "user:password@not-a-url",
     ],
 )

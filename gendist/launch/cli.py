@@ -14,9 +14,9 @@ import typer
 
 from gendist.launch import job_verbs
 from gendist.launch.arguments import Address, ArtifactArgument, Overrides, SpecArgument, WhereToCompute, command
+from gendist.launch.job_keeper import INTERRUPTED
 from gendist.started_by import is_by_torchrun, is_first
 
-INTERRUPTED = 130  # the shell's code for a process that Ctrl-C ended, and typer's
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
 
 app = typer.Typer(

@@ -24,7 +24,7 @@ from typing import Any
 from gendist.launch.job_lines import Progress, heard, say
 
 DRIVER = (sys.executable, "-m", "gendist.launch.job_driver")
-INTERRUPTED = 130  # the exit code of a fit that was told to stop
+INTERRUPTED = 130  # the exit code of what was told to stop: the shell's after Ctrl-C, and typer's
 STDOUT = 1
 MAX_ENDS = 3  # before its time, without progress in between
 PAUSE_S = 1.0

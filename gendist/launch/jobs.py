@@ -181,7 +181,7 @@ class Submission:
                 if followed.progress.num_ends >= MAX_ENDS:
                     break
                 console.print(f"{attempt.submission_id} was lost with its node or process", highlight=False)
-                attempt = patiently(self.begin)
+                attempt = reconnecting(self.begin)
         if end is End.FINISHED:
             self.tell_what_came(followed.finished)
         elif end is End.REFUSED:
@@ -213,7 +213,7 @@ class Submission:
                         console.print(text.rstrip(), highlight=False, markup=False, soft_wrap=True)
                     else:
                         preamble.append(text)
-            ended = patiently(lambda: self.jobs.attempt(attempt.submission_id))
+            ended = reconnecting(lambda: self.jobs.attempt(attempt.submission_id))
         except Unknown:
             return None
         if end_of(ended) is End.FAILED:
@@ -290,7 +290,7 @@ def submit(spec: Spec, run_dir: str | None, address: str | None, is_detached: bo
         return GIVEN_UP
 
 
-def patiently(ask: Callable[[], T]) -> T:
+def reconnecting(ask: Callable[[], T]) -> T:
     """What is answered; where nothing is, asked again for a while, and then Lost."""
     until = time.monotonic() + RECONNECT_S
     while True:

@@ -213,8 +213,20 @@ class _Client(JobSubmissionClient):
             logging.getLogger(name).setLevel(logging.ERROR)
         SubmissionClient.__init__(self, address, headers=headers)
 
-    def _do_request(self, method: str, endpoint: str, **others: Any) -> Any:
-        return super()._do_request(method, endpoint, timeout=(CONNECT_TIMEOUT_S, UPLOAD_TIMEOUT_S), **others)
+    def _do_request(self, method: str, endpoint: str, *, data: Any = None, json_data: Any = None, **others: Any) -> Any:
+        with requests.Session() as session:
+            session.trust_env = False  # as in RayJobs._ask: the token is for no proxy, and no .netrc has another
+            return session.request(
+                method,
+                self._address + endpoint,
+                data=data,
+                json=json_data,
+                cookies=self._cookies,
+                headers=self._headers,
+                verify=self._verify,
+                timeout=(CONNECT_TIMEOUT_S, UPLOAD_TIMEOUT_S),
+                **others,
+            )
 
 
 def _address(given: str | None) -> str:

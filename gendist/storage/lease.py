@@ -24,7 +24,8 @@ from gendist.storage.objects import Storage
 RENEW_S = 10.0
 EXPIRES_S = 35.0  # three times as long, and then some
 LOOK_S = 1.0
-SETTLE_S = 0.3  # for somebody who takes it at the same moment
+QUICK_S = 0.3  # from a look at it until it is taken, unless the store is slow
+SETTLE_S = QUICK_S  # for somebody who takes it at the same moment
 
 _held_here: set[str] = set()  # the tokens of the leases of this process
 logger = logging.getLogger("gendist")
@@ -115,19 +116,21 @@ class Lease:
     name: str
     holder: Holder = field(default_factory=Holder.here)
     lost: Taken | None = field(default=None, init=False)
-    _one_at_a_time: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
+    _one_at_a_time: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+    _is_half_there: bool = field(default=False, init=False, repr=False)  # where a renewal broke off, and a store keeps a part
 
     @contextmanager
     def held(self, wait_s: float = 0.0) -> Iterator[Lease]:
         """Take it where nobody has it, and keep it for the length of a `with` block. UserError where somebody has, and has it
         still after so long a wait."""
-        self._await_free(wait_s)
+        looked_at = self._await_free(wait_s)
         done = threading.Event()
         renewing = threading.Thread(target=self._renew, args=(done,), name="lease", daemon=True)
         _held_here.add(self.holder.token)
         try:
             self.seize()
-            time.sleep(SETTLE_S)
+            # Where the store was slow, somebody who looked at the same moment has settled by now, and finds out at a renewal.
+            time.sleep(SETTLE_S if time.monotonic() - looked_at <= QUICK_S else SETTLE_S + RENEW_S)
             self.check()
             renewing.start()
             yield self
@@ -135,8 +138,10 @@ class Lease:
             done.set()
             if renewing.ident:
                 renewing.join()
-            _held_here.discard(self.holder.token)
-            self.release()
+            try:
+                self.release()
+            finally:
+                _held_here.discard(self.holder.token)  # not before: somebody of this process might seize it, and lose it
 
     def seize(self) -> None:
         """Take it from whoever has it, who will find out."""
@@ -144,13 +149,17 @@ class Lease:
 
     def check(self, is_patient: bool = True) -> None:
         """UserError unless it is there, and this holder's."""
-        storage = replace(self.storage, is_patient=is_patient and self.storage.is_patient)
-        with self._one_at_a_time:  # what is being renewed may be half there
-            there = Holder.parse(storage.read(self.name))
-        if there is None or there.token != self.holder.token:
-            self.lost = self._taken(there)
         if self.lost:
             raise self.lost
+        storage = replace(self.storage, is_patient=is_patient and self.storage.is_patient)
+        with self._one_at_a_time:  # what is being renewed may be half there
+            content = storage.read(self.name)
+            there = Holder.parse(content)
+            if content is not None and there is None and self._is_half_there:
+                return
+            if there is None or there.token != self.holder.token:
+                self.lost = self._taken(there)
+                raise self.lost
 
     def release(self) -> None:
         with suppress(UserError):
@@ -159,41 +168,48 @@ class Lease:
             if there is not None and there.token == self.holder.token:
                 quick.remove([self.name])
 
-    def _await_free(self, wait_s: float) -> None:
-        """Until nobody has it, or whoever has it is gone: known to be dead, or silent for EXPIRES_S on another machine."""
+    def _await_free(self, wait_s: float) -> float:
+        """Until nobody has it, or whoever has it is gone: known to be dead, or silent for EXPIRES_S on another machine. Returns
+        when the look at it began that told (`time.monotonic`)."""
+        self.storage.read(self.name)  # the first time takes longer than any other
+        began = looked_at = time.monotonic()
         there = self.storage.read(self.name)
-        began = written_at = time.monotonic()
-        is_at_work, said = False, ""
+        silent_s, is_at_work, said = 0.0, False, ""
         while there is not None:
             holder = Holder.parse(there)
             if holder and holder.is_known_dead():
-                return
+                return looked_at
             is_here = holder is not None and holder.host == self.holder.host
-            now = time.monotonic()
-            if not is_here and now - written_at >= EXPIRES_S:
-                return
+            if not is_here and silent_s >= EXPIRES_S:
+                return looked_at
             is_at_work |= is_here
-            if is_at_work and now - began >= wait_s:
+            if is_at_work and time.monotonic() - began >= wait_s:
                 raise self._taken(holder)
             saying = f"is at work here; it is waited for, up to {wait_s:.0f} s" if is_at_work else (
                 f"was at work here; looking for {EXPIRES_S:.0f} s whether it still is")  # fmt: skip
             if saying != said:
                 logger.warning("%s: %s %s", self.storage.url, _called(holder), saying)
                 said = saying
+            before, looked_before = there, looked_at
             time.sleep(LOOK_S)
-            before, there = there, self.storage.read(self.name)
+            looked_at = time.monotonic()
+            there = self.storage.read(self.name)
+            # While the store answers nobody, the holder can say nothing: of a look that took long, little counts.
+            silent_s += min(looked_at - looked_before, 2.0 * LOOK_S)
             if there != before:
-                is_at_work, written_at = True, time.monotonic()
+                is_at_work, silent_s = True, 0.0
+        return looked_at
 
     def _renew(self, done: threading.Event) -> None:
         """What the thread does. Where the store does not answer, whoever writes there says so."""
         storage = replace(self.storage, is_patient=False)
         while not done.wait(RENEW_S):
-            with suppress(Exception):
+            with suppress(Exception), self._one_at_a_time:
                 self.check(is_patient=False)
                 self.holder = replace(self.holder, renewed=self.holder.renewed + 1)
-                with self._one_at_a_time:
-                    storage.write(self.name, self.holder.in_bytes())
+                self._is_half_there = True
+                storage.write(self.name, self.holder.in_bytes())
+                self._is_half_there = False
             if self.lost:
                 return
 

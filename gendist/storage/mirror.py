@@ -69,8 +69,8 @@ class Mirror:
     def push_folder(self, folder: str, last: str | None = None) -> None:
         """All files below a folder of the working copy."""
         names = [path.relative_to(self.local).as_posix() for path in sorted((self.local / folder).rglob("*")) if path.is_file()]
-        ending = f"{folder}/{last}"
-        self.push(*(name for name in names if name != ending), ending)
+        ending = [f"{folder}/{last}"] if last else []
+        self.push(*(name for name in names if name not in ending), *ending)
 
     def push_artifact(self) -> None:
         """With it the run is finished."""
@@ -88,9 +88,9 @@ class Mirror:
             return {path.relative_to(here).as_posix(): _stamp(path) for path in files}
 
         contents = patiently(str(here), read)
-        self._check_writer()
         for path in (*DESCRIPTIONS, *(f"{folder}/{path}" for path in contents)):
             if (self.local / path).exists():
+                self._check_writer()
                 self.storage.upload(self.local / path, path)
         self._check_writer()
         self.storage.write(f"{folder}/{LIST}", json.dumps(contents).encode())

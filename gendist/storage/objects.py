@@ -37,7 +37,8 @@ def place_of(given: str | Path) -> Path | str:
     text = str(given)
     if isinstance(given, Path) or not URL.match(text):
         if isinstance(given, Path) and BROKEN_URL.match(text):
-            raise UserError(f"{text}: a URL that was made a path, which loses a slash; give it as text")
+            shown = without_secrets(text.replace(":/", "://", 1))
+            raise UserError(f"{shown}: a URL that was made a path, which loses a slash; give it as text")
         return Path(given)
     check_url(text)
     for scheme in FOLDERS:
@@ -108,7 +109,9 @@ class Storage:
         self._do(name, lambda: system.put_file(str(path), f"{root}/{name}"))
 
     def download(self, name: str, path: Path) -> None:
-        """Make an object a file; FileNotFoundError where there is no such."""
+        """Make an object a file; FileNotFoundError where there is no such, UserError where its name leads out of a folder."""
+        if any(part in ("", "..") for part in name.split("/")):
+            raise UserError(f"{self.url}: {name!r} is no name of a file below it: gendist has not written it")
         system, root = _opened(self.url)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._do(name, lambda: system.get_file(f"{root}/{name}", str(path)), FileNotFoundError)

@@ -76,6 +76,17 @@ def test_the_token_comes_from_where_ray_looks_for_it(head, monkeypatch, tmp_path
     assert RayJobs.at(head).versions()
 
 
+def test_a_token_is_for_the_head_and_neither_a_proxy_nor_a_netrc_has_a_part_in_it(head, monkeypatch, tmp_path):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login u password p\n")
+    assert RayJobs.at(head).versions()
+    answer = ray_jobs._Client(head, {"Authorization": f"Bearer {TOKEN}"})._do_request("GET", "/api/version")
+    assert answer.status_code == 200
+
+
 def test_the_address_may_come_from_the_environment(head, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", head)
     assert RayJobs.at(None).address == head

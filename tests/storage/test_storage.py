@@ -6,6 +6,7 @@ import errno
 import json
 import subprocess
 import threading
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -58,8 +59,9 @@ def test_a_place_is_a_path_or_a_url():
     assert place_of("s3://bucket/runs/x/") == "s3://bucket/runs/x"
     assert place_of("sftp://me@host/runs") == "sftp://me@host/runs"
     assert [is_url(place) for place in ("runs/x", "file:///x", "gs://b/x", Path("x"))] == [False, False, True, False]
-    with pytest.raises(UserError, match="a URL that was made a path"):
-        place_of(Path("s3://bucket/runs"))
+    with pytest.raises(UserError, match="a URL that was made a path") as told:
+        place_of(Path("s3://key:secret@bucket/runs"))
+    assert "secret" not in str(told.value)
 
 
 @pytest.mark.parametrize("url", ["s3://key:secret@bucket/x", "gs://bucket/x?token=secret", "https://a:secret@b/c?d=secret"])
@@ -93,6 +95,12 @@ def test_objects_are_whole(scheme, store, tmp_path):
         storage.download("a/c", tmp_path / "e")
     storage.remove(["a/b.json", "never there"])
     assert storage.names() == ["ab"]
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "a//tmp/x", "../x", "a/../../x", "a/.."])
+def test_no_name_in_a_store_leads_out_of_a_folder(store, tmp_path, name):
+    with pytest.raises(UserError, match="is no name of a file below it"):
+        Storage(store).download(name, tmp_path / "inside" / name)
 
 
 def elsewhere(**changes) -> Holder:
@@ -135,6 +143,84 @@ def test_one_that_has_lost_it_finds_out(soon, store):
         with pytest.raises(UserError, match="process 7 of far"):
             held.check()
     assert storage.names() == ["lease"], "it is not taken from whoever has it now"
+
+
+def test_of_two_who_come_at_once_to_a_slow_store_one_has_it(soon, store, monkeypatch):
+    """The second has looked when nobody had it, and has its word there when the first has settled and is at work."""
+    monkeypatch.setattr(lease, "QUICK_S", 0.0)
+    monkeypatch.setattr(lease, "RENEW_S", 1.0)
+    storage, is_in, ended = Storage(store), threading.Event(), threading.Event()
+    lost: list[str] = []
+
+    class Slow(Storage):
+        def write(self, name, content):
+            assert is_in.wait(30)
+            super().write(name, content)
+
+    def first():
+        try:
+            with Lease(storage, "lease", elsewhere()).held() as mine:
+                is_in.set()
+                while not ended.wait(0.01):
+                    mine.check()
+        except Taken:
+            lost.append("first")
+
+    second = Lease(Slow(store), "lease")
+    looked = second._await_free(0.0)
+    monkeypatch.setattr(second, "_await_free", lambda wait_s: looked)
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        with second.held():
+            assert lost == ["first"], "it has found out before the second begins"
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_while_a_store_answers_nobody_a_holder_is_not_silent(soon, store, monkeypatch):
+    storage = Storage(store)
+    lease_of_other = Lease(storage, "lease", elsewhere())
+    lease_of_other.seize()
+    looks = 0
+
+    class Away(Storage):
+        def read(self, name):
+            nonlocal looks
+            looks += 1
+            if looks == 5:
+                time.sleep(2.0)  # four times as long as a silent holder is given
+                lease_of_other.holder = replace(lease_of_other.holder, renewed=1)
+                content = super().read(name)
+                lease_of_other.seize()  # just after the first look for a long time
+                return content
+            return super().read(name)
+
+    with pytest.raises(Taken, match="process 7 of far"), Lease(Away(store), "lease").held():
+        pass
+
+
+def test_a_renewal_that_breaks_off_is_written_anew(soon, store):
+    """As of a store that keeps what has arrived when a connection is lost."""
+    breaking = threading.Event()
+
+    class Breaking(Storage):
+        def write(self, name, content):
+            if breaking.is_set():
+                breaking.clear()
+                super().write(name, content[:20])
+                raise ConnectionResetError
+            super().write(name, content)
+
+    # `_renew` asks for a store that does not wait, which is one of the same class.
+    with Lease(Breaking(store), "lease").held() as held:
+        breaking.set()
+        until = time.monotonic() + 30
+        while breaking.is_set() or Holder.parse(Storage(store).read("lease")) is None:
+            held.check()
+            assert time.monotonic() < until
+        held.check()
 
 
 def test_what_is_half_written_is_not_believed(soon, store):
