@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from gendist.config import Spec, family_class
@@ -248,17 +247,15 @@ def speed_of(spec: Spec, sizes: Sizes, networks: Networks, machine: Machine) -> 
 
 def _fastest_step(spec: Spec, sizes: Sizes, networks: Networks, num_samples: int) -> tuple[float, float]:
     """Products and seconds of a phase, in the fastest step after the first, of the plain engine in one process."""
-    changes = {
-        "num_steps": TRIAL_STEPS,
-        "global_batch_size": num_samples,
-        "labelled_batch_size": None,
-        "micro_batch_size": None,
-        "engine": EngineConfig(),
-        "compile": False,
-        "eval_every": 0,
-    }
+    plain = {"engine": EngineConfig(), "labelled_batch_size": None, "micro_batch_size": None, "compile": False, "eval_every": 0}
     assert isinstance(spec.fit, DeepConfig)
-    config, began = spec.fit.model_copy(update=changes), list[float]()
+    config = spec.fit.model_copy(update=plain | {"num_steps": TRIAL_STEPS, "global_batch_size": num_samples})
+    # Of one class each, so that every family can take them; zeros and ones, which any likelihood takes.
+    numbers, classes = torch.arange(num_samples), torch.arange(len(sizes.labels))
+    evidence = torch.where(numbers[:, None] % len(classes) == classes, 0.0, -torch.inf).numpy() if sizes.labels else None
+    (block,) = sizes.trial_blocks(1, num_samples, "categories")
+    rows = RowSet(block.x.float().numpy(), numbers.numpy(), evidence=evidence)
+    began: list[float] = []
 
     def asked() -> Asked:
         began.append(time.process_time())
@@ -268,20 +265,10 @@ def _fastest_step(spec: Spec, sizes: Sizes, networks: Networks, num_samples: int
         model = family_class(spec.family).create(spec.model, sizes.x_shape, sizes.labels, spec.seed)
         engine = engine_class(config)(Processes(0, 1, torch.device("cpu")), config)
         engine.prepare(model.networks())
-        for _ in train(
-            model, engine, _noise(num_samples, model.num_features, len(sizes.labels)), config, spec.seed, asked=asked
-        ):
+        for _ in train(model, engine, rows, config, spec.seed, asked=asked):
             pass
         began.append(time.process_time())
     fastest = min(range(1, TRIAL_STEPS), key=lambda number: began[number + 1] - began[number])
     phases = model.phases(fastest)
     flops = num_samples * sum(cost.flops for cost in networks.phases if cost.phase in phases)
     return flops / len(phases), (began[fastest + 1] - began[fastest]) / len(phases)
-
-
-def _noise(num_samples: int, num_features: int, num_classes: int) -> RowSet:
-    """Zeros and ones, which any likelihood takes, of one class each, so that every family can take them."""
-    rows = np.arange(num_samples)
-    x = np.random.default_rng(0).integers(0, 2, (num_samples, num_features)).astype(np.float32)
-    evidence = np.where(rows[:, None] % num_classes == np.arange(num_classes), 0.0, -np.inf) if num_classes else None
-    return RowSet(x, rows, evidence=evidence)

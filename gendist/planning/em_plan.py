@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
 
 from gendist.blocks import Leaves, LocalBlocks
 from gendist.config import Spec, family_class, model_class
@@ -47,10 +46,6 @@ def em_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, worker
         share_held_out=spec.data.validation_fraction,
     )
     work, how = try_iterations(stated, spec, sizes, kind, machine)
-    of_classes = getattr(spec.model, "labels", None) == "classes"
-    if of_classes:  # each row is of the model of its class, which tells its density first
-        number = len(sizes.labels)
-        work = replace(work, row_s=1.5 * work.row_s, merge_s=number * work.merge_s, m_step_s=number * work.m_step_s)
     chosen = iteration(work, workers, network)
 
     fits = chosen.memory_bytes <= machine.memory_bytes
@@ -71,24 +66,31 @@ def em_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, worker
     advice.append(f"most of an iteration is {most}")
     assumptions = [
         f"time of a row: {how}",
-        "every row has the label of its class" if of_classes else "no label is known, and nothing is missing",
+        "every row has the label of its class" if _is_of_classes(spec) else "no label is known, and nothing is missing",
         "workers do not slow each other down, as cores that share a memory do",
         "a task of Ray takes the driver 1.15 ms, a pass 4 ms; parts of an iteration follow one another",
     ]
     if not keeps:
         assumptions.append("reading the rows again in every pass (data.cache: none) is not counted")
-    facts = {
-        "iteration": chosen.as_dict(),
-        "num_passes": work.num_passes,
-        "pass_cost": asdict(cost),
-        "num_leaves": leaves.num_leaves,
-    }
-    return Plan(chosen, [iteration(work, count, network) for count in counts], summary, [], advice, assumptions, facts)
+    return Plan(
+        chosen=chosen,
+        curve=[iteration(work, count, network) for count in counts],
+        summary=summary,
+        tables=[],  # nobody has a choice
+        advice=advice,
+        assumptions=assumptions,
+        facts={
+            "iteration": chosen.as_dict(),
+            "pass_cost": asdict(cost),
+            "num_leaves": leaves.num_leaves,
+            "num_passes": work.num_passes,
+        },
+    )
 
 
 def pass_cost(spec: Spec, sizes: Sizes) -> tuple[PassCost, str]:
     """What the family says, and the kind of noise that it takes. UserError where it says nothing, or takes neither."""
-    family, of_classes, refused = family_class(spec.family), model_class(spec.family, spec.model), None
+    family, labels, refused = family_class(spec.family), () if _is_of_classes(spec) else sizes.labels, None
     if not hasattr(family, "pass_cost"):
         raise UserError(
             f"the family {spec.family} does not say what a pass costs: give its model a class method pass_cost "
@@ -98,11 +100,11 @@ def pass_cost(spec: Spec, sizes: Sizes) -> tuple[PassCost, str]:
         blocks = _blocks(sizes.trial_blocks(1, min(sizes.leaves.max_leaf_rows, sizes.num_rows), kind))
         summary = replace(survey(blocks), features=sizes.features)
         try:
-            family.check(spec.model, summary, sizes.labels if of_classes is family else ())
+            family.check(spec.model, summary, labels)
         except UserError as error:
             refused = refused or error
         else:
-            return of_classes.pass_cost(spec.model, summary, sizes.labels), kind
+            return model_class(spec.family, spec.model).pass_cost(spec.model, summary, sizes.labels), kind
     assert refused is not None
     raise refused
 
@@ -125,9 +127,10 @@ def try_iterations(stated: Work, spec: Spec, sizes: Sizes, kind: str, machine: M
         return stated, how
     number = max(2, min(int(COLD_BYTES // (sizes.row_bytes * num_rows)), sizes.leaves.num_leaves, MOST_LEAVES))
     leaves = sizes.trial_blocks(number, num_rows, kind)
-    config, blocks, compute = _of_one_model(spec.model), _blocks(leaves), Compute(spec.fit.precision)
+    config, labels, blocks, compute = spec.model, sizes.labels, _blocks(leaves), Compute(spec.fit.precision)
+    if _is_of_classes(spec):  # that of one class is tried
+        config, labels = config.model_copy(update={"labels": type(config).model_fields["labels"].default}), ()
     summary = replace(survey(blocks), features=sizes.features)
-    labels = sizes.labels if config is spec.model else ()
     try:
         with one_thread(), Counter() as counter:
             found = start_from_data(family_class(spec.family), config, blocks, summary, labels, "random_responsibilities", 0)
@@ -135,6 +138,9 @@ def try_iterations(stated: Work, spec: Spec, sizes: Sizes, kind: str, machine: M
     except UserError as error:  # such as parameters that are to stay as a start has them
         return stated, f"{how} ({error})"
     work, leaf_s = _timed(replace(stated, working_bytes=float(counter.peak_bytes)), found.model, leaves, compute)
+    if _is_of_classes(spec):  # each row is of the model of its class, which tells its density first
+        num = len(sizes.labels)
+        work = replace(work, row_s=1.5 * work.row_s, merge_s=num * work.merge_s, m_step_s=num * work.m_step_s)
     how = f"iterations over {number} blocks of {num_rows:,} rows of noise, in {duration(leaf_s)} each, on {machine.name}"
     return work, how
 
@@ -177,8 +183,6 @@ def _timed(work: Work, model: StatisticsModel, leaves: list[Block], compute: Com
     return timed, leaf_s
 
 
-def _of_one_model(config: Any) -> Any:
-    """The configuration of one model, where there is to be one a class."""
-    if getattr(config, "labels", None) != "classes":
-        return config
-    return config.model_copy(update={"labels": type(config).model_fields["labels"].default})
+def _is_of_classes(spec: Spec) -> bool:
+    """Whether there is to be a model a class."""
+    return getattr(spec.model, "labels", None) == "classes"

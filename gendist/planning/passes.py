@@ -3,7 +3,7 @@ costs. Workers take as many leaves each; what they return is merged on the drive
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gendist.blocks import Leaves
 from gendist.cost import PassCost
@@ -45,21 +45,19 @@ class Iteration(OnWorkers):
     """sent_bytes travel from workers to the driver, and broadcast_bytes from the driver to nodes."""
 
     compute_s: float
-    tasks_s: float = 0.0
-    transfer_s: float = 0.0
+    tasks_s: float
+    transfer_s: float
     merge_s: float
     m_step_s: float
-    broadcast_bytes: float = 0.0
+    broadcast_bytes: float
 
 
 def num_nodes(start: int, stop: int) -> int:
     """Into how many of the reduction's nodes the leaves start to stop merge: see `gendist/blocks/reduction.py`."""
     number = 0
-    while start < stop:
-        size = start & -start if start else 1 << (stop - start).bit_length() - 1
-        while start + size > stop:
-            size >>= 1
-        start, number = start + size, number + 1
+    while start < stop:  # the next one has a power of two of them, which divides where it starts
+        size = 1 << (stop - start).bit_length() - 1
+        start, number = start + min(size, start & -start or size), number + 1
     return number
 
 
@@ -72,27 +70,24 @@ def iteration(work: Work, num_workers: int, network: Network) -> Iteration:
     share = 1.0 - 0.5 * work.share_held_out  # a density is about half an E-step
     nodes, longest = sum(num_nodes(run.start, run.stop) for run in runs), max(map(len, runs))
     often = restarts * work.num_passes
-    held = restarts * (longest.bit_length() + 1) * work.cost.statistics_bytes
-    own = Iteration(
+    sent_bytes = broadcast_bytes = tasks_s = transfer_s = 0.0
+    if num_workers:
+        passes = work.num_passes * (2 if work.share_held_out else 1)
+        sent_bytes = float(often * nodes * work.cost.statistics_bytes)
+        broadcast_bytes = float(often * -(-workers // network.workers_per_node) * work.cost.parameters_bytes)
+        tasks_s = passes * (PASS_S + TASK_S * len(runs))
+        bytes_per_s, latency_s = network.of(workers)
+        byte_s = 1.0 / bytes_per_s + 2.0 / network.serial_bytes_per_s
+        transfer_s = (sent_bytes + broadcast_bytes) * byte_s + passes * len(runs) * latency_s
+    held_bytes = restarts * (longest.bit_length() + 1) * work.cost.statistics_bytes
+    return Iteration(
         num_workers=num_workers,
-        compute_s=restarts * (share * busiest * work.row_s + -(-len(runs) // workers) * work.once_s),
-        merge_s=often * work.merge_s * (nodes + longest - 2),
-        m_step_s=restarts * work.m_step_s,
-        sent_bytes=0.0,
-        memory_bytes=busiest * work.row_bytes + work.working_bytes + held,
-    )
-    if num_workers == 0:
-        return own
-    num_machines = -(-workers // network.workers_per_node)
-    sent_bytes = float(often * nodes * work.cost.statistics_bytes)
-    broadcast_bytes = float(often * num_machines * work.cost.parameters_bytes)
-    passes = work.num_passes * (2 if work.share_held_out else 1)
-    bytes_per_s, latency_s = network.of(workers)
-    travelling = sent_bytes + broadcast_bytes
-    return replace(
-        own,
-        tasks_s=passes * (PASS_S + TASK_S * len(runs)),
-        transfer_s=travelling * (1.0 / bytes_per_s + 2.0 / network.serial_bytes_per_s) + passes * len(runs) * latency_s,
         sent_bytes=sent_bytes,
         broadcast_bytes=broadcast_bytes,
+        memory_bytes=busiest * work.row_bytes + work.working_bytes + held_bytes,
+        compute_s=restarts * (share * busiest * work.row_s + -(-len(runs) // workers) * work.once_s),
+        tasks_s=tasks_s,
+        transfer_s=transfer_s,
+        merge_s=often * work.merge_s * (nodes + longest - 2),
+        m_step_s=restarts * work.m_step_s,
     )
