@@ -324,11 +324,8 @@ def plan(
     """Tell what a fit will hold, send and take on so many workers, and what it assumes; nothing is started."""
     import json
 
-    from rich.console import Console
-
     from gendist.config import load_spec
     from gendist.planning import plan_of
-    from gendist.planning.answer import WIDTH
 
     planned = plan_of(
         load_spec(spec, overrides or ()),
@@ -344,7 +341,7 @@ def plan(
     )
     if out is not None:
         out.write_text(json.dumps(planned.facts, indent=2, allow_nan=False) + "\n")
-    planned.show(Console(width=WIDTH))
+    planned.show()
 
 
 @app.command()

@@ -48,7 +48,8 @@ class Plan:
     assumptions: list[str]
     facts: dict[str, Any]
 
-    def show(self, console: Console) -> None:
+    def show(self) -> None:
+        console = Console(width=WIDTH)
         for part in (*self.summary, *self.tables):
             console.print(part, highlight=False)
         for title, lines in (("advice", self.advice), ("assumed", self.assumptions)):

@@ -126,14 +126,12 @@ def sizes_of(spec: Spec, family: Any, num_rows: int | None, num_features: int | 
         features = _numbered(pca.num_components)
 
     rows, length = num_rows or source.num_rows, 0
+    leaves = Leaves.of_sparse_rows(rows) if schema.is_sparse else Leaves.of_shape(rows, len(features))
     if isinstance(source, SequenceSource):
         length = round(source.num_rows / source.num_sequences)
+        leaves = _sequence_leaves(rows, length, len(features), cuts)
         if num_rows is None:
             leaves = Leaves.of_sequences(source.bounds, len(features), cuts)
-        else:
-            leaves = _sequence_leaves(rows, length, len(features), cuts)
-    else:
-        leaves = Leaves.of_sparse_rows(rows) if schema.is_sparse else Leaves.of_shape(rows, len(features))
     x_shape = (not data.transforms and schema.image_shape) or (len(features),)
     return Sizes(rows, features, x_shape, leaves, labels, length, schema.is_sparse, assumed)
 
