@@ -24,7 +24,7 @@ from tables import print_machine, print_table, scale_option
 
 from gendist.config import load_spec
 from gendist.fitting import fit
-from gendist.planning import Where, plan_of
+from gendist.planning import plan_of
 from gendist.planning.machines import quickest_quarter
 
 NUM_ITERATIONS, NUM_STEPS, RECORD_EVERY = 10, 60, 10
@@ -100,13 +100,13 @@ def main() -> None:
             if options.case and name not in options.case:
                 continue
             for workers in options.workers:
-                where = Where(workers, workers_per_node=options.workers_per_node)
                 planned: list[float] = []
                 measured: list[float] = []
                 took: list[float] = []
                 for _ in range(options.rounds):
                     began = time.monotonic()
-                    chosen = plan_of(load_spec({**content, "cluster": {"num_workers": workers}}), where).found.chosen
+                    spec = load_spec({**content, "cluster": {"num_workers": workers}})
+                    chosen = plan_of(spec, workers, workers_per_node=options.workers_per_node).chosen
                     took.append(time.monotonic() - began)
                     planned.append(chosen.seconds)
                     measured += measured_s(content, workers, options.address)

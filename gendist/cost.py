@@ -10,14 +10,20 @@ from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from math import prod
 from operator import add
+from typing import Self
 
 from torch import Tensor
 
-FLOAT64_BYTES = 8
+
+class _Summed:
+    """Dataclasses whose values are added field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(add, astuple(self), astuple(other)))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
-class PassCost:
+class PassCost(_Summed):
     """Of a pass of expectation-maximization: what a family's `pass_cost` returns.
 
     flops_per_row     of an E-step, as if rows were dense
@@ -29,12 +35,9 @@ class PassCost:
     statistics_bytes: int
     parameters_bytes: int
 
-    def __add__(self, other: PassCost) -> PassCost:
-        return PassCost(*map(add, astuple(self), astuple(other)))
-
 
 @dataclass(frozen=True)
-class StateBytes:
+class StateBytes(_Summed):
     """What an engine holds of networks on each process, on the device unless said otherwise.
 
     in_transit  buckets that gradients travel in, and parameters that are whole for as long as they are computed with
@@ -52,20 +55,14 @@ class StateBytes:
     def on_device(self) -> float:
         return self.parameters + self.gradients + self.optimizer + self.average + self.in_transit
 
-    def __add__(self, other: StateBytes) -> StateBytes:
-        return StateBytes(*map(add, astuple(self), astuple(other)))
-
 
 @dataclass(frozen=True)
-class Traffic:
+class Traffic(_Summed):
     """What each process sends in an optimizer step, by rings (Patarasuk & Yuan 2009): of a buffer of b bytes that n processes
     reduce, scatter or gather, (n - 1) / n b in n - 1 rounds; an all-reduce is two of these."""
 
     sent_bytes: float = 0.0
     num_rounds: float = 0.0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.sent_bytes + other.sent_bytes, self.num_rounds + other.num_rounds)
 
     def times(self, often: float) -> Traffic:
         return Traffic(often * self.sent_bytes, often * self.num_rounds)
@@ -83,4 +80,4 @@ def has_values(x: Tensor) -> bool:
 
 def tensor_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Of float64 tensors of these shapes; the names say to the reader which they are."""
-    return sum(FLOAT64_BYTES * prod(shape) for shape in shapes.values())
+    return sum(8 * prod(shape) for shape in shapes.values())

@@ -324,17 +324,24 @@ def plan(
     """Tell what a fit will hold, send and take on so many workers, and what it assumes; nothing is started."""
     import json
 
-    from rich.console import Console
-
     from gendist.config import load_spec
-    from gendist.planning import Where, plan_of
-    from gendist.planning.tables import WIDTH, show
+    from gendist.planning import plan_of
 
-    where = Where(workers, gpus_per_node, gpu, workers_per_node, memory_gb, network_gbits, latency_us)
-    planned = plan_of(load_spec(spec, overrides or ()), where, rows, features)
+    planned = plan_of(
+        load_spec(spec, overrides or ()),
+        workers,
+        gpus_per_node=gpus_per_node,
+        gpu=gpu,
+        workers_per_node=workers_per_node,
+        memory_gb=memory_gb,
+        network_gbits=network_gbits,
+        latency_us=latency_us,
+        num_rows=rows,
+        num_features=features,
+    )
     if out is not None:
-        out.write_text(json.dumps(planned.as_dict(), indent=2, allow_nan=False) + "\n")
-    show(planned, Console(width=WIDTH))
+        out.write_text(json.dumps(planned.facts, indent=2, allow_nan=False) + "\n")
+    planned.show()
 
 
 @app.command()

@@ -1,65 +1,72 @@
-"""What a plan of any kind says of itself: all that `plan.py` and `tables.py` know of it."""
+"""What a plan says: to people within 100 columns, and as plain values to programs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from textwrap import fill
+from typing import Any
 
-from gendist.planning.machines import Machine
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnWorkers:
-    """An iteration or a step on so many workers: bytes that are sent, and that a worker holds.
-
-    PARTS  fields of seconds, one part after the other, by what a table calls them
-    """
-
-    PARTS: ClassVar[Mapping[str, str]] = {}
+    """An iteration or a step on so many workers: bytes that are sent, and that a worker holds. Fields in seconds are its parts,
+    one after the other."""
 
     num_workers: int
     sent_bytes: float
     memory_bytes: float
 
     @property
-    def parts_s(self) -> list[float]:
-        return [getattr(self, field) for field in self.PARTS.values()]
+    def parts_s(self) -> dict[str, float]:
+        """By the name of the part."""
+        return {field.name[:-2]: getattr(self, field.name) for field in fields(self) if field.name.endswith("_s")}
 
     @property
     def seconds(self) -> float:
-        return sum(self.parts_s)
+        return sum(self.parts_s.values())
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "seconds": self.seconds}
 
 
-class Grid(NamedTuple):
-    """A table, whose first column names its rows."""
+@dataclass(frozen=True)
+class Plan:
+    """The answer. curve: by the number of workers; summary: lines with rich's markup; facts: plain values, for programs."""
 
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    chosen: OnWorkers
+    curve: list[OnWorkers]
+    summary: list[str]
+    tables: list[Table]
+    advice: list[str]
+    assumptions: list[str]
+    facts: dict[str, Any]
+
+    def show(self) -> None:
+        console = Console(width=WIDTH)
+        for part in (*self.summary, *self.tables):
+            console.print(part, highlight=False)
+        for title, lines in (("advice", self.advice), ("assumed", self.assumptions)):
+            console.print(f"{title}:")
+            for line in lines:
+                said = fill(line, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+                console.print(said, highlight=False, markup=False)
 
 
-class Answer(Protocol):
-    """chosen: of the workers that are planned; curve: by the number of workers."""
-
-    @property
-    def chosen(self) -> OnWorkers: ...
-    @property
-    def curve(self) -> Sequence[OnWorkers]: ...
-    @property
-    def assumptions(self) -> Sequence[str]: ...
-    def summary(self, machine: Machine) -> list[str]:
-        """The first lines that a reader sees; [bold] stands for itself."""
-        ...
-
-    def memory(self, machine: Machine) -> Grid | None: ...
-    def advice(self, machine: Machine) -> list[str]: ...
-    def as_dict(self) -> dict[str, Any]:
-        """What this kind alone has, as plain values."""
-        ...
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """The first column names the rows."""
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 def duration(seconds: float) -> str:

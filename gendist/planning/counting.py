@@ -6,10 +6,9 @@ checkpointing, or kept in half precision, is counted as it is.
 
 from __future__ import annotations
 
-import math
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,12 +75,11 @@ class PhaseCost:
 
 def count_phases(model: DeepModel, config: DeepConfig, num_classes: int) -> list[PhaseCost]:
     """Of every phase of a model that was made on torch's device `meta`. UserError where its loss looks at values."""
-    ahead = phases_ahead(model, 0, config)
     steps = range(min(config.num_steps, 256))
     costs = []
-    for phase in ahead:
+    for phase in phases_ahead(model, 0, config):
         try:
-            few, more = (_count(model, config, phase, size, num_classes) for size in COUNTED)
+            few, more = (_count(model, config, phase, number, num_classes) for number in COUNTED)
         except UserError:
             raise
         except Exception as error:  # whatever a module of the user's own does with values
@@ -90,68 +88,51 @@ def count_phases(model: DeepModel, config: DeepConfig, num_classes: int) -> list
                 f"the phase {phase.name} cannot be counted on shapes alone ({type(error).__name__}: {why}); a loss that looks "
                 "at values of tensors must do without where there are none: see `has_values` in gendist/cost.py"
             ) from error
-        size = COUNTED[1] - COUNTED[0]
-        each = (more.peak_bytes - few.peak_bytes) / size
+        between = COUNTED[1] - COUNTED[0]
+        each = (more.peak_bytes - few.peak_bytes) / between
         often = sum(phase in model.phases(step) for step in steps) / len(steps)
         fixed = max(0.0, few.peak_bytes - COUNTED[0] * each)
-        costs.append(PhaseCost(phase, often, (more.flops - few.flops) / size, each, fixed))
+        costs.append(PhaseCost(phase, often, (more.flops - few.flops) / between, each, fixed))
     return costs
 
 
 def _count(model: DeepModel, config: DeepConfig, phase: Phase, num_samples: int, num_classes: int) -> Counter:
-    stage3 = config.engine.kind == "deepspeed" and config.engine.zero_stage == 3
+    counter = Counter()
     precision: Any = nullcontext()
     if config.precision != "float32":
-        precision = torch.autocast("cpu", getattr(torch, config.precision), cache_enabled=not stage3)
-    with _shapes_of(model.networks()), Counter() as counter:
-        hooks = _without_gradients(counter, model, phase)
-        x = torch.empty(num_samples, model.num_features)
-        evidence = torch.empty(num_samples, num_classes) if num_classes else None
-        noise = {name: torch.empty(num_samples, draw.width) for name, draw in model.draws(phase).items()}
-        with precision:
-            loss = model.loss(phase, Block(x, torch.arange(num_samples), evidence=evidence), noise, 0)
-        total = torch.stack([term.sum() for term in loss.terms.values()]).sum()
-        del loss
-        if total.requires_grad:
-            total.backward()
-        for hook in hooks:
-            hook.remove()
-    return counter
+        precision = torch.autocast("cpu", getattr(torch, config.precision), cache_enabled=config.engine.stage != 3)
 
-
-def _without_gradients(counter: Counter, model: DeepModel, phase: Phase) -> list[Any]:
-    """Freezes the other networks, and has the gradient of a parameter leave the count when it is complete."""
-    hooks = []
-
-    def leave_out(parameter: Tensor) -> None:
+    def leave_out_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None
         counter.leave_out(parameter.grad.untyped_storage()._cdata)
 
-    for name, network in model.networks().items():
-        network.train()
-        for parameter in network.parameters():
-            parameter.requires_grad_(name == phase.network)
-            if name == phase.network:
-                hooks.append(parameter.register_post_accumulate_grad_hook(leave_out))
-    return hooks
-
-
-@contextmanager
-def _shapes_of(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, parameters and buffers are shapes that say they lie on the CPU, so that autocast takes them for such."""
     with FakeTensorMode():
-        made: dict[Tensor, Tensor] = {}  # what several modules share they share again
-        for network in networks.values():
-            for module in network.modules():
-                for tensors in (module._parameters, module._buffers):
-                    for name, old in tensors.items():
-                        if old is not None:
-                            new = torch.empty(old.shape, dtype=old.dtype)
-                            made.setdefault(old, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
-                            tensors[name] = made[old]  # type: ignore[assignment]
-        yield
+        for name, network in model.networks().items():
+            _take_shapes(network)
+            for parameter in network.parameters():
+                parameter.requires_grad_(name == phase.network)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(leave_out_gradient)
+        with counter:
+            x = torch.empty(num_samples, model.num_features)
+            evidence = torch.empty(num_samples, num_classes) if num_classes else None
+            noise = {name: torch.empty(num_samples, draw.width) for name, draw in model.draws(phase).items()}
+            with precision:
+                loss = model.loss(phase, Block(x, torch.arange(num_samples), evidence=evidence), noise, 0)
+            total = torch.stack([term.sum() for term in loss.terms.values()]).sum()
+            del loss
+            if total.requires_grad:
+                total.backward()
+    return counter
 
 
-def sizes_of(network: nn.Module) -> list[int]:
-    """The entries of each parameter."""
-    return [math.prod(parameter.shape) for parameter in network.parameters()]
+def _take_shapes(network: nn.Module) -> None:
+    """Parameters and buffers become shapes that say they lie on the CPU, so that autocast takes them for such."""
+    made: dict[Tensor, Tensor] = {}  # what several modules share they share again
+    for module in network.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made.setdefault(old, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+                    tensors[name] = made[old]  # type: ignore[assignment]

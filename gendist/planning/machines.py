@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -34,21 +35,16 @@ class Machine:
     is_gpu: bool
 
 
+def _gpu(name: str, flops_per_s: float, half_flops_per_s: float, memory_bytes_per_s: float, memory_bytes: float) -> Machine:
+    rates = dict.fromkeys(("float64", "float32"), flops_per_s) | dict.fromkeys(("bfloat16", "float16"), half_flops_per_s)
+    return Machine(name, rates, memory_bytes_per_s, memory_bytes, achieved=0.4, is_gpu=True)
+
+
 # NVIDIA's data sheets, SXM: dense products; float64 and float16 kinds on tensor cores, float32 without TF32.
 GPUS: Mapping[str, Machine] = {
-    name: Machine(
-        name.upper(),
-        {"float64": tera[0] * 1e12, "float32": tera[1] * 1e12, "bfloat16": tera[2] * 1e12, "float16": tera[2] * 1e12},
-        bytes_per_s,
-        memory_bytes,
-        achieved=0.4,
-        is_gpu=True,
-    )
-    for name, tera, bytes_per_s, memory_bytes in (
-        ("a100", (19.5, 19.5, 312.0), 2.0e12, 80e9),
-        ("h100", (67.0, 67.0, 989.0), 3.35e12, 80e9),
-        ("h200", (67.0, 67.0, 989.0), 4.8e12, 141e9),
-    )
+    "a100": _gpu("A100", 19.5e12, 312e12, 2.0e12, 80e9),
+    "h100": _gpu("H100", 67e12, 989e12, 3.35e12, 80e9),
+    "h200": _gpu("H200", 67e12, 989e12, 4.8e12, 141e9),
 }
 
 
@@ -84,14 +80,13 @@ class Network:
 
 def network(workers_per_node: int, is_gpu: bool, gbits: float | None = None, latency_us: float | None = None) -> Network:
     """The one that is assumed: between nodes 200 Gbit/s of GPUs, 10 of CPUs, unless somebody knows better."""
-    between = (25e9, 20e-6) if is_gpu else (1.25e9, 100e-6)
     inside = (200e9, 10e-6) if is_gpu else (1.0e9, 50e-6)  # NVLink; gloo over loopback
-    return Network(
-        workers_per_node,
-        *inside,
-        between[0] if gbits is None else gbits * 1e9 / 8,
-        between[1] if latency_us is None else latency_us * 1e-6,
-    )
+    bytes_per_s, latency_s = (25e9, 20e-6) if is_gpu else (1.25e9, 100e-6)
+    if gbits is not None:
+        bytes_per_s = gbits * 1e9 / 8
+    if latency_us is not None:
+        latency_s = latency_us * 1e-6
+    return Network(workers_per_node, *inside, bytes_per_s, latency_s)
 
 
 def this_machine() -> Machine:
@@ -99,14 +94,14 @@ def this_machine() -> Machine:
     with one_thread():
         rates = {}
         for name in ("float64", "float32"):
-            a, out = (torch.ones(GEMM_SIDE, GEMM_SIDE, dtype=getattr(torch, name)) for _ in range(2))
-            rates[name] = 2.0 * GEMM_SIDE**3 / usual_s(lambda a=a, out=out: torch.mm(a, a, out=out))  # type: ignore[misc]
+            a = torch.ones(GEMM_SIDE, GEMM_SIDE, dtype=getattr(torch, name))
+            rates[name] = 2.0 * GEMM_SIDE**3 / usual_s(partial(torch.mm, a, a, out=a.clone()))
         stream = torch.ones(8 * 2**20)
-        bytes_per_s = 2.0 * stream.nbytes / usual_s(lambda: stream.add_(1.0))
+        bytes_per_s = 2.0 * stream.nbytes / usual_s(partial(stream.add_, 1.0))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_bytes = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     # Half precision is emulated, at about half the speed of single.
-    rates |= {"bfloat16": rates["float32"] / 2, "float16": rates["float32"] / 2}
+    rates |= dict.fromkeys(("bfloat16", "float16"), rates["float32"] / 2)
     return Machine("a core of this machine", rates, bytes_per_s, memory_bytes / cores, achieved=0.5, is_gpu=False)
 
 

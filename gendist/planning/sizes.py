@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -56,21 +56,22 @@ class Sizes:
     def trial_blocks(self, number: int, num_rows: int, kind: str) -> list[Block]:
         """Leaves of noise, of such a shape. kind: "normal" numbers, or whole ones, "categories", from 0 on."""
         generator = torch.Generator().manual_seed(0)
-        blocks = []
-        for index in range(number):
-            rows = torch.arange(index * num_rows, (index + 1) * num_rows)
-            x = (self._sparse if self.is_sparse else self._dense)(num_rows, kind, generator)
-            bounds, ends = None, (False, False)
-            if self.length:
-                bounds = torch.tensor([*range(0, num_rows, self.length), num_rows])
-                ends = (index > 0, index < number - 1) if self.is_cut else ends
-            blocks.append(Block(x, rows, sequence_bounds=bounds, open_ends=ends))
-        return blocks
+        make = self._sparse if self.is_sparse else self._dense
+        bounds = torch.tensor([*range(0, num_rows, self.length), num_rows]) if self.length else None
+        return [
+            Block(
+                make(num_rows, kind, generator),
+                torch.arange(index * num_rows, (index + 1) * num_rows),
+                sequence_bounds=bounds,
+                open_ends=(self.is_cut and index > 0, self.is_cut and index < number - 1),
+            )
+            for index in range(number)
+        ]
 
     def _sparse(self, num_rows: int, kind: str, generator: torch.Generator) -> torch.Tensor:
         entries = min(ENTRIES_PER_ROW, self.num_features)
-        picks = torch.randint(self.num_features // entries, (num_rows, entries), generator=generator)
-        columns = picks + torch.arange(entries) * (self.num_features // entries)
+        apart = self.num_features // entries
+        columns = torch.randint(apart, (num_rows, entries), generator=generator) + torch.arange(entries) * apart
         ends, ones = np.arange(num_rows + 1) * entries, np.ones(num_rows * entries)
         return csr_from_arrays(ends, columns.flatten().numpy(), ones, (num_rows, self.num_features))
 
@@ -78,71 +79,67 @@ class Sizes:
         x = torch.randn(num_rows, self.num_features, generator=generator, dtype=torch.float64)
         for d, feature in enumerate(self.features):
             if kind == "categories" or feature.type != "real":
-                most = feature.num_categories or 2
-                x[:, d] = torch.randint(most, (num_rows,), generator=generator).double()
+                x[:, d] = torch.randint(feature.num_categories or 2, (num_rows,), generator=generator).double()
         return x
 
 
 def sizes_of(spec: Spec, family: Any, num_rows: int | None, num_features: int | None) -> Sizes:
     """What is said goes before what is found; UserError where neither tells."""
+    data, cuts = spec.data, getattr(family, "cuts_sequences", True)
     takes_sequences = getattr(family, "takes_sequences", False)
+    labels = data.labels or (data.label if isinstance(data.label, tuple) else ())
     assumed: list[str] = []
-    labels = spec.data.labels or (spec.data.label if isinstance(spec.data.label, tuple) else ())
     try:
-        opened = open_source(spec.data)
-        source = (as_sequences if takes_sequences else as_rows)(opened, spec.data)
-        schema = Schema.of(source, spec.data, Takes.of(family))
+        source = (as_sequences if takes_sequences else as_rows)(open_source(data), data)
+        schema = Schema.of(source, data, Takes.of(family))
     except UserError as error:
-        shape = spec.data.image_shape
+        shape = data.image_shape
         width = num_features or (prod(shape[1:] if takes_sequences else shape) if shape else None)
         if num_rows is None and is_trained(family):
             num_rows = 0  # a step does not depend on how many there are
         if num_rows is None or width is None:
             raise UserError(f"{error}; without the data say how large they are: --rows and --features") from None
-        length = 0
-        if takes_sequences:
-            length = min(num_rows, shape[0] if shape else SEQUENCE_LENGTH)
+        length = min(num_rows, shape[0] if shape else SEQUENCE_LENGTH) if takes_sequences else 0
+        if length:
             assumed.append(f"sequences of {length} steps")
-        features = tuple(Feature(f"x_{d}", f"x_{d}") for d in range(width))
+        leaves = _sequence_leaves(num_rows, length, width, cuts) if length else Leaves.of_shape(num_rows, width)
         x_shape = shape if shape and not num_features else (width,)
-        return Sizes(num_rows, features, x_shape, _leaves(num_rows, width, length, False), labels, length, False, assumed)
-    found = source.num_rows
-    unknown = schema.columns_to_survey or schema.needs_features or (spec.data.label is not None and not labels)
-    if unknown and num_features is None and found <= MAX_LOOK_ROWS:
-        dataset = Dataset.open(source, spec.data, schema, LocalBlocks, getattr(family, "cuts_sequences", True))
+        return Sizes(num_rows, _numbered(width), x_shape, leaves, labels, length, assumed=assumed)
+
+    unknown = schema.columns_to_survey or schema.needs_features or (data.label is not None and not labels)
+    if unknown and num_features is None and source.num_rows <= MAX_LOOK_ROWS:
+        dataset = Dataset.open(source, data, schema, LocalBlocks, cuts)
         schema, labels = dataset.schema, dataset.labels
     if schema.needs_features and num_features is None:
         raise UserError(f"{source.name}: how many features its texts have takes a pass over them to tell: say --features")
-    features = schema.features if not schema.needs_features else _numbered(num_features or 0)
+    features = _numbered(num_features or 0) if schema.needs_features else schema.features
     if any(feature.type == "category" and not feature.num_categories for feature in features):
         assumed.append(f"{NUM_CATEGORIES} categories in each column of texts")
         features = tuple(
-            Feature(f.name, f.column, f.type, f.num_categories or NUM_CATEGORIES) if f.type == "category" else f
-            for f in features
+            replace(f, num_categories=f.num_categories or NUM_CATEGORIES * (f.type == "category")) for f in features
         )
     if schema.is_sparse:
         assumed.append(f"{ENTRIES_PER_ROW} entries in each sparse row")
-    for step in spec.data.transforms:
-        if step.pca is not None:
-            if not isinstance(step.pca.num_components, int):
-                raise UserError("data.transforms: how many columns pca leaves depends on the data; plan with a whole number")
-            features = _numbered(step.pca.num_components)
-    length = round(found / source.num_sequences) if isinstance(source, SequenceSource) else 0
-    if num_rows is None and isinstance(source, SequenceSource):
-        leaves = Leaves.of_sequences(source.bounds, len(features), getattr(family, "cuts_sequences", True))
-    else:
-        leaves = _leaves(num_rows or found, len(features), length, schema.is_sparse)
-    shape = None if spec.data.transforms else schema.image_shape
-    x_shape = shape or (len(features),)
-    return Sizes(num_rows or found, features, x_shape, leaves, labels, length, schema.is_sparse, assumed)
+    for pca in (step.pca for step in data.transforms if step.pca is not None):
+        if not isinstance(pca.num_components, int):
+            raise UserError("data.transforms: how many columns pca leaves depends on the data; plan with a whole number")
+        features = _numbered(pca.num_components)
+
+    rows, length = num_rows or source.num_rows, 0
+    leaves = Leaves.of_sparse_rows(rows) if schema.is_sparse else Leaves.of_shape(rows, len(features))
+    if isinstance(source, SequenceSource):
+        length = round(source.num_rows / source.num_sequences)
+        leaves = _sequence_leaves(rows, length, len(features), cuts)
+        if num_rows is None:
+            leaves = Leaves.of_sequences(source.bounds, len(features), cuts)
+    x_shape = (not data.transforms and schema.image_shape) or (len(features),)
+    return Sizes(rows, features, x_shape, leaves, labels, length, schema.is_sparse, assumed)
 
 
 def _numbered(number: int) -> tuple[Feature, ...]:
     return tuple(Feature(f"x_{d}", f"x_{d}") for d in range(number))
 
 
-def _leaves(num_rows: int, num_features: int, length: int, is_sparse: bool) -> Leaves:
-    if length:
-        bounds = np.array([*range(0, num_rows, length), num_rows], dtype=np.int64)
-        return Leaves.of_sequences(bounds, num_features)
-    return Leaves.of_sparse_rows(num_rows) if is_sparse else Leaves.of_shape(num_rows, num_features)
+def _sequence_leaves(num_rows: int, length: int, num_features: int, cuts: bool) -> Leaves:
+    """Of sequences that are all as long."""
+    return Leaves.of_sequences(np.array([*range(0, num_rows, length), num_rows]), num_features, cuts)

@@ -24,6 +24,11 @@ class EngineConfig(_Block):
     zero_stage: Literal[0, 1, 2, 3] = 2
     config: str | None = None
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of either kind."""
+        return self.zero_stage if self.kind == "deepspeed" else 0
+
 
 class OptimizerConfig(_Block):
     """AdamW (Loshchilov & Hutter 2019), which without weight decay is Adam (Kingma & Ba 2015), or plain SGD.

@@ -24,7 +24,7 @@ def bytes_per_parameter(config: DeepConfig, network: str, num_processes: int) ->
 
 def state_bytes(config: DeepConfig, network: str, num_parameters: int, num_processes: int) -> StateBytes:
     """The same in its parts, of all parameters of a network; the copy that is stepped stands with the optimizer."""
-    stage = config.engine.zero_stage if config.engine.kind == "deepspeed" else 0
+    stage = config.engine.stage
     whole = float(FLOAT32_BYTES * num_parameters)
     shared = whole / num_processes if stage else whole
     num_moments = len(MOMENTS[config_of(config, network).kind])

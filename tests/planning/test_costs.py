@@ -13,7 +13,7 @@ from gendist.blocks import Leaves, LocalBlocks
 from gendist.config import family_class, load_spec
 from gendist.data.survey import summarize
 from gendist.em.start import start_from_data
-from gendist.planning.counting import Counter, count_phases, sizes_of
+from gendist.planning.counting import Counter, count_phases
 from gendist.planning.em_plan import pass_cost
 from gendist.planning.sizes import Sizes
 from gendist.protocols import Block, Feature, Phase
@@ -55,7 +55,7 @@ def test_a_pass_costs_what_its_family_says(name):
     features = tuple(Feature(f"x{d}", f"x{d}") for d in range(width))
     num_rows = max(1000, length)
     sizes = Sizes(num_rows, features, (width,), Leaves((0, num_rows)), length=length)
-    cost, kind = pass_cost(spec, sizes, ())
+    cost, kind = pass_cost(spec, sizes)
     (block,) = sizes.trial_blocks(1, num_rows, kind)
     summary = replace(summarize(None, block), features=features)
     family = family_class(family_name)
@@ -102,7 +102,7 @@ def test_a_small_network_is_counted_as_by_hand():
     model = on_shapes(tiny(), (6,))
     (cost,) = count_phases(model, tiny().fit, 0)
     layers = [(6, 5), (5, 6), (3, 5), (5, 6)]
-    assert sum(sizes_of(model.networks()["autoencoder"])) == sum(a * b + b for a, b in layers)
+    assert sum(p.numel() for p in model.networks()["autoencoder"].parameters()) == sum(a * b + b for a, b in layers)
     forward = sum(2 * a * b for a, b in layers)
     assert cost.flops == 3 * forward - 2 * 6 * 5
     assert cost.often == 1.0
