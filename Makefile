@@ -16,7 +16,7 @@ demo: setup            ## fit every family on embedded real data; pictures at th
 	$(BIN)/python launch.py demo
 
 test: setup            ## every test, on all cores; those that need Ray share one cluster
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations 15
 
 test-fast: setup       ## the tests that need no Ray
 	$(BIN)/python -m pytest -n auto -m 'not ray'
