@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
 from typing import Any
 
@@ -16,7 +16,7 @@ from gendist.protocols import UserError
 from gendist.serve.access import Record, send_whole
 from gendist.serve.batcher import Batcher, Busy, Closed, Work
 from gendist.serve.bodies import ClientGone
-from gendist.serve.calls import InvalidCall
+from gendist.serve.calls import InvalidCall, together
 from gendist.serve.formats import Encoder, Values
 from gendist.serve.limits import Limits
 from gendist.serve.metrics import Metrics
@@ -111,8 +111,11 @@ class Line:
         self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
         self._clock, self._hold = clock, hold
 
-    async def result(self, work: Work, is_continued: bool = False) -> Any:
-        """Problem where there is no room for the work, it takes too long, or the model refuses it."""
+    async def result(self, work: Work, is_continued: bool = False, is_for_client: bool = True) -> Any:
+        """Problem where there is no room for the work, it takes too long, or the model refuses it.
+
+        is_for_client  False: something else is made of it first
+        """
         queued = time.monotonic()
         try:
             timed = await self._batcher.result(work, is_continued=is_continued)
@@ -129,12 +132,20 @@ class Line:
             raise Problem(422, str(error)) from None
         finally:
             self._metrics.queue(self._batcher.num_rows, self._batcher.num_bytes)
-        if self._clock is not None:
+        if self._clock is not None and is_for_client:
             self._clock.stop()
         record = self._record
         record.wait_s = (record.wait_s or 0.0) + max(timed.began - queued, 0.0)
         record.compute_s += timed.ended - timed.began
         return timed.result
+
+    async def all_of(self, works: Iterable[Work]) -> Mapping[str, Values]:
+        """What they come to, joined, of which something is made for the client."""
+        chunks: list[Mapping[str, Values]] = []
+        for work in works:
+            chunks.append(await self.result(work, is_for_client=False))
+            self._hold(2 * _num_bytes(chunks[-1]))  # and once more where they are joined
+        return together(chunks)
 
     async def send(self, send: Send, headers: Headers, encoder: Encoder, works: Iterator[Work]) -> None:
         """Answer with what these works come to. The first is computed before anything is sent, so that what is wrong with the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, TypeVar
@@ -45,6 +46,13 @@ Whole = Annotated[StrictInt, BeforeValidator(_from_digits)]
 Label = StrictStr | StrictInt | StrictFloat | StrictBool
 
 
+def _of_labels(given: Any) -> Any:
+    # Of a list of something else pydantic would write down four mistakes an entry.
+    if isinstance(given, list) and not {type(label) for label in given} <= {str, int, float, bool}:
+        raise ValueError("a list of labels")
+    return given
+
+
 class SampleBody(BaseModel):
     """Which rows of which sample. What the numbers may be, the model says.
 
@@ -76,7 +84,7 @@ class DataOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    given: Label | list[Label] | None = None
+    given: Annotated[Label | list[Label] | None, BeforeValidator(_of_labels)] = None
     seed: Whole | None = None
     offset: Whole = 0
     num_samples: Whole | None = None
@@ -96,7 +104,7 @@ class Room:
         try:
             yield share
         finally:
-            share.hold(-share.num_bytes)
+            share.give_back()
 
 
 class Share:
@@ -104,6 +112,7 @@ class Share:
 
     def __init__(self, room: Room) -> None:
         self._room, self.num_bytes = room, 0
+        self._is_over = False
 
     def take(self, num_bytes: int) -> None:
         """So many bytes more. Problem where there is no room for them."""
@@ -114,8 +123,16 @@ class Share:
     def hold(self, num_bytes: int) -> None:
         """The same of an answer, which can no longer be refused: it is who comes next that finds no room."""
         with self._room.lock:
+            if self._is_over:
+                raise ClientGone  # in a thread that still reads what nobody waits for
             self.num_bytes += num_bytes
             self._room.num_bytes += num_bytes
+
+    def give_back(self) -> None:
+        """All of it, at the end of the request."""
+        with self._room.lock:
+            self._room.num_bytes -= self.num_bytes
+            self.num_bytes, self._is_over = 0, True
 
 
 async def body_of(scope: Scope, receive: Receive, most: int, take: Take) -> bytes:
@@ -196,8 +213,7 @@ def _num_names(content: Mapping[str, Any]) -> int:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise Problem(422, f"the field {shortened(twice)} is given twice", named(twice), "once")
     return found
 
@@ -218,7 +234,7 @@ def query_of(scope: Scope) -> dict[str, str]:
         raise Problem(400, "the query string cannot be read", "query", "name=value pairs, joined by &") from None
     query = dict(pairs)
     if len(query) != len(pairs):
-        twice = next(name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1)
+        twice = next(name for name, number in Counter(name for name, _ in pairs).items() if number > 1)
         raise Problem(422, f"the parameter {shortened(twice)} is given twice", named(twice), "once")
     return query
 

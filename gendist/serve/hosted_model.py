@@ -46,9 +46,8 @@ class HostedModel:
         self.digest = digest(path)
         self.model: Any = self.artifact.model
         self._within = taken_apart(self.model)[0]
-        if device != "cpu":
-            for network in self._within.networks().values() if hasattr(self._within, "networks") else ():
-                network.to(device)
+        for network in self._within.networks().values() if hasattr(self._within, "networks") else ():
+            network.to(device).eval()
         try:
             self.trial = try_out(self.model)
         except UserError as error:
@@ -154,13 +153,16 @@ class HostedModel:
     def work_of(self, call: Call) -> Work:
         """A chunk, for the batcher. Of sequences a row is a step; of a bound, each of a row's samples is one."""
         if isinstance(call, SampleCall):
-            rows = call.num_samples * (call.length or self.trial.length or 1)
+            num_steps = call.length or self.trial.length or 1
+            rows = call.num_samples * num_steps
             num_bytes = 8 * rows * self.model.num_features
         else:
+            num_steps = max(map(len, call.x)) if isinstance(call.x, list) else 1
             rows = sum(map(len, call.x)) if isinstance(call.x, list) else len(call.x)
             num_bytes = 8 * rows * (self._width_in(call) + self._width_out(call.verb))
             rows *= self._samples_of_row(call)
-        cost = (self.name, call.verb, rows.bit_length(), num_bytes.bit_length())
+        # The steps of a sequence are taken one after the other, its rows at once.
+        cost = (self.name, call.verb, rows.bit_length(), num_bytes.bit_length(), num_steps.bit_length())
         return Work(self._key(call), rows, num_bytes, (self, call), cost)
 
     def answer(self, call: Call) -> Answer:

@@ -28,7 +28,7 @@ from gendist.serve.batcher import Batcher, Work
 from gendist.serve.bodies import Room, Take, body_of, json_object, query_of
 from gendist.serve.computing import Drawn, drawing, timed
 from gendist.serve.formats import Described, encoder_of, format_of, json_bytes
-from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute, together
+from gendist.serve.hosted_model import Call, HostedModel, SampleCall, compute
 from gendist.serve.limits import Limits
 from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.metrics import CONTENT_TYPE, Metrics
@@ -170,7 +170,7 @@ class _Server:
     ) -> None:
         schema = questions.hosted.artifact.schema
         questions.check_picture(described, most_shown(schema))
-        x = together([await line.result(work) for work in works])[described.name]
+        x = (await line.all_of(works))[described.name]
         num_bytes = sum(each.nbytes for each in x) if isinstance(x, list) else x.nbytes
         work = drawing(lambda: picture_bytes(x, schema), described.num_rows, num_bytes)
         await line.send_whole(send, headers, await line.result(work))

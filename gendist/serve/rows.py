@@ -45,7 +45,8 @@ class RowReader:
         self.schema, self.num_features, self.takes_sequences, self.limits = schema, num_features, takes_sequences, limits
         read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, SEQUENCE, STEP)
         self._read = frozenset(filter(None, read)) if takes_sequences else frozenset((*schema.columns, *schema.feature_names))
-        self._categories = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
+        texts = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
+        self._index_of = [None if known is None else {text: i for i, text in enumerate(known)} for known in texts]
 
     @property
     def needs(self) -> str:
@@ -76,7 +77,7 @@ class RowReader:
         self._check_number(len(rows))
         if any(isinstance(row, dict) for row in rows):
             rows = [self._by_name(row, f"{where}[{i}]") for i, row in enumerate(rows)]
-        if self._categories:
+        if self._index_of:
             rows = [self._with_indices(row, f"{where}[{i}]") for i, row in enumerate(rows)]
         array = numbers_of_json(rows, where, self.needs)
         return self._flat(array, where)
@@ -86,7 +87,8 @@ class RowReader:
         if not isinstance(row, dict):
             raise Problem(422, f"{where} is no object, as others are", where, f"all of {listing(names)}")
         if row.keys() != set(names):
-            unknown = [name for name in row if name not in names]
+            known = set(names)
+            unknown = [name for name in row if name not in known]
             missing = [name for name in names if name not in row]
             what = (
                 f"does not have the column {shortened(unknown[0])}" if unknown else f"lacks the column {shortened(missing[0])}"
@@ -99,13 +101,12 @@ class RowReader:
         if not isinstance(row, list) or len(row) != self.num_features:
             raise self._refused(f"{where} has {len(row)} entries" if isinstance(row, list) else f"{where} is {shortened(row)}")
         entries = []
-        for d, (entry, texts) in enumerate(zip(row, self._categories, strict=True)):
-            if texts is not None and entry is not None:
+        for d, (entry, index_of) in enumerate(zip(row, self._index_of, strict=True)):
+            if index_of is not None and entry is not None:
                 if not isinstance(entry, str):
-                    raise Problem(
-                        422, f"{where}[{d}] is {shortened(entry)}", f"{where}[{d}]", f"a text, such as {listing(texts)}"
-                    )
-                entry = texts.index(entry) if entry in texts else len(texts)
+                    texts = listing(tuple(index_of))
+                    raise Problem(422, f"{where}[{d}] is {shortened(entry)}", f"{where}[{d}]", f"a text, such as {texts}")
+                entry = index_of.get(entry, len(index_of))
             entries.append(entry)
         return entries
 
@@ -115,7 +116,7 @@ class RowReader:
         array = array_of_npy(body, "x", take)
         if not self.takes_sequences:
             return self._checked(self._flat(array, "x"))
-        if array.ndim != 3:
+        if array.ndim != 3 or not array.size:
             raise self._refused(f"x is an array of shape {array.shape}")
         self._check_number(array.shape[0] * array.shape[1])
         return self._checked_sequences([self._flat(each, "x") for each in array])
@@ -247,7 +248,10 @@ def array_of_npy(body: bytes, where: str, take: Take) -> Array:
     if dtype != np.float64:
         take(8 * prod(shape))
     array = np.frombuffer(body, dtype, prod(shape), stream.tell())
-    return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+    try:
+        return array.reshape(shape[::-1]).T if is_fortran else array.reshape(shape)
+    except (ValueError, OverflowError):  # more sides, or longer ones, than an array may have
+        raise Problem(400, f"an array of shape {shortened(list(shape))}", where, needs) from None
 
 
 def table_of_arrow(body: bytes) -> pa.Table:

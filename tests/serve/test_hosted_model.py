@@ -480,6 +480,9 @@ def test_a_work_counts_steps_of_sequences_and_bytes_in_and_out(hosted_models):
     assert gmm.work_of(SampleCall(7, 0)).num_rows == 7
     assert gmm.work_of(SampleCall(7, 0)).num_bytes == 7 * 2 * 8
     assert hmm.work_of(SampleCall(7, 0, length=11)).num_rows == 77
+    at_once, one_by_one = (hmm.work_of(SampleCall(n, 0, length=length)) for n, length in ((40, 1), (1, 40)))
+    assert at_once.num_rows == one_by_one.num_rows
+    assert at_once.cost != one_by_one.cost, "steps are taken one after the other"
     work = hmm.work_of(hmm.check(DataCall("log_prob", [np.zeros((3, 2)), np.zeros((4, 2))])))
     assert (work.num_rows, work.num_bytes) == (7, 7 * 3 * 8)
 

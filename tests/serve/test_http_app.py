@@ -8,11 +8,13 @@ import json
 import re
 import sys
 import threading
+import time
 import tracemalloc
 
 import httpx
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from served import TIMEOUT_S, serving, until
 
 import gendist
@@ -20,9 +22,10 @@ from gendist.bulk import sample
 from gendist.noise import MAX_SEED
 from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS
+from gendist.serve import hosted_model, questions
 from gendist.serve import http_app as http_app_module
-from gendist.serve import questions
 from gendist.serve.answers import SLICE_BYTES
+from gendist.serve.bodies import ClientGone, DataOptions, Room, Share
 from gendist.serve.computing import Drawn
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
@@ -359,6 +362,54 @@ def test_json_has_a_smaller_limit(hosted):
         kind = {"content-type": "application/x-npy"}
         assert server.post("/models/gmm/log_prob", content=binary.getvalue(), headers=kind).status_code == 200
         assert server.post("/models/gmm/log_prob", json={"x": rows[:2].tolist()}).status_code == 200
+
+
+def test_what_is_read_for_nobody_takes_no_room():
+    """As a large table of a client that has hung up, which a thread still reads."""
+    room, is_over = Room(Limits()), threading.Event()
+    told: list[BaseException] = []
+
+    def read(share: Share) -> None:
+        assert is_over.wait(TIMEOUT_S)
+        try:
+            share.take(1_000)
+        except ClientGone as gone:
+            told.append(gone)
+
+    with room.for_request() as share:
+        share.take(10)
+        reading = threading.Thread(target=read, args=(share,))
+        reading.start()
+    is_over.set()
+    reading.join()
+    assert told
+    assert room.num_bytes == 0
+
+
+def test_a_mistake_in_a_long_list_of_labels_is_one_mistake():
+    with pytest.raises(ValidationError) as refused:
+        DataOptions.model_validate({"given": [1, "a", []] * 1_000})
+    assert refused.value.error_count() == 1
+    assert DataOptions.model_validate({"given": [1, "a", 0.5, True]}).given == [1, "a", 0.5, True]
+
+
+def test_a_picture_is_held_in_the_room_and_is_late_as_a_whole(watched, monkeypatch):
+    """All its chunks are there before anything of it can be drawn."""
+    monkeypatch.setattr(hosted_model, "CHUNK_ROWS", 5)
+    held: list[int] = []
+
+    def slowly(*_):
+        held.append(server.app.state.server.room.num_bytes)
+        time.sleep(1.0)
+        return b"png"
+
+    monkeypatch.setattr(http_app_module, "picture_bytes", slowly)
+    with serving(http_app({"gmm": watched}, Limits(time_limit_s=0.5))) as server:
+        answer = server.post(f"{SAMPLE}?format=png", json={"num_samples": 20})
+        assert answer.status_code == 504
+        (num_bytes,) = held
+        assert num_bytes >= 2 * 20 * 2 * 8
+        until(lambda: server.app.state.server.room.num_bytes == 0, "its room is free")
 
 
 def test_room_is_for_what_a_body_becomes(watched):

@@ -215,12 +215,27 @@ def test_npy_that_is_refused():
         "complex": npy(np.ones(2, dtype=complex)),
         "of records": npy(np.zeros(2, dtype=[("a", "f8")])),
         "an enormous shape": whole.replace(b"(2, 3), }         ", b"(2, 3000000000), }"),
+        "more sides than an array may have": npy_of((1,) * 100, b"8" * 8),
+        "a side longer than any": npy_of((0, 10**30), b""),
         "header of code": whole.replace(b"False", b"exit("),
     }
     for what, body in bad.items():
         with pytest.raises(Problem) as refused:
             array_of_npy(body, "x", int)
         assert refused.value.status in (400, 422), what
+
+
+def npy_of(shape: tuple[int, ...], content: bytes) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+    return stream.getvalue() + content
+
+
+def test_npy_of_sequences_without_a_step_is_refused_however_many_there_are(server):
+    body = npy_of((2**40, 0, 2), b"")
+    answer = server.post("/models/hmm/log_prob", content=body, headers={"content-type": MEDIA_TYPES["npy"]})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "x"
 
 
 def npy_of_objects() -> bytes:

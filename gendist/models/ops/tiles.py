@@ -20,15 +20,15 @@ TILE = 64  # rows; a request for fewer pays for as many, while larger ones gaine
 @contextmanager
 def evaluating(*networks: nn.Module) -> Iterator[None]:
     """The networks as they are used after training, without gradients; in the mode that they had, at the end."""
-    modules = [(module, module.training) for network in networks for module in network.modules()]
+    in_training = [module for network in networks for module in network.modules() if module.training]
     try:
         with torch.no_grad(), one_thread():
-            for network in networks:
+            for network in networks if in_training else ():
                 network.eval()
             yield
     finally:
-        for module, training in modules:
-            module.training = training
+        for module in in_training:
+            module.training = True
 
 
 def rows_in_tiles(function: Callable[[int], Tensor], start: int, num_rows: int) -> Tensor:
