@@ -109,6 +109,13 @@ class _Process:
         _check_labels(model, [rows["training"]])
         if "validation" in rows:  # they are not learned from, but looked at
             _check_labels(model, [rows["training"], rows["validation"]])
+        if self.config.early_stopping and not (
+            self.config.eval_every and "validation" in rows and model.validation_objective is not None
+        ):
+            raise UserError(
+                "fit.early_stopping: nothing is validated to stop by; it needs fit.eval_every, data.validation_fraction and a "
+                f"family that says which of two is better, as vae does; leave it out of this {self.spec.family}"
+            )
         with _only_writer(self.directory) if self.is_first else nullcontext():
             resumed = self._newest()
             progress = resumed.progress if resumed else Progress()

@@ -419,6 +419,11 @@ def test_behind_transforms(no_pictures, tmp_path):
         ({}, np.zeros((0, 2)), "the data set is empty"),
         (with_fit(optimizers={"lime": {}}), np.zeros((50, 2)), "no network is called lime; there are line, scale"),
         (with_fit(precision="float16"), np.zeros((50, 2)), "float16 needs a GPU"),
+        (
+            {"fit": {**SPEC["fit"], "early_stopping": 2}},
+            np.zeros((50, 2)),
+            "fit.early_stopping: nothing is validated to stop by",
+        ),
         ({"cluster": {"use_gpu": True}}, np.zeros((50, 2)), "torch finds no GPU"),
     ],
 )

@@ -50,7 +50,10 @@ def watch_samples(
     warnings = list(model.advice(record)) if hasattr(model, "advice") else []
     size = min(MAX_ROWS, MAX_ENTRIES // model.num_features, rows.num_rows)
     if size > NUM_NEIGHBOURS:
-        data_ND = rows.take(torch.arange(size) * rows.num_rows // size).x
+        block = rows.take(torch.arange(size) * rows.num_rows // size)
+        data_ND = block.x if block.weights is None else block.x[block.weights > 0]
+        size = len(data_ND)
+    if size > NUM_NEIGHBOURS:
         parts = []
         for start in range(0, size, SAMPLES_AT_ONCE):
             parts.append(model.sample(min(SAMPLES_AT_ONCE, size - start), seed=seed, offset=start))

@@ -323,20 +323,19 @@ class GenerativeAdversarialNetwork:
         check_classes_are_seen(counts.weights, self.labels)
 
     def counts(self, phase: Phase, batch: Block) -> Mapping[str, float]:
-        """The weights of rows are those of the data: samples of the generator count once each."""
+        """The weights of rows are those of the data. Samples of the generator count once each; with conditions each has the
+        class of a row, and counts what that does: else the classes of D's two terms would have other frequencies."""
         if phase == GENERATOR:
-            return {"generator": total_weight(batch) if self._matches_pairs else float(self._has_sample(batch).sum())}
+            return {"generator": total_weight(batch) if self._matches_pairs else self._num_samples(batch)}
         counts = {"penalty": total_weight(batch)} if self._has_penalty(phase) else {}
         if phase == DISCRIMINATOR:
-            counts |= {"real": total_weight(batch), "fake": float(self._has_sample(batch).sum())}
+            counts |= {"real": total_weight(batch), "fake": self._num_samples(batch)}
             if self._is_semi_supervised:
                 counts["labelled"] = float((batch.is_labelled * batch.weights_or_ones()).sum())
         return counts
 
-    def _has_sample(self, batch: Block) -> Tensor:
-        """(B,) bool: at which rows' places G makes a sample. With conditions it has the row's class, and a row of weight 0 may
-        have none."""
-        return batch.is_labelled if self.conditions else torch.ones(batch.num_rows, dtype=torch.bool)
+    def _num_samples(self, batch: Block) -> float:
+        return total_weight(batch) if self.conditions else float(batch.num_rows)
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         if phase == GENERATOR:
@@ -357,9 +356,10 @@ class GenerativeAdversarialNetwork:
                 evidence_BC = torch.zeros_like(outputs) if batch.evidence is None else batch.evidence
                 terms["labelled"] = weighted_sum(labelled_B * semi_supervised.cross_entropy(outputs, evidence_BC), batch)
             terms |= {"real": weighted_sum(of_real_B, batch), "fake": self._sum_of_samples(of_fake_B, batch)}
-            # D is right about all at 1, and no better than a coin at 0.5.
-            right_B = 0.5 * ((real_B > 0).float() + (fake_B < 0).float())
-            watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum(), "accuracy": right_B.sum()}
+            watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum()}
+            if self.config.loss != "wasserstein":  # of which any number may be added to the logits
+                # D is right about all at 1, and no better than a coin at 0.5.
+                watched["accuracy"] = 0.5 * ((real_B > 0).float() + (fake_B < 0).float()).sum()
         if self._has_penalty(phase):
 
             def discriminator(x: Tensor) -> Tensor:
@@ -392,8 +392,7 @@ class GenerativeAdversarialNetwork:
         return batch.num_rows * semi_supervised.feature_matching(real_BF, fake_BF, batch.weights_or_ones().to(real_BF))
 
     def _sum_of_samples(self, values_B: Tensor, batch: Block) -> Tensor:
-        """() over the samples of G that count."""
-        return torch.where(self._has_sample(batch).to(values_B.device), values_B, 0.0).sum()
+        return weighted_sum(values_B, batch) if self.conditions else values_B.sum()
 
     @property
     def _matches_pairs(self) -> bool:

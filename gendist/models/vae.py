@@ -22,7 +22,7 @@ from gendist.figures import Figure, Paths
 from gendist.models.ops import autoencoder, latent_paths, networks, semi_supervised_elbo
 from gendist.models.ops.autoencoder import Autoencoder, Terms
 from gendist.models.ops.independent_latent import draw_latents, latent_of
-from gendist.models.ops.latent_paths import MAX_CLASSES, NUM_PATHS, NUM_STEPS
+from gendist.models.ops.latent_paths import MAX_CLASSES, MAX_RANKED, NUM_PATHS, NUM_STEPS
 from gendist.models.ops.layout import Layout
 from gendist.models.ops.likelihoods import likelihood_of
 from gendist.models.ops.networks import NetworkConfig
@@ -428,34 +428,37 @@ class VariationalAutoencoder:
         z_1L = torch.zeros(1, self.config.latent_dim) if x is None else self.encode(x, given)
         if len(z_1L) != 1 or num_steps < 2:
             raise UserError(f"{len(z_1L)} rows, num_steps {num_steps}; one row, or none, and 2 steps or more are needed")
-        if given is None and x is not None and self.labels:
-            given = self.labels[int(self._most_probable(self.layout.rows(x))[0])]
-        return self._along(
-            latent_paths.along_axes(z_1L[0], low, high, num_steps), self._classes_of(given, self.config.latent_dim)
-        )
+        class_1 = self._classes_of(given, 1)
+        if class_1 is None and x is not None and self.labels:
+            class_1 = self._most_probable(self.layout.rows(x))
+        classes_L = None if class_1 is None else class_1.expand(self.config.latent_dim)
+        return self._along(latent_paths.along_axes(z_1L[0], low, high, num_steps), classes_L)
 
     def figures(self, seed: int) -> dict[str, Figure]:
-        """Great circles between latents of the prior, and the latent dimensions that change x most, in the mean over the
-        classes where there are any, moved from -3 to 3 with the others at 0. With labels a row is of one class, the first of
-        the first, and so on in turn; and the same latents are decoded as each class."""
+        """Great circles between latents of the prior, and the latent dimensions that change x most (of the first MAX_RANKED;
+        with labels in the first class), moved from -3 to 3 with the others at 0. With labels a row is of one class, the first
+        of the first, and so on in turn; and the same latents are decoded as each class."""
         if self.prior is None:
             z_NL = Noise(seed, "figures").normal(0, 2 * NUM_PATHS, self.config.latent_dim).float()
         else:
             z_NL = self.prior.sample(2 * NUM_PATHS, seed=derived_seed(seed, "figures.prior")).float()
         classes_N = torch.arange(NUM_PATHS) % len(self.labels) if self.labels else None
         paths_NTD = self._along(latent_paths.great_circles(z_NL[:NUM_PATHS], z_NL[NUM_PATHS:], NUM_STEPS), classes_N)
-        traversals_LTD = self.traverse()
-        most = traversals_LTD.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
+        # A large decoder takes its time: three steps tell which dimensions change x, and those that are not shown have no more.
+        at_0 = torch.zeros(self.config.latent_dim)
+        ranked_LTL = latent_paths.along_axes(at_0, LOW, HIGH, 3)[:MAX_RANKED]
+        change_LTD = self._along(ranked_LTL, torch.zeros(len(ranked_LTL), dtype=torch.int64) if self.labels else None)
+        most = change_LTD.var(1).sum(1).argsort(descending=True, stable=True)[:NUM_PATHS]
         moved = tuple(f"latent {latent}" for latent in most.tolist())
+        moved_NTL = latent_paths.along_axes(at_0, LOW, HIGH, NUM_STEPS)[most]
         if classes_N is None:
-            return {"interpolations": Paths(paths_NTD), "traversals": Paths(traversals_LTD[most], moved)}
-        moved_LTL = latent_paths.along_axes(torch.zeros(self.config.latent_dim), LOW, HIGH, NUM_STEPS)
+            return {"interpolations": Paths(paths_NTD), "traversals": Paths(self._along(moved_NTL, None), moved)}
         of_classes = torch.arange(min(len(self.labels), MAX_CLASSES))
         same_CTL = z_NL[:NUM_STEPS].expand(len(of_classes), -1, -1)
         names = tuple(str(self.labels[c]) for c in classes_N.tolist())
         return {
             "interpolations": Paths(paths_NTD, names),
-            "traversals": Paths(self._along(moved_LTL[most], classes_N[: len(most)]), moved),
+            "traversals": Paths(self._along(moved_NTL, classes_N[: len(most)]), moved),
             "classes": Paths(self._along(same_CTL, of_classes), tuple(map(str, self.labels[: len(of_classes)]))),
         }
 
@@ -496,7 +499,6 @@ class VariationalAutoencoder:
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         """The negative bound, beside it the classifier's cross-entropy (see `ops/vae_objective.py`)."""
-        self.autoencoder.likelihood.check(batch.x)
         warmup = self.config.kl_warmup_steps
         terms, watched = self._losses(batch, noise, min(1.0, step / warmup) if warmup else 1.0)
         return Loss(
@@ -519,6 +521,7 @@ class VariationalAutoencoder:
         return {name: weighted_sum(value_B, batch) for name, value_B in values.items()}
 
     def _losses(self, batch: Block, noise: Mapping[str, Tensor], warmth: float) -> tuple[Losses, Losses]:
+        self.autoencoder.likelihood.check(batch.x)
         x_BD = binarized(batch.x, noise["binarization"]) if self.config.binarize else batch.x
         noise_BKL = noise["latent"].unflatten(1, (-1, self.config.latent_dim))
         evidence_BC = batch.evidence if self.labels else None

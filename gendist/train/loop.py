@@ -67,8 +67,8 @@ def train(
 ) -> Iterator[Report]:
     """Train the networks that `engine.prepare` was given, from `progress` on, until a decision to stop.
 
-    asked  called before every step; where one process is asked to stop, all end with a report from which to go on. What is
-           stopped between two records has one record more than an unbroken run; nothing else is changed
+    asked  called before every step; where one process, and no more, is asked to stop, all end with a report to go on from. What
+           is stopped between two records has one record more than an unbroken run; nothing else is changed
 
     A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples, and PHASE/loss, what is minimised;
     PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out rows;

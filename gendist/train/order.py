@@ -19,6 +19,7 @@ from torch import Tensor
 from gendist.noise import Noise, derived_seed
 from gendist.protocols import UserError
 
+QUICKLY_SORTED = 2**12  # rows whose permutation is not worth keeping
 SORTED_UP_TO = 2**20  # rows whose permutation is made as a whole, 8 bytes a row; beyond, each index is computed by itself
 ROUNDS = 8
 
@@ -95,12 +96,13 @@ def indices(num_rows: int, seed: int, start: int, num_samples: int) -> Tensor:
 def _permuted(num_rows: int, seed: int, places: np.ndarray) -> np.ndarray:
     """What stands at these places of the permutation that belongs to the seed."""
     if num_rows <= SORTED_UP_TO:
-        order: np.ndarray = _sorted_permutation(num_rows, seed)[places]
+        make = _sorted_permutation if num_rows > QUICKLY_SORTED else _sorted_permutation.__wrapped__
+        order: np.ndarray = make(num_rows, seed)[places]
         return order
     return _feistel_permutation(num_rows, seed, places)
 
 
-@lru_cache(maxsize=2)  # a global batch may end one epoch and begin the next
+@lru_cache(maxsize=4)  # a global batch may end one epoch and begin the next, of rows with a label and of the others
 def _sorted_permutation(num_rows: int, seed: int) -> np.ndarray:
     return np.argsort(Noise(seed, "permutation").uniform(0, num_rows)[:, 0].numpy(), kind="stable")
 

@@ -92,6 +92,15 @@ def test_a_watched_model_says_that_it_has_collapsed():
     assert watch_samples(good, Rows(x[:4]), 3, {}) == {}
 
 
+def test_rows_of_no_weight_are_not_looked_for_among_samples():
+    x = torch.cat([normal(300, 0), normal(300, 0) + 50.0])
+    weights = torch.ones(600, dtype=torch.float64)
+    weights[300:] = 0.0
+    good = SimpleNamespace(num_features=3, sample=lambda size, seed, offset: normal(2000, 1)[offset : offset + size])
+    weighted = SimpleNamespace(num_rows=600, take=lambda indices: Block(x[indices], indices, weights[indices]))
+    assert watch_samples(good, weighted, 3, {}) == watch_samples(good, Rows(x[:300]), 3, {})
+
+
 def test_samples_in_the_middle_of_the_data_are_told_by_their_recall():
     blurred = SimpleNamespace(num_features=30, sample=lambda size, seed, offset: 0.05 * normal(size, offset, width=30))
     found = watch_samples(blurred, Rows(normal(500, 0, width=30)), 3, {})

@@ -368,6 +368,32 @@ def test_noise_is_added_to_what_each_layer_is_given_and_verbs_see_none():
     torch.testing.assert_close(model.encode(batch.x), second(first(batch.x).tanh()).tanh())
 
 
+def test_with_conditions_a_sample_weighs_what_its_row_does():
+    """Else the classes of D's two terms would have other frequencies, of which D of a Wasserstein loss makes what it likes."""
+    model = small(labels="condition", loss="wasserstein", penalty="gradient_penalty")
+    weights = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+    batch, without = batch_of([0, 1, 2, 1], weights=weights), batch_of([0, 1, 2, 1])
+    for phase, term in ((DISCRIMINATOR, "fake"), (GENERATOR, "generator")):
+        noise = noise_of(model, phase, 4)
+        each = torch.stack(
+            [
+                model.loss(phase, cut(without, i, i + 1), {name: value[i : i + 1] for name, value in noise.items()}, 0).terms[
+                    term
+                ]
+                for i in range(4)
+            ]
+        )
+        torch.testing.assert_close(model.loss(phase, batch, noise, 0).terms[term], (weights.float() * each).sum())
+        assert model.counts(phase, batch)[term] == 3.5
+
+
+def test_a_wasserstein_discriminator_is_right_about_nothing():
+    """Whatever is added to all of its logits changes no loss."""
+    model = small(labels="condition", loss="wasserstein", penalty="gradient_penalty")
+    batch = batch_of([0, 1, 2, 1])
+    assert model.loss(DISCRIMINATOR, batch, noise_of(model, DISCRIMINATOR, 4), 0).watched.keys() == {"real_logit", "fake_logit"}
+
+
 def test_a_discriminator_that_has_won_is_told():
     assert small().advice({"discriminator/accuracy": 0.97}) == ()
     assert small().advice({}) == ()

@@ -483,6 +483,15 @@ def test_interpolations_and_traversals_are_decoded_paths():
         model.interpolate(x[:1], x[1:], 1)
 
 
+def test_held_out_rows_that_cannot_be_are_told_as_others_are():
+    """The bound of a pixel of 5 is beyond all others, and would choose the checkpoint."""
+    model = small(likelihood="bernoulli")
+    batch = Block(torch.full((2, 12), 5.0), torch.arange(2))
+    noise = {name: torch.zeros(2, draw.width) for name, draw in model.validation_draws().items()}
+    with pytest.raises(UserError, match="x goes from 5 to 5"):
+        model.validate(batch, noise)
+
+
 def test_figures_are_pictures_of_rows_of_steps(tmp_path):
     model = small()
     schema = Schema(columns=("x",), feature_names=tuple(f"p{i}" for i in range(12)), image_shape=(4, 3))

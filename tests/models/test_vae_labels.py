@@ -265,6 +265,7 @@ def test_decoding_without_a_label_is_the_mean_over_all():
     torch.testing.assert_close(model.classify(x).exp().sum(1), torch.ones(5).double())
     assert model.interpolate(x[:2], x[2:4], 4).shape == (2, 4, 12)
     assert model.traverse(x[:1]).shape == (2, vae.NUM_STEPS, 12)
+    torch.testing.assert_close(model.traverse(x[:1], given=["b"]), model.traverse(x[:1], given="b"))
     figures = {name: figure.x_RTD for name, figure in model.figures(0).items()}
     assert {name: rows.shape for name, rows in figures.items()} == {
         "interpolations": (vae.NUM_PATHS, vae.NUM_STEPS, 12),

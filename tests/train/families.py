@@ -138,16 +138,20 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
         embedded = torch.cat([last.weight, last.bias[:, None]], 1)[1 + classes]
         return last(phi)[:, :1] + (embedded * torch.cat([phi, torch.ones(len(x), 1)], 1)).sum(1, keepdim=True)
 
+    def mean(values_B: Tensor) -> Tensor:
+        # With classes a fake has that of a row, and weighs what it does.
+        return weighted_mean(values_B, batch) if config.labels else values_B.mean()
+
     real = batch.x.view(-1, 1, 8, 8) * 2 - 1
     fake = generated("discriminator").detach()
     of_real, of_fake = critic(real)[:, 0], critic(fake)[:, 0]
     match config.loss:
         case "non_saturating":
-            loss = weighted_mean(-logsigmoid(of_real), batch) - logsigmoid(-of_fake).mean()
+            loss = weighted_mean(-logsigmoid(of_real), batch) + mean(-logsigmoid(-of_fake))
         case "hinge":
-            loss = weighted_mean(relu(1 - of_real), batch) + relu(1 + of_fake).mean()
+            loss = weighted_mean(relu(1 - of_real), batch) + mean(relu(1 + of_fake))
         case "wasserstein":
-            loss = of_fake.mean() - weighted_mean(of_real, batch)
+            loss = mean(of_fake) - weighted_mean(of_real, batch)
     match config.penalty:
         case "r1":
             loss = loss + 10 / 2 * weighted_mean(slope(critic, real) ** 2, batch)
@@ -157,7 +161,7 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
     training.update("discriminator", loss)
     if training.step % config.num_critic_steps == config.num_critic_steps - 1:
         logits = critic(generated("generator"))[:, 0]
-        training.update("generator", (-logsigmoid(logits) if config.loss == "non_saturating" else -logits).mean())
+        training.update("generator", mean(-logsigmoid(logits) if config.loss == "non_saturating" else -logits))
 
 
 def slope(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

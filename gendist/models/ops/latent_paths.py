@@ -12,6 +12,7 @@ from torch import Tensor
 
 NUM_PATHS, NUM_STEPS = 10, 9  # of a figure
 MAX_CLASSES = 40  # of a figure
+MAX_RANKED = 64  # latent dimensions of which a figure shows those that change x most
 NEARLY_PARALLEL = 1e-4  # radians, below which the sines that are divided have too few digits
 
 

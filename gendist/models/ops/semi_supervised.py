@@ -1,8 +1,9 @@
 """The K+1 discriminator, which tells the classes of data from each other and all of them from samples of the generator.
 
-Salimans et al. 2016, "Improved Techniques for Training GANs", section 5, as their published code has it: the discriminator
-gives K logits l, and that of the class of fakes is 0, so that p(fake | x) = 1 / (Z + 1) with Z = sum exp l, and
-p(class | x, real) is the softmax of l. The generator matches features (section 3.1).
+Salimans et al. 2016, "Improved Techniques for Training GANs", section 5 (their published code halves the terms of data and of
+samples against that of labels, which the paper does not): the discriminator gives K logits l, and that of the class of fakes is
+0, so that p(fake | x) = 1 / (Z + 1) with Z = sum exp l, and p(class | x, real) is the softmax of l. The generator matches
+features (section 3.1).
 Rows with a label are real as well: they add to the unsupervised loss and to the features that are matched, beside their own
 cross-entropy. In the paper both are expectations over all data, and its code draws the batches for them from the whole training
 set, with the few rows whose labels are known. Here one batch is for all three, so that where it holds more labelled rows than
