@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -239,6 +241,27 @@ def test_what_may_come_right_is_asked_again_with_the_same_seed(url, no_pauses):
     assert all(pause >= 3.0 for pause in no_pauses[1:])
     with Client(url) as client:
         np.testing.assert_array_equal(samples.x, client.sample("gmm", 4, seed=samples.seed).x)
+
+
+def test_an_answer_that_is_cut_is_asked_for_again(no_pauses):
+    """A replica that dies between the head of its answer and the end of the body: fewer bytes come than were promised."""
+    body = b'{"models": []}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+
+    def answer(sockets: socket.socket) -> None:
+        for content in (head, head + body[:-1], head + body):
+            connection, _ = sockets.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(content)
+
+    with socket.create_server(("127.0.0.1", 0)) as sockets, ThreadPoolExecutor(1) as thread:
+        sockets.settimeout(60)
+        served = thread.submit(answer, sockets)
+        with Client(f"http://127.0.0.1:{sockets.getsockname()[1]}") as client:
+            assert client.models() == []
+        served.result()
+    assert len(no_pauses) == 2
 
 
 @pytest.mark.parametrize("status", [500, 504])

@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -28,6 +28,8 @@ import gendist
 from gendist.launch import cli
 from gendist.protocols import UserError
 from gendist.serve.addresses import free_port
+from gendist.serve.client import Client
+from gendist.serve.client_arrays import Samples
 from gendist.serve.local_server import MARK, await_ready, marked, on_a_cluster, on_this_machine
 from gendist.serve.local_server import serve as serve_until_interrupted
 from gendist.serve.server_config import server_config
@@ -243,17 +245,6 @@ def sampled(url: str, seed: int, model: str = "gmm", token: str = "") -> bytes:
     return content
 
 
-def sampled_at_last(url: str, seed: int, until: float) -> bytes:
-    """What a client does whose request was in flight: the same request again."""
-    while True:
-        try:
-            return sampled(url, seed)
-        except (OSError, urllib.error.HTTPError) as error:
-            if getattr(error, "code", 503) not in (500, 502, 503) or time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-
-
 def expected(path: Path, seed: int) -> bytes:
     file = io.BytesIO()
     np.save(file, gendist.load(path).sample(NUM_ROWS, seed=seed).numpy())
@@ -359,19 +350,23 @@ def test_what_speaks_http_listens_on_loopback_alone(server):
 @pytest.mark.ray
 @linux
 def test_a_replica_that_is_killed_spoils_no_answer(server, artifacts):
-    """Requests by 16 at a time; one of two replicas dies under them. Every answer has the bytes of `gendist sample`, and
-    another replica comes in its place."""
+    """Requests by 16 at a time; one of two replicas dies under them. The client repeats those in flight, cut ones too, every
+    answer has the bytes of `gendist sample`, and another replica comes in its place."""
     before = server.replicas()
     assert len(before) == 2
-    until = time.monotonic() + 180
-    with ThreadPoolExecutor(16) as pool:
-        answers = [pool.submit(sampled_at_last, server.url, seed % 24, until) for seed in range(96)]
+    with Client(server.url, timeout_s=180, max_retries=1000) as client, ThreadPoolExecutor(16) as pool:
+
+        def ask(requests: range) -> list[Future[Samples]]:
+            return [pool.submit(client.sample, "gmm", NUM_ROWS, seed=request % 24) for request in requests]
+
+        answers = ask(range(96))
         answers[16].result()
         os.kill(min(before), signal.SIGKILL)
-        answers += [pool.submit(sampled_at_last, server.url, seed % 24, until) for seed in range(96)]
-        got = [answer.result() for answer in answers]
-    right = [expected(artifacts["gmm"], seed) for seed in range(24)]
-    assert [seed for seed, content in enumerate(got) if content != right[seed % 24]] == []
+        answers += ask(range(96, 192))
+        got = [answer.result().x.tobytes() for answer in answers]
+    model = gendist.load(artifacts["gmm"])
+    right = [model.sample(NUM_ROWS, seed=seed).numpy().tobytes() for seed in range(24)]
+    assert [request for request, content in enumerate(got) if content != right[request % 24]] == []
     assert becomes_true(lambda: len(server.replicas() - {min(before)}) == 2)
 
 
