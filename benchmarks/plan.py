@@ -6,7 +6,7 @@
 Plans and fits alternate, so that both meet the machine as it is. Planned is the median of the rounds; measured the quickest
 quarter of all iterations, or records of steps, after the second, without workers as CPU time; memory is the peak of a fit in
 one process less that of a fit of few rows (`memory.py`), beside the plan's rows, or states and activations.
-With --address the fits run on a cluster that is there: inside a host of cluster/testbed.py, say.
+With --address the fits run on a cluster that is there, whose hosts all see TMPDIR: inside a host of cluster/testbed.py, say.
 """
 
 from __future__ import annotations
@@ -75,12 +75,18 @@ def _both(content: dict[str, Any], data: tuple[dict[str, Any], ...]) -> tuple[di
 
 
 def measured_s(content: dict[str, Any], workers: int, address: str | None) -> list[float]:
-    """Between two records after the second, a step or an iteration: of one process its CPU time, which others at work change
-    less. Nothing is kept, and nothing tracked: neither is part of an iteration."""
-    clock, times = time.perf_counter if workers else time.process_time, []
+    """Of the records after the second, a step or an iteration: in one process its CPU time, which others at work change less;
+    on Ray the record's own seconds, as records come in heaps. Nothing is kept, nothing tracked: neither is part of an
+    iteration."""
+    clocks, seconds = [], []
+
+    def watch(record: dict[str, Any]) -> None:
+        clocks.append(time.process_time())
+        seconds.append(record["seconds"])
+
     spec = load_spec({**content, "cluster": {"num_workers": workers}})
-    fit(spec, address=address if workers else None, watch=lambda record: times.append(clock()))
-    each = [after - before for before, after in pairwise(times)][1:]
+    fit(spec, address=address if workers else None, watch=watch)
+    each = seconds[2:] if workers else [after - before for before, after in pairwise(clocks)][1:]
     return [seconds / (RECORD_EVERY if "global_batch_size" in content["fit"] else 1) for seconds in each]
 
 
