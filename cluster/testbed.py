@@ -215,7 +215,8 @@ class Testbed:
     def environment(self) -> dict[str, str]:
         """In which a program finds gendist in this repository, and may talk to the cluster."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        ours |= {**RAY_SETTINGS, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join([str(REPOSITORY), *filter(None, [ours.get("PYTHONPATH")])])
+        ours |= {**RAY_SETTINGS, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if (self._folder / "token").exists():
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._folder / "token")}
         return ours
