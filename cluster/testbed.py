@@ -216,7 +216,8 @@ class Testbed:
         """In which a program finds gendist in this repository, and may talk to the cluster."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         paths = os.pathsep.join([str(REPOSITORY), *filter(None, [ours.get("PYTHONPATH")])])
-        ours |= {**RAY_SETTINGS, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        programs = os.pathsep.join([str(Path(sys.executable).parent), ours.get("PATH", os.defpath)])  # a job's `python` is the first
+        ours |= {**RAY_SETTINGS, "PATH": programs, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if (self._folder / "token").exists():
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._folder / "token")}
         return ours

@@ -123,10 +123,10 @@ class ClassConditional:
         posterior_NC = self.encode(x_ND)
         if not isinstance(imputed[0], list):
             return _mixed(torch.stack(imputed), posterior_NC, seed, offset)
-        of_sequences = []
-        for index, each in enumerate(zip(*imputed, strict=True)):
-            posterior_1C = posterior_NC[index : index + 1]
-            of_sequences.append(_mixed(torch.stack(each)[:, None], posterior_1C, seed, offset + index)[0])
+        of_sequences, first_step = [], offset
+        for posterior_C, *each in zip(posterior_NC, *imputed, strict=True):
+            of_sequences.append(_mixed(torch.stack(each)[:, None], posterior_C[None], seed, first_step)[0])
+            first_step += len(each[0])
         return of_sequences
 
     def criteria(self, log_likelihood: float, total_weight: float) -> dict[str, float]:

@@ -66,7 +66,9 @@ def resume(directory: RunDirectory) -> Checkpoint[Any] | None:
     state = directory.newest(_read)
     for folder in newest_first(directory.checkpoints):
         if state is None or int(folder.name) > state.iteration:
-            folder.rename(folder.with_name(f".{folder.name}.unreadable"))
+            aside = folder.with_name(f".{folder.name}.unreadable")
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            folder.rename(aside)
     if state is None:
         directory.metrics_file.unlink(missing_ok=True)
     else:

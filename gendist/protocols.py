@@ -158,7 +158,7 @@ class Block:
     missing          (N, D) bool, True where the entry is missing, or None: nothing is missing
     sequence_bounds  (S + 1,) int64 offsets into the rows, from 0 to N, or None: the rows are independent. Else a row is a step
                      in time of one of S sequences; one may be empty
-    open_ends        whether the first sequence began in an earlier block, and whether the last goes on in a later one
+    open_ends        how many rows of the first sequence lie in earlier blocks, and how many of the last in later ones
     """
 
     x: Tensor
@@ -167,7 +167,7 @@ class Block:
     evidence: Tensor | None = None
     missing: Tensor | None = None
     sequence_bounds: Tensor | None = None
-    open_ends: tuple[bool, bool] = (False, False)
+    open_ends: tuple[int, int] = (0, 0)
 
     @property
     def num_rows(self) -> int:
@@ -225,7 +225,7 @@ class Block:
 def _block_from_arrays(
     of_x: tuple[np.ndarray[Any, Any], ...],
     sparse_shape: tuple[int, int] | None,
-    open_ends: tuple[bool, bool],
+    open_ends: tuple[int, int],
     *arrays: np.ndarray[Any, Any] | None,
 ) -> Block:
     with warnings.catch_warnings():

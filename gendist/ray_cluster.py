@@ -81,7 +81,8 @@ def _connected(num_workers: int, address: str | None, num_gpus: int, ours: bool)
         with uninterrupted():
             _connect(num_workers, address)
     elif address is not None:
-        check_reachable(address)
+        if address != "local":
+            check_reachable(address)
         connected = ray.get_runtime_context().gcs_address
         if address not in (connected, "auto", "local"):
             raise UserError(f"--address {address}: this process is connected to Ray at {connected}; call ray.shutdown() first")

@@ -13,7 +13,7 @@ from gendist.protocols import UserError
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory
 from gendist.tracking import tracked
-from gendist.train.processes import joined, told_by_first
+from gendist.train.processes import joined, patient_group, told_by_first
 from gendist.training import LocalLine, Training, held_back, kept
 
 
@@ -29,7 +29,8 @@ def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address:
             training.append(held.enter_context(kept(spec, directory)))
             return training[0].prepare(data)
 
-        prepared = told_by_first(processes, begin)
+        patient = patient_group(processes)
+        prepared = told_by_first(processes, begin, patient)
         if isinstance(prepared, Run):
             return prepared
         held.enter_context(held_back(training[0].directory if training else RunDirectory(prepared.place, spec)))
@@ -43,5 +44,5 @@ def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address:
             raise
         if not has_ended:
             raise KeyboardInterrupt
-        run: Run = told_by_first(processes, lambda: training[0].finish())
+        run: Run = told_by_first(processes, lambda: training[0].finish(), patient)
         return run

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Protocol
 
@@ -27,7 +27,9 @@ from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
 from gendist.storage.patience import StorageError, patiently
-from gendist.train.checkpoints import CheckpointWriter, TrainingCheckpoint, name_of, read
+from gendist.train import restrictions
+from gendist.train.batches import Division
+from gendist.train.checkpoints import CheckpointWriter, Kept, TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import Asked, Decision, Progress, decide, is_due
 from gendist.train.engine import Engine
@@ -116,14 +118,17 @@ class _Process:
                 "fit.early_stopping: nothing is validated to stop by; it needs fit.eval_every, data.validation_fraction and a "
                 f"family that says which of two is better, as vae does; leave it out of this {self.spec.family}"
             )
+        self._check_sizes(model, rows["training"].num_rows)
         with _only_writer(self.directory) if self.is_first else nullcontext():
             resumed = self._newest()
             progress = resumed.progress if resumed else Progress()
+            saved = progress.step if resumed else None
             if self.is_first:
                 _cut_back(self.directory, progress.step)
             engine = make_engine(self.processes, self.config)
             engine.prepare(model.networks(), resumed.state if resumed else None)
             del resumed
+            validation = _Heard(rows["validation"], self.line) if "validation" in rows else None
             reports = train(
                 model,
                 engine,
@@ -131,22 +136,44 @@ class _Process:
                 self.config,
                 self.spec.seed,
                 progress,
-                rows.get("validation"),
+                validation,
                 _Asked(self.directory.stop_sign()) if self.is_first else _nothing,
             )
-            written = self.directory.checkpoint_written
+
+            def written(name: str, kept: Kept) -> None:
+                self.directory.checkpoint_written(name, kept)
+                self.line.checkpoint()
+
             writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last, written) if self.is_first else None
             try:
                 with writer or nullcontext():
                     for report in reports:
+                        if report.progress.step == saved:  # asked to stop where it has just saved, or begun
+                            report = replace(report, is_checkpoint_due=False)
                         self._keep(report, model, engine, writer, rows.get("validation") or rows["training"])
-                        progress = report.progress if report.is_checkpoint_due else progress
+                        if report.is_checkpoint_due:
+                            progress, saved = report.progress, report.progress.step
                     return decide(progress, self.config) is not Decision.CONTINUE
             except NotFinite as error:
                 kept = f"that of step {progress.step} in {self.directory.place}/checkpoints" if progress.step else "none yet"
                 raise UserError(f"{error}; the last good checkpoint is {kept}") from error
             except StorageError as error:
                 raise self.directory.explained(error) from error
+
+    def _check_sizes(self, model: DeepModel, num_rows: int) -> None:
+        """UserError where a run whose number of workers may change could not go on with one of them, hours from now."""
+        given, config = self.spec.cluster.num_workers, self.config
+        if isinstance(given, int):
+            return
+        for size in range(given[0], given[1] + 1):
+            try:
+                division = Division(config.global_batch_size, size, config.micro_batch_size)
+                restrictions.check(model, 0, config, division, num_rows)
+                engine_class(config).check(replace(self.processes, world_size=size), config)
+            except UserError as error:
+                raise UserError(
+                    f"cluster.num_workers: {given[0]} to {given[1]}, of which {size} cannot train: {error}"
+                ) from error
 
     def _newest(self) -> TrainingCheckpoint | None:
         """The newest checkpoint that is whole, the same one in all processes, whatever an earlier worker writes meanwhile. What
@@ -182,7 +209,6 @@ class _Process:
             if writer:
                 assert state is not None
                 writer.save(TrainingCheckpoint(report.progress, state))
-                self.line.checkpoint()
         if writer:
             writer.check()
 

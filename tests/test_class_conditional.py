@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -202,6 +203,22 @@ def test_missing_entries_weights_and_labels_together(data, model):
     assert torch.equal(filled[~missing], torch.from_numpy(x)[~missing])
     drawn = model.impute(x, seed=1)
     assert torch.equal(drawn[~missing], filled[~missing])
+
+
+def test_the_class_that_fills_in_a_sequence_is_that_of_its_steps_wherever_a_request_begins():
+    rng = np.random.default_rng(0)
+    sequences = [rng.normal(3.0 * (i % 2), 0.5, (5, 1)) for i in range(20)]
+    frame = pd.DataFrame(
+        {"id": np.repeat(np.arange(20), 5), "x": np.concatenate(sequences)[:, 0], "y": np.repeat(["a", "b"] * 10, 5)}
+    )
+    spec = {"name": "s", "family": "hmm", "model": {"num_states": 1, "labels": "classes"}}
+    spec |= {"data": {"sequence": "id", "label": "y", "columns": ["x"]}, "fit": {"max_iterations": 2}}
+    model = gendist.fit(spec, data=frame).model
+    gaps = [np.full((length, 1), np.nan) for length in (5, 2, 0, 7, 5, 3, 9, 1)]
+    together, first_step = model.impute(gaps, seed=3), 0
+    for gap, filled in zip(gaps, together, strict=True):
+        assert torch.equal(model.impute([gap], seed=3, offset=first_step)[0], filled)
+        first_step += len(gap)
 
 
 def test_a_single_class_has_the_mixture_of_all_rows(data):

@@ -266,7 +266,7 @@ def test_cut_sequences_never_reach_what_cannot_be_reached(topology, precision):
 
     def block(start: int, stop: int) -> Block:
         bounds = torch.tensor([0, stop - start])
-        return Block(x[start:stop], torch.arange(start, stop), sequence_bounds=bounds, open_ends=(start > 0, stop < 40))
+        return Block(x[start:stop], torch.arange(start, stop), sequence_bounds=bounds, open_ends=(start, 40 - stop))
 
     def e_step(of, cuts):
         parts = [of.e_step(block(start, stop), compute) for start, stop in itertools.pairwise(cuts)]
@@ -280,6 +280,26 @@ def test_cut_sequences_never_reach_what_cannot_be_reached(topology, precision):
         assert second.log_likelihood == pytest.approx(whole.log_likelihood, rel=tolerance)
         np.testing.assert_allclose(second.transitions, whole.transitions, atol=tolerance * 40)
         np.testing.assert_allclose(second.emission.counts, whole.emission.counts, atol=tolerance * 40)
+
+
+def test_from_left_to_right_a_long_sequence_begins_in_equal_parts_of_all_of_it():
+    """As many steps as lie in several blocks: the parts are of the sequence, not of a block."""
+    x = np.random.default_rng(0).normal(size=80_000) + np.repeat([0.0, 3.0, 0.0, 3.0], 20_000)
+    spec = {**SPEC, "model": {"num_states": 4, "topology": "left_to_right"}, "fit": {"max_iterations": 10}}
+    run = gendist.fit(spec, data=[x[:, None]])
+    np.testing.assert_allclose(run.model.emission.means[:, 0], [0.0, 3.0, 0.0, 3.0], atol=0.1)
+
+
+def test_a_frozen_zero_under_a_prior_leaves_a_promise_of_what_a_step_gains():
+    emission = GaussianEmission.of(Gaussian(torch.tensor([[-1.0], [1.0]]).double(), torch.ones(2, 1).double(), "diag"))
+    start = HiddenMarkovModel.from_parameters([1.0, 0.0], [[0.5, 0.5], [0.5, 0.5]], emission)
+    sequences = [np.random.default_rng(i).normal(size=(30, 1)) for i in range(5)]
+    model = {"num_states": 2, "initial_pseudocount": 1.0, "emission": {"covariance_type": "diag"}}
+    for frozen, first in ((["initial_probs"], False), ([], True)):
+        run = gendist.fit({**SPEC, "model": {**model, "frozen": frozen}}, data=sequences, init=start)
+        gains = [record["least_gain"] for record in run.history]
+        assert (gains[0] is None) == first
+        assert all(np.isfinite(gain) for gain in gains[1:])
 
 
 def test_what_is_said_of_counted_sequences_is_of_the_fitted_model():

@@ -25,7 +25,9 @@ from gendist import training, training_job
 from gendist.config import load_spec
 from gendist.launch import cli
 from gendist.protocols import UserError
+from gendist.run_directory import RunDirectory
 from gendist.storage import patience
+from gendist.train import loop
 from gendist.train.checkpoints import newest, read
 
 ROOT = Path(__file__).parents[1]
@@ -278,6 +280,70 @@ def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_pa
     gendist.fit(SPEC, run_dir=tmp_path / "run")
     assert sha256(tmp_path / "run") == sha256(unbroken)
     assert [record["step"] for record in records(tmp_path / "run")] == [5, 10, 13, 15, 20, 25, 30, 35, 40]
+
+
+def test_asked_to_stop_where_a_checkpoint_stands_it_is_left_alone(monkeypatch, unbroken, tmp_path):
+    """Right after it was written, and right after it was gone on from: nothing is put aside to be written once more."""
+
+    def after(num_steps):
+        answers = iter([*[training_job.Asked.NOTHING] * num_steps, training_job.Asked.TO_STOP_NOW])
+        return lambda path: lambda: next(answers)
+
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for num_steps in (10, 0, 0):
+        with monkeypatch.context() as patched:
+            patched.setattr(training_job, "_Asked", after(num_steps))
+            with pytest.raises(KeyboardInterrupt):
+                gendist.fit(SPEC, run_dir=tmp_path / "run")
+        assert [path.name for path in checkpoints.iterdir()] == ["00000010"]
+    gendist.fit(SPEC, run_dir=tmp_path / "run")
+    assert sha256(tmp_path / "run") == sha256(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("change", "workers", "expected"),
+    [
+        ({"global_batch_size": 2}, [1, 3], "1 to 3, of which 3 cannot train: fit.global_batch_size 2 is less than"),
+        (
+            {"global_batch_size": 7, "micro_batch_size": 1, "engine": {"kind": "deepspeed", "zero_stage": 2}},
+            [1, 2],
+            "1 to 2, of which 2 cannot train: fit.engine.zero_stage: 2 needs a sample in every micro-batch",
+        ),
+    ],
+)
+def test_a_number_of_workers_that_could_not_train_is_told_at_the_start(change, workers, expected, tmp_path):
+    """Not in the hour in which a node is lost or comes back."""
+    spec = load_spec({**with_fit(**change), "cluster": {"num_workers": workers}})
+    with training.kept(spec, RunDirectory(tmp_path / "run", spec)) as begun:
+        job = begun.prepare(None)
+        with pytest.raises(UserError, match=expected):
+            job(training.LocalLine(lambda record: None))
+
+
+def test_a_worker_is_alive_while_it_validates_and_a_checkpoint_is_told_once_it_is_whole(tmp_path):
+    spec, told, heard = load_spec(SPEC), [], [0]
+    validated_from = []
+
+    class Line(training.LocalLine):
+        def alive(self) -> None:
+            heard[0] += 1
+
+        def checkpoint(self) -> None:
+            told.append(newest(tmp_path / "run" / "checkpoints").progress.step)
+
+    def validate(*arguments, **options):
+        before = heard[0]
+        values = loop_validate(*arguments, **options)
+        validated_from.append(heard[0] - before)
+        return values
+
+    loop_validate = loop.validate
+    with pytest.MonkeyPatch.context() as patched, training.kept(spec, RunDirectory(tmp_path / "run", spec)) as begun:
+        patched.setattr(loop, "validate", validate)
+        assert begun.prepare(None)(Line(lambda record: None))
+    assert told == [10, 20, 30, 40]
+    assert len(validated_from) == 2
+    assert min(validated_from) > 0
 
 
 def test_two_processes_of_torchrun_share_one_run_directory(unbroken, tmp_path):

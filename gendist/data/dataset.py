@@ -28,6 +28,7 @@ from gendist.data.sources import DataConfig, Source
 from gendist.data.sparse import to_csr
 from gendist.data.tokens import to_counts
 from gendist.data.transforms import Transforms
+from gendist.data.weightless import silenced
 from gendist.noise import Noise
 from gendist.protocols import Block, UserError, as_matrix, is_labelled
 
@@ -240,18 +241,25 @@ class _BlockLoader:
         matrix, *others = columns
         weights, evidence = (None if values is None else torch.from_numpy(np.array(values[index])) for values in others)
         if self.schema.is_sparse:
-            return Block(as_matrix(matrix[index]), rows, weights, evidence)
+            counted = matrix[index]
+            if weights is not None and bool((weights == 0).any()):
+                counted = counted.multiply((weights > 0).numpy()[:, None]).tocsr()
+            return Block(as_matrix(counted), rows, weights, evidence)
         x = torch.from_numpy(np.array(matrix[index]))
         missing = x.isnan()
         any_missing = bool(missing.any())
+        if any_missing:
+            x.masked_fill_(missing, 0.0)
+        if weights is not None:
+            x = silenced(x, weights, missing if any_missing else None)
         block = Block(
-            x=x.masked_fill_(missing, 0.0) if any_missing else x,
+            x=x,
             rows=rows,
             weights=weights,
             evidence=evidence,
             missing=missing if any_missing else None,
             sequence_bounds=None if sequences is None else torch.from_numpy(sequences.bounds),
-            open_ends=(False, False) if sequences is None else sequences.open_ends,
+            open_ends=(0, 0) if sequences is None else sequences.open_ends,
         )
         return block if self.transforms is None else self.transforms.apply(block)
 

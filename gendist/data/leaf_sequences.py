@@ -18,12 +18,12 @@ class LeafSequences:
     """
     numbers    (S,) of the sequences, ascending
     bounds     (S + 1,) offsets into the leaf's rows, from 0 to N
-    open_ends  whether the first began in an earlier leaf, and whether the last goes on in a later one
+    open_ends  how many rows of the first lie in earlier leaves, and how many of the last in later ones
     """
 
     numbers: Array
     bounds: Array
-    open_ends: tuple[bool, bool] = (False, False)
+    open_ends: tuple[int, int] = (0, 0)
 
     @classmethod
     def whole(cls, bounds: Array, first: int, last: int) -> LeafSequences:
@@ -37,9 +37,9 @@ class LeafSequences:
             begin, end = np.searchsorted(bounds[:-1], start, side="left"), np.searchsorted(bounds[1:], start, side="right")
             return cls.whole(bounds, int(begin), int(end))
         first = int(np.searchsorted(bounds, start, side="right")) - 1
-        is_open = (bool(bounds[first] < start), bool(bounds[first + 1] > stop))
-        if any(is_open):
-            return cls(np.array([first]), np.array([0, stop - start]), is_open)
+        beyond = (max(0, start - int(bounds[first])), max(0, int(bounds[first + 1]) - stop))
+        if any(beyond):
+            return cls(np.array([first]), np.array([0, stop - start]), beyond)
         return cls.whole(bounds, first if start else 0, int(np.searchsorted(bounds[1:], stop, side="right")))
 
     def row_flags(self, keep_S: Array) -> Array:
@@ -49,5 +49,5 @@ class LeafSequences:
     def kept(self, keep_S: Array) -> LeafSequences:
         """Some of the sequences."""
         lengths = np.diff(self.bounds)[keep_S]
-        ends = self.open_ends if bool(keep_S.any()) else (False, False)
+        ends = self.open_ends if bool(keep_S.any()) else (0, 0)
         return LeafSequences(self.numbers[keep_S], np.concatenate([[0], np.cumsum(lengths)]), ends)

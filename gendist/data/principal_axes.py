@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gendist.data.weightless import first_that_counts
 from gendist.one_thread import one_thread
 from gendist.protocols import Block
 
@@ -30,8 +31,8 @@ class Spread:
         """Of a block without missing entries."""
         weights_N1 = block.weights_or_ones()[:, None]
         weight = float(weights_N1.sum())
-        reference_D = block.x[:1].sum(0)  # the first row, or zeros of an empty block; keeps the digits of data far from 0
-        centred_ND = block.x - reference_D
+        reference_D = first_that_counts(block.x, weights_N1)  # keeps the digits of data far from 0
+        centred_ND = (block.x - reference_D).masked_fill_(weights_N1 == 0, 0.0)
         shift_D = (weights_N1 * centred_ND).sum(0) / (weight or 1.0)
         return cls(weight, reference_D + shift_D, _triangle(weights_N1.sqrt() * (centred_ND - shift_D)))
 

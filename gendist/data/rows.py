@@ -17,6 +17,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -119,12 +120,12 @@ class RowsOnDisk:
     def opened(self, alive: Callable[[], None] = lambda: None) -> Iterator[dict[Part, RowSet]]:
         """The rows of each part; whichever process of a machine comes first makes the files, and the others wait for it.
 
-        alive  called now and then while they are made
+        alive  called now and then while they are made, by this process or another
 
         UserError where this machine reads other rows than those that the fingerprints are of.
         """
         folder = _cache() / self.key
-        lock = _Lock(folder.with_name(f"{folder.name}.lock"))
+        lock = _Lock(folder.with_name(f"{folder.name}.lock"), alive)
         with lock.shared(folder.exists, lambda: self._make(folder, alive)):
             yield {part: _mapped(folder / part) for part in self.fingerprints}
             if lock.is_last():
@@ -247,6 +248,7 @@ class _Lock:
     """Held alone while the files are made or removed, and shared while they are read."""
 
     path: Path
+    alive: Callable[[], None] = lambda: None  # called now and then while others hold it
     _file: IO[str] | None = None
 
     @contextmanager
@@ -265,7 +267,13 @@ class _Lock:
         """Whether it is held now; it is not where somebody removed it meanwhile."""
         self._release()
         self._file = self.path.open("w")
-        fcntl.flock(self._file, how)
+        while True:
+            try:
+                fcntl.flock(self._file, how | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                self.alive()
+                time.sleep(0.05)
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
         except FileNotFoundError:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gendist.blocks import Blocks, reduce
+from gendist.data.weightless import first_that_counts
 from gendist.protocols import Block, Feature
 
 
@@ -79,8 +80,8 @@ def summarize(_: None, block: Block) -> Summary:
     present_ND = torch.ones_like(block.x) if block.missing is None else (~block.missing).to(block.x.dtype)
     weights_ND = weights_N[:, None] * present_ND
     feature_weight = weights_ND.sum(0)
-    reference = block.x[:1].sum(0)  # the first row, or zeros of an empty block; keeps the digits of data far from 0
-    centred_ND = block.x - reference
+    reference = first_that_counts(block.x, weights_ND)  # keeps the digits of data far from 0
+    centred_ND = (block.x - reference).masked_fill_(weights_ND == 0, 0.0)
     shift = (weights_ND * centred_ND).sum(0) / feature_weight.clamp_min(torch.finfo(torch.float64).tiny)
     minimum, maximum = torch.full_like(reference, torch.inf), torch.full_like(reference, -torch.inf)
     is_whole_ND = block.x == block.x.round()
@@ -103,7 +104,7 @@ def summarize(_: None, block: Block) -> Summary:
         maximum=maximum,
         all_integers=is_whole_ND.all(0),
         fingerprint=_fingerprint(block, block.x, block.missing),
-        num_sequences=0 if block.sequence_bounds is None else len(block.sequence_bounds) - 1 - block.open_ends[0],
+        num_sequences=0 if block.sequence_bounds is None else len(block.sequence_bounds) - 1 - bool(block.open_ends[0]),
     )
 
 

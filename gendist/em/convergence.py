@@ -62,7 +62,7 @@ def gain_to_come(history: Sequence[dict[str, Any]]) -> float:
 
 def fell(log_likelihood: float, previous: dict[str, Any] | None, precision: str = "float64") -> bool:
     """Whether the log-likelihood is below what the previous M-step guaranteed; never after a repair."""
-    if previous is None or previous["repairs"]:
+    if previous is None or previous["repairs"] or previous["least_gain"] is None:
         return False
     guaranteed: float = previous["log_likelihood"] + previous["least_gain"]
     return log_likelihood < guaranteed - ROUNDING[precision] * (1.0 + abs(guaranteed) + abs(previous["least_gain"]))

@@ -36,7 +36,7 @@ def expectation_maximization(
     validation    rows whose log-likelihood is recorded, and which decide nothing
 
     A record: iteration, restart (the candidate's index), log_likelihood (the mean a row, of the parameters that the
-    iteration began with), gain, least_gain (what the M-step guarantees of the next gain), repairs,
+    iteration began with), gain, least_gain (what the M-step guarantees of the next gain, None if nothing), repairs,
     validation_log_likelihood, seconds (of the iteration, of all candidates together); `fell` where the log-likelihood is
     less than was guaranteed; `final` where every row's latent was known; and `stopped`, the reason, in the last. A candidate
     whose log-likelihood is not finite is lost, and its last record has None for it; UserError where none is left.
@@ -65,7 +65,8 @@ def expectation_maximization(
             record |= {
                 "log_likelihood": log_likelihood,
                 "gain": log_likelihood - history[-1]["log_likelihood"] if history else None,
-                "least_gain": update.least_gain / total_weight,
+                # A prior may have come from parameters that it makes impossible, of which no step promises anything.
+                "least_gain": update.least_gain / total_weight if math.isfinite(update.least_gain) else None,
                 "repairs": list(update.repairs),
             }
             if update.is_final:

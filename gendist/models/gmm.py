@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import NUM_POINTS, Figure, Mixture, named
@@ -59,18 +60,19 @@ class GaussianMixtureConfig(GaussianConfig):
 
 @dataclass(frozen=True, eq=False)
 class WorstRows:
-    """The complete rows of the least log density, the least first, one of a block at most: where empty components may begin
-    anew."""
+    """The complete rows without a label of the least log density, the least first, one of a block at most: where empty
+    components may begin anew."""
 
     log_prob: Tensor  # (n,) n <= NUM_WORST
     rows: Tensor  # (n,)
+    weights: Tensor  # (n,)
     x: Tensor  # (n, D)
 
     def merge(self, other: WorstRows) -> WorstRows:
         log_prob = torch.cat([self.log_prob, other.log_prob])
         first = torch.argsort(log_prob, stable=True)[:NUM_WORST]
-        rows, x = torch.cat([self.rows, other.rows])[first], torch.cat([self.x, other.x])[first]
-        return WorstRows(log_prob[first], rows, x)
+        rows, weights = torch.cat([self.rows, other.rows]), torch.cat([self.weights, other.weights])
+        return WorstRows(log_prob[first], rows[first], weights[first], torch.cat([self.x, other.x])[first])
 
 
 @dataclass(frozen=True, eq=False)
@@ -444,9 +446,10 @@ class GaussianMixture:
         return estimator.penalty(self.gaussian, weight) - of_weights
 
     def _revived(self, alive_K: Tensor, counts_K: Tensor, worst: WorstRows) -> tuple[GaussianMixture, list[str]]:
-        """With empty components moved to the worst rows, each with the weight of one row and the mean covariance.
+        """With empty components moved to the worst rows, each with its row's share of all weight and the mean covariance.
 
-        N rows lose log(1 - 1/N) each, 1 together; so the row must gain more, log(1 + p_new / (N p_old)) > 1.
+        Rows of total weight W lose W log(1 - s) to a component of weight s; a row of weight w gains w log(1 + s p_new / p_old),
+        which must be more.
         """
         said = {k: f"component {k} is empty and stays where it was" for k in torch.nonzero(~alive_K)[:, 0].tolist()}
         # A label's component stands for its rows alone.
@@ -455,15 +458,15 @@ class GaussianMixture:
             return self, list(said.values())
         weights_K, means, covariances = torch.where(alive_K, self.weights, 0.0), self.means.clone(), self.covariances.clone()
         pooled = self.gaussian.pooled(torch.where(alive_K, counts_K, 0.0))
-        share = min(1.0 / float(counts_K.sum()), 0.5 / self.num_components)
-        log_peak = math.log(share) + float(pooled.log_peak[0])
-        for k, log_prob, row, x_D in zip(empty, worst.log_prob.tolist(), worst.rows.tolist(), worst.x, strict=False):
-            if log_peak - log_prob <= math.log(math.e - 1.0):
-                break
-            weights_K[k], means[k] = share, x_D
+        total = float(counts_K.sum())
+        shares = (worst.weights / total).clamp_max(0.5 / self.num_components)
+        gains = worst.weights * softplus(shares.log() + pooled.log_peak[0] - worst.log_prob)
+        better = torch.nonzero(gains > -total * torch.log1p(-shares))[:, 0].tolist()
+        for k, i in zip(empty, better, strict=False):
+            weights_K[k], means[k] = shares[i], worst.x[i]
             if self.covariance_type != "tied":
                 covariances[k] = pooled.covariances[0]
-            said[k] = f"component {k} was empty and begins anew at row {row}, one of the worst fitted"
+            said[k] = f"component {k} was empty and begins anew at row {worst.rows[i]}, one of the worst fitted"
         gaussian = Gaussian(means, covariances, self.covariance_type)
         return replace(self, weights=weights_K / weights_K.sum(), gaussian=gaussian), list(said.values())
 
@@ -482,13 +485,15 @@ class GaussianMixture:
             inverse, failed = torch.linalg.inv_ex(precisions) if kind in ("full", "tied") else (1 / precisions, torch.tensor(0))
             if bool(failed.any()) or not bool(inverse.isfinite().all()):
                 raise UserError("precisions_init has no inverse")
-            covariances = 0.5 * (inverse + inverse.mT) if kind in ("full", "tied") else inverse
-            parameters = (estimator.weights_init, estimator.means_init, covariances)
+            parameters = (estimator.weights_init, estimator.means_init, inverse)
         else:
             raise UserError(
                 "the scikit-learn estimator has no parameters: fit it, or set weights_init, means_init and precisions_init"
             )
-        return cls.from_parameters(*parameters, covariance_type=kind, covariance_regularization=estimator.reg_covar)
+        weights, means, covariances = (as_tensor(each) for each in parameters)
+        if kind in ("full", "tied"):  # which it does not keep symmetric to the last digit, of float32 to the sixth
+            covariances = 0.5 * (covariances + covariances.mT)
+        return cls.from_parameters(weights, means, covariances, kind, estimator.reg_covar)
 
     from_estimator = from_sklearn  # what `init` of a fit may be
 
@@ -522,10 +527,12 @@ def _worst(log_prob_N: Tensor, block: Block) -> WorstRows:
         log_prob_N = torch.where(block.weights > 0, log_prob_N, torch.inf)
     if block.missing is not None:  # the density of fewer entries is of another unit
         log_prob_N = torch.where(block.missing.any(1), torch.inf, log_prob_N)
+    if block.evidence is not None:  # which an empty component, without a label, has no part in
+        log_prob_N = torch.where(block.is_labelled, torch.inf, log_prob_N)
     # The first of the least, if any row counts.
     least = log_prob_N.argmin()[None] if block.num_rows else torch.empty(0, dtype=torch.int64)
     least = least[log_prob_N[least] < torch.inf]
-    return WorstRows(log_prob_N[least], block.rows[least], block.x[least])
+    return WorstRows(log_prob_N[least], block.rows[least], block.weights_or_ones()[least], block.x[least])
 
 
 Model = GaussianMixture

@@ -8,10 +8,11 @@ Legend: N steps of all sequences, S sequences, T steps of one, D features, K sta
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, SupportsIndex
 
 import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -243,7 +244,8 @@ class HiddenMarkovModel:
         paths = []
         for block, log_alpha_NK in self._filtered(sequences):
             packing = _packing(block)
-            u_N = Noise(seed, "posterior.states").uniform(offset + int(block.rows[0]), block.num_rows)[:, 0]
+            first_row = int(block.rows[0]) if block.num_rows else 0
+            u_N = Noise(seed, "posterior.states").uniform(offset + first_row, block.num_rows)[:, 0]
             states_N = drawn_states(log_alpha_NK[packing.rows], packing, self.chain.log_transition, u_N[packing.rows])
             paths += _split(_by_row(states_N, packing.rows, block.num_rows), block)
         return paths
@@ -251,7 +253,7 @@ class HiddenMarkovModel:
     @one_thread()
     def forecast_states(self, sequences: Any, horizon: int = 1) -> Tensor:
         """(S, horizon, K) p(state of each of the next steps | the sequence)."""
-        if not isinstance(horizon, int) or horizon < 1:
+        if not isinstance(horizon, SupportsIndex) or operator.index(horizon) < 1:
             raise UserError(f"horizon {horizon}; ask for 1 step or more")
         nexts = []
         for block, log_alpha_NK in self._filtered(sequences):
@@ -259,7 +261,7 @@ class HiddenMarkovModel:
                 nexts.append(self.initial_probs if last_K is None else last_K @ self.transition_matrix)
         probs_SK = torch.stack(nexts) if nexts else torch.zeros(0, self.num_states, dtype=torch.float64)
         forecasts = [probs_SK]
-        for _ in range(horizon - 1):
+        for _ in range(operator.index(horizon) - 1):
             forecasts.append(forecasts[-1] @ self.transition_matrix)
         return torch.stack(forecasts, 1)
 
@@ -646,12 +648,13 @@ class HiddenMarkovModel:
 
     def _log_prior(self, statistics: HiddenMarkovStatistics) -> float:
         """What the M-step adds to the expected log-likelihood that it maximises, up to a constant."""
-        first_K = self.config.initial_pseudocount * self.config.allowed_first.double()
-        return (
-            self.emission.log_prior(statistics.emission)
-            + float(torch.special.xlogy(first_K, self.initial_probs).sum())
-            + float(torch.special.xlogy(self._transition_pseudocounts, self.transition_matrix).sum())
-        )
+        prior = self.emission.log_prior(statistics.emission)
+        if "initial_probs" not in self.config.frozen:
+            first_K = self.config.initial_pseudocount * self.config.allowed_first.double()
+            prior += float(torch.special.xlogy(first_K, self.initial_probs).sum())
+        if "transition_matrix" not in self.config.frozen:
+            prior += float(torch.special.xlogy(self._transition_pseudocounts, self.transition_matrix).sum())
+        return prior
 
     # hmmlearn
 
@@ -711,11 +714,16 @@ def _normalised(weights_NK: Tensor, otherwise_NK: Tensor) -> Tensor:
 
 
 def _equal_parts(block: Block, num_states: int) -> Tensor:
-    """(N, K) evidence: the states of a sequence, one after the other, each as long."""
+    """(N, K) evidence: the states of a sequence, one after the other, each as long; also where the block has a piece of it."""
     assert block.sequence_bounds is not None
-    lengths = block.sequence_bounds.diff()
-    step_N = torch.arange(block.num_rows) - block.sequence_bounds[:-1].repeat_interleave(lengths)
-    state_N = (step_N * num_states).div(lengths.repeat_interleave(lengths), rounding_mode="floor")
+    first_S, here_S, (before, after) = block.sequence_bounds[:-1].clone(), block.sequence_bounds.diff(), block.open_ends
+    lengths_S = here_S.clone()
+    if len(lengths_S):
+        first_S[0] -= before
+        lengths_S[0] += before
+        lengths_S[-1] += after
+    step_N = torch.arange(block.num_rows) - first_S.repeat_interleave(here_S)
+    state_N = (step_N * num_states).div(lengths_S.repeat_interleave(here_S), rounding_mode="floor")
     evidence_NK = torch.full((block.num_rows, num_states), -torch.inf, dtype=torch.float64)
     return evidence_NK.scatter_(1, state_N[:, None], 0.0)
 
@@ -723,7 +731,7 @@ def _equal_parts(block: Block, num_states: int) -> Tensor:
 def _num_beginning(block: Block) -> int:
     """How many sequences that have a step begin in the block."""
     assert block.sequence_bounds is not None
-    return int((block.sequence_bounds.diff() > 0).sum()) - int(block.open_ends[0])
+    return int((block.sequence_bounds.diff() > 0).sum()) - bool(block.open_ends[0])
 
 
 def _num_unknown(block: Block) -> int:

@@ -63,7 +63,7 @@ class Sizes:
                 make(num_rows, kind, generator),
                 torch.arange(index * num_rows, (index + 1) * num_rows),
                 sequence_bounds=bounds,
-                open_ends=(self.is_cut and index > 0, self.is_cut and index < number - 1),
+                open_ends=(index * num_rows, (number - 1 - index) * num_rows) if self.is_cut else (0, 0),
             )
             for index in range(number)
         ]

@@ -47,11 +47,15 @@ class DdpEngine:
     """`Engine` of networks that fit into every process whole. UserError where the device cannot compute in the precision."""
 
     def __init__(self, processes: Processes, config: DeepConfig) -> None:
-        if config.precision == "float16" and processes.device.type != "cuda":
-            raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
+        self.check(processes, config)
         self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
         self._config = config
         self._trained: dict[str, _Trained] = {}
+
+    @classmethod
+    def check(cls, processes: Processes, config: DeepConfig) -> None:
+        if config.precision == "float16" and processes.device.type != "cuda":
+            raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
 
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:

@@ -67,7 +67,7 @@ class DeepSpeedEngine:
         self._config = config
         self._stage = config.engine.zero_stage
         self._user = read_user_config(config.engine.config) if config.engine.config else {}
-        _refuse(processes, config)
+        self.check(processes, config)
         self._deepspeed = _imported(self.device)
         if not dist.is_initialized():
             # DeepSpeed speaks to a group even where there is one process.
@@ -76,6 +76,29 @@ class DeepSpeedEngine:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
         _forget_former_groups()
         self._trained: dict[str, _Trained] = {}
+
+    @classmethod
+    def check(cls, processes: Processes, config: DeepConfig) -> None:
+        stage, division = (
+            config.engine.zero_stage,
+            Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
+        )
+        if config.precision == "float16" and processes.device.type != "cuda":
+            raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
+        if config.channels_last and stage:
+            raise UserError(
+                f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
+            )
+        if config.compile and stage == 3:
+            raise UserError(
+                "fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2"
+            )
+        if stage >= 2 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
+            raise UserError(
+                f"fit.engine.zero_stage: {stage} needs a sample in every micro-batch of every process, which global_batch_size "
+                f"{config.global_batch_size} over {processes.world_size} processes in micro-batches of "
+                f"{config.micro_batch_size} has not; take stage 1, or a batch that divides"
+            )
 
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
@@ -461,27 +484,6 @@ def _zero_settings(config: DeepConfig, network: str, sizes: Sequence[int], num_p
     settings = merged(user, config, optimizers.config_of(config, network), sum(sizes), num_processes)
     zero: dict[str, Any] = settings["zero_optimization"]
     return zero
-
-
-def _refuse(processes: Processes, config: DeepConfig) -> None:
-    stage, division = (
-        config.engine.zero_stage,
-        Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
-    )
-    if config.precision == "float16" and processes.device.type != "cuda":
-        raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
-    if config.channels_last and stage:
-        raise UserError(
-            f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
-        )
-    if config.compile and stage == 3:
-        raise UserError("fit.compile: zero_stage 3 gathers parameters within the networks; set it to false, or take stage 2")
-    if stage >= 2 and not all(len(part) for rank in range(processes.world_size) for part in division.micro_batches(rank)):
-        raise UserError(
-            f"fit.engine.zero_stage: {stage} needs a sample in every micro-batch of every process, which global_batch_size "
-            f"{config.global_batch_size} over {processes.world_size} processes in micro-batches of {config.micro_batch_size} "
-            "has not; take stage 1, or a batch that divides"
-        )
 
 
 def _imported(device: torch.device) -> Any:

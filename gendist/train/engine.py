@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gendist.cost import StateBytes, Traffic
 from gendist.train.config import DeepConfig
+from gendist.train.processes import Processes
 
 
 class Engine(Protocol):
@@ -32,6 +33,11 @@ class Engine(Protocol):
     rank: int
     world_size: int
     device: torch.device
+
+    @classmethod
+    def check(cls, processes: Processes, config: DeepConfig) -> None:
+        """UserError where it cannot train with so many processes, on such a device; called of each size a run may have."""
+        ...
 
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:

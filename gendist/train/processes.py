@@ -19,6 +19,7 @@ import torch.distributed.nn.functional
 
 from gendist.protocols import UserError
 
+LONG_TIMEOUT = timedelta(days=1)
 TIMEOUT_S = 600.0  # of a collective: a process that has gone is noticed then, where its connection does not tell at once
 
 
@@ -51,8 +52,17 @@ def joined(use_gpu: bool, device: torch.device | None = None, timeout_s: float =
         yield Processes(0, 1, device)
 
 
-def told_by_first(processes: Processes, function: Callable[[], Any]) -> Any:
-    """What the function returns in rank 0, in every process; a UserError there is one everywhere."""
+def patient_group(processes: Processes) -> dist.ProcessGroup | None:
+    """All processes, who wait for each other for as long as it takes to read the data, say; one that is lost is noticed by its
+    connection. None of a process alone."""
+    return dist.new_group(backend="gloo", timeout=LONG_TIMEOUT) if processes.world_size > 1 else None
+
+
+def told_by_first(processes: Processes, function: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
+    """What the function returns in rank 0, in every process; a UserError there is one everywhere.
+
+    group  `patient_group`, where it may take long
+    """
     told: list[Any] = [None, None]
     if processes.rank == 0:
         try:
@@ -60,7 +70,8 @@ def told_by_first(processes: Processes, function: Callable[[], Any]) -> Any:
         except UserError as error:
             told = [None, str(error)]
     if processes.world_size > 1:
-        dist.broadcast_object_list(told, src=0, device=processes.device)
+        device = processes.device if group is None else torch.device("cpu")
+        dist.broadcast_object_list(told, src=0, group=group, device=device)
     value, mistake = told
     if mistake is not None:
         raise UserError(mistake)

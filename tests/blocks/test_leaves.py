@@ -49,7 +49,9 @@ def test_every_sequence_is_there_once_and_in_order(monkeypatch, cut):
                 assert cut
                 assert len(own.numbers) == 1, "a piece is alone in its leaf"
                 num_cut += 1
-            begun += own.numbers[int(own.open_ends[0]) :].tolist()
+            inside = LeafSequences.of_rows(bounds, start, stop).open_ends
+            assert inside == ((start - bounds[own.numbers[0]], bounds[own.numbers[0] + 1] - stop) if any(inside) else (0, 0))
+            begun += own.numbers[own.open_ends[0] > 0 :].tolist()
             np.add.at(lengths, own.numbers, np.diff(own.bounds))
         assert begun == list(range(len(bounds) - 1))
         np.testing.assert_array_equal(lengths, np.diff(bounds))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +135,25 @@ def test_several_processes_make_them_once_and_leave_nothing(cache):
     assert len(found) == 1
     (folder,) = cache.glob("gendist-rows-*")
     assert list(folder.iterdir()) == []
+
+
+def test_who_waits_for_another_to_make_them_is_alive_meanwhile(cache):
+    """Else it is taken for a process that hangs, where they take long to make."""
+    rows, making, waited = on_disk(dataset_of(data(), label="y")), threading.Event(), threading.Event()
+
+    def slowly() -> None:
+        making.set()
+        assert waited.wait(60)
+
+    def use(alive: Callable[[], None]) -> int:
+        with rows.opened(alive) as opened:
+            return opened["training"].num_rows
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(use, slowly)
+        assert making.wait(60)
+        second = threads.submit(use, waited.set)
+        assert first.result(60) == second.result(60)
 
 
 def test_a_machine_that_reads_other_rows_is_told(cache):

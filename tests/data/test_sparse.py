@@ -58,7 +58,7 @@ def test_blocks_of_a_matrix_are_its_rows():
 
 def test_rows_are_held_out_as_dense_ones_are():
     labels = np.where(np.arange(1000) % 5 == 0, None, np.arange(1000) % 3)
-    data = {"label": labels, "weight": np.arange(1000.0)}
+    data = {"label": labels, "weight": 1.0 + np.arange(1000.0)}
     options = {"label": "label", "weight": "weight", "validation_fraction": 0.3}
     sparse, dense = dataset_of(data | {"x": COUNTS}, **options), dataset_of(data | {"x": COUNTS.toarray()}, **options)
     for part in ("training", "validation"):

@@ -8,7 +8,8 @@ import scipy.sparse
 import torch
 from blocks_of import dataset_of, one_run_a_leaf
 
-from gendist.blocks import LocalBlocks
+from gendist.blocks import LocalBlocks, reduce
+from gendist.data.principal_axes import Spread
 from gendist.data.survey import survey
 
 RNG = np.random.default_rng(0)
@@ -65,6 +66,29 @@ def test_rows_of_no_weight_say_nothing_of_what_a_column_holds(kind):
     assert summary.minimum.tolist() == [1.0, 0.0]
     assert summary.all_integers.tolist() == [True, True]
     assert summary.num_weighted_rows == 1
+
+
+@pytest.mark.parametrize("fill", [1e20, -999.0, np.nan])
+@pytest.mark.parametrize("make_blocks", [LocalBlocks, one_run_a_leaf])
+def test_rows_of_no_weight_say_nothing_whatever_they_hold(fill, make_blocks):
+    """The first row, and all of the first leaf, have a weight of 0: the moments lose no digit to what is there."""
+    x, weights = RNG.normal(50.0, 2.0, (4000, 2)), np.ones(4000)
+    weights[:64] = weights[100::7] = 0.0
+    x[weights == 0.0] = fill
+    dataset = dataset_of({"x": x, "w": weights}, make_blocks, weight="w")
+    summary, spread = survey(dataset.blocks()), reduce(lambda _, block: Spread.of(block), dataset.blocks(), None)
+    counted = x[weights > 0]
+    np.testing.assert_allclose(summary.mean, counted.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(summary.variance, counted.var(0), rtol=1e-12)
+    if fill == fill:  # axes are of rows without missing entries
+        np.testing.assert_allclose(spread.mean, counted.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(spread.axes()[1] ** 2, np.linalg.eigvalsh(np.cov(counted.T, bias=True))[::-1], rtol=1e-11)
+
+
+def test_a_constant_column_is_one_where_its_first_entry_is_missing():
+    x = np.full((20, 1), 0.1)
+    x[0] = NAN
+    assert survey(dataset_of(x).blocks()).variance.tolist() == [0.0]
 
 
 def test_a_part_without_rows_has_no_extremes():

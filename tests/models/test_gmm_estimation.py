@@ -213,6 +213,46 @@ def test_an_empty_component_begins_anew_at_a_badly_fitted_row(kind, blobs):
     assert not run.results["iterations_that_fell"]
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-3])
+def test_where_an_empty_component_begins_anew_the_likelihood_rises_whatever_rows_weigh(weight):
+    """Rows of one weight are fitted alike, however large it is; and a row that weighs next to nothing is worth no component."""
+    x = np.concatenate([np.random.default_rng(0).normal(size=1000).clip(-3.0, 3.0), [6.0]])[:, None]
+    start = GaussianMixture.from_parameters([0.999, 0.001], [[0.0], [1e4]], np.ones((2, 1, 1)))
+
+    def history(weights):
+        spec = {"name": "x", "family": "gmm", "model": {"num_components": 2}, "data": {"weight": "w", "columns": ["x"]}}
+        run = gendist.fit(
+            {**spec, "fit": {"max_iterations": 3, "tolerance": 0.0}}, data={"x": x[:, 0], "w": weights}, init=start
+        )
+        return run.history
+
+    same = history(np.full(1001, weight))
+    assert "begins anew at row 1000" in same[0]["repairs"][0]
+    assert same[1]["log_likelihood"] > same[0]["log_likelihood"]
+    expected = history(np.ones(1001))
+    assert [record["log_likelihood"] for record in same] == pytest.approx([r["log_likelihood"] for r in expected], rel=1e-9)
+    light = history(np.where(x[:, 0] == 6.0, 1e-6 * weight, weight))
+    assert "stays where it was" in light[0]["repairs"][0]
+
+
+def test_an_empty_component_is_not_sent_to_a_row_whose_label_forbids_it():
+    """The worst row has a label: a component without one would stay empty there, and be sent again, for ever."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=300), rng.normal(10.0, 1.0, 300), [60.0], np.full(50, 5.0)])
+    labels = np.array(["a"] * 300 + ["b"] * 300 + ["a"] + [None] * 50, dtype=object)
+    spec = {"name": "x", "family": "gmm", "model": {"num_components": 4}, "data": {"label": "y", "columns": ["x"]}}
+    run = gendist.fit({**spec, "fit": {"max_iterations": 20}}, data={"x": x, "y": labels})
+    finite(run)
+    assert not [line for line in run.results["repairs"] if "row 600" in line]
+
+
+def test_rows_of_no_weight_change_nothing_in_float32(blobs):
+    x = {"x": np.concatenate([[1e20], blobs[:, 0]]), "w": np.concatenate([[0.0], np.ones(len(blobs))])}
+    spec = {"name": "x", "family": "gmm", "model": {"num_components": 2}, "data": {"weight": "w", "columns": ["x"]}}
+    spec |= {"fit": {"precision": "float32", "max_iterations": 5, "init": "random"}}
+    finite(gendist.fit(spec, data=x))
+
+
 def test_an_empty_component_stays_where_no_row_would_gain(blobs):
     """Rows that all lie on one point are fitted as well as can be."""
     x = np.zeros((50, 2))

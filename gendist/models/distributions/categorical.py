@@ -109,7 +109,8 @@ class Categorical:
         """(N, F) in CSR layout."""
         num_rows, num_columns = x_ND.shape
         x_ND, missing_ND = x_ND.cpu(), None if missing_ND is None else missing_ND.cpu()
-        slot_ND = torch.minimum(x_ND.to(torch.int64).clamp_min_(0), self.num_slots - 1).add_(self._first_slot)
+        # The least of them before they are integers, which hold no 1e19.
+        slot_ND = torch.minimum(x_ND, (self.num_slots - 1).to(x_ND)).to(torch.int64).clamp_min_(0).add_(self._first_slot)
         ones_ND = torch.ones(num_rows, num_columns, dtype=torch.float64)
         if missing_ND is not None:
             ones_ND.masked_fill_(missing_ND, 0.0)

@@ -41,7 +41,7 @@ class Segments:
         return Segments(*(value[chosen] for value in values))
 
 
-def cut(bounds: Tensor, counts_S: Tensor, open_ends: tuple[bool, bool], num_states: int, can_cut: bool) -> Segments:
+def cut(bounds: Tensor, counts_S: Tensor, open_ends: tuple[int, int], num_states: int, can_cut: bool) -> Segments:
     """The sequences between these bounds that count and have a step, cut where that pays. Long ones that other blocks go on
     with are cut in any case."""
     lengths_S = bounds.diff()
