@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+from gendist.errors import UserError
+
+WAIT_S = 10.0  # for another process that writes the same file
 
 
 @contextmanager
@@ -31,20 +37,47 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """`with new_file(path) as file:` write into `file`; at the end it takes the place of what stood at `path`."""
+    """`with new_file(path) as file:` write into `file`; at the end it takes the place of what stood at `path`.
+
+    UserError where another process is at it, and does not end in a few seconds.
+    """
     unfinished = path.with_name(f".{path.name}.unfinished")
+    alone = _alone(unfinished)
     try:
-        with unfinished.open("wb") as file:
+        with alone as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+            unfinished.replace(path)  # while it is held
         _sync_folder(path.parent)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say which file found no room
         raise
+
+
+def _alone(path: Path) -> IO[bytes]:
+    """The empty file, which one process at a time writes; what a killed one has left of it is gone."""
+    until = time.monotonic() + WAIT_S
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else it has been finished, or removed, meanwhile
+                file.truncate()
+                return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.close()
+                raise UserError(f"{path}: another process writes this file; wait for it, or name another one") from None
+            time.sleep(0.05)
+        except FileNotFoundError:
+            pass
+        except OSError:  # a file system without locks
+            file.truncate()
+            return file
+        file.close()
 
 
 def write_atomically(path: Path, content: str | Any) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -220,11 +220,19 @@ def _spec_class_of(path: Path) -> type[Spec]:
 
 def _is_known(config: type[BaseModel], override: str) -> bool:
     *parents, last = override.partition("=")[0].split(".")
+    is_any_key = False  # of a mapping, whose keys are the user's
     for parent in parents:
+        if is_any_key:
+            is_any_key = False
+            continue
         if parent not in config.model_fields:
             return False
-        config = _block_of(config.model_fields[parent].annotation, ())
-    return last in config.model_fields
+        annotation = config.model_fields[parent].annotation
+        block, is_any_key = _block_of(annotation, ()), get_origin(annotation) is Mapping
+        if block is None:
+            return False
+        config = block
+    return is_any_key or last in config.model_fields
 
 
 def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
@@ -270,10 +278,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _plain(value: Any) -> Any:
+    """Of what JSON does not know: NumPy's numbers and arrays as numbers and lists, all else as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
 def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str], name: str) -> dict[str, Any]:
     """A copy of a mapping with dotted `key=value` applied; values are YAML (`[a, b]`, `1e-3`, `true`, `null`)."""
     try:
-        result: dict[str, Any] = json.loads(json.dumps(content, default=str))
+        result: dict[str, Any] = json.loads(json.dumps(content, default=_plain))
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: holds something else than plain keys and values ({error})") from error
     for override in overrides:
@@ -311,8 +324,8 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     if kind == "extra_forbidden":
         *parents, unknown = location
         for part in parents:
-            if not part.isdigit():  # a place in a list
-                config = _block_of(config.model_fields[part].annotation, named)
+            if part in config.model_fields:  # and not a place in a list, or a key of the user's
+                config = _block_of(config.model_fields[part].annotation, named) or config
         return nearest("unknown key", unknown, list(config.model_fields), ".".join(parents))
     if kind == "missing":
         return f"{key} is missing"
@@ -323,13 +336,14 @@ def _explain(problem: Any, config: type[BaseModel]) -> str:
     return f"{key}: {message[:1].lower()}{message[1:]}{given}"
 
 
-def _block_of(annotation: Any, named: Sequence[str]) -> type[BaseModel]:
-    """The configuration class inside the type of a field, such as `Block | None`; of several with tags that which is named."""
+def _block_of(annotation: Any, named: Sequence[str]) -> type[BaseModel] | None:
+    """The configuration class inside the type of a field, such as `Block | None` or `dict[str, Block]`; of several with tags
+    that which is named. None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     parts = [part for part in get_args(annotation) if part is not type(None)]
     chosen = [part for part in parts if any(isinstance(each, Tag) and each.tag in named for each in get_args(part))]
-    return next(_block_of(part, named) for part in chosen or parts)
+    return next((block for part in chosen or parts if (block := _block_of(part, named))), None)
 
 
 def nearest(what: str, given: str, allowed: Sequence[str], block: str = "") -> str:

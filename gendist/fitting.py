@@ -26,7 +26,8 @@ def fit(
 
     spec      a path to a YAML file, or a dict
     data      an array or a sparse matrix, a mapping of these, a DataFrame, an Arrow table or a datasets.Dataset, instead of
-              the spec's
+              the spec's. An array (N, H, W[, C]) holds images: of uint8 they are 0 to 255, and scaled to 0 to 1 as those of
+              files are (counts and categories are of another type); the model's own verbs take 0 to 1
     init      a model to start from, or an estimator that the family's `from_sklearn` understands
     run_dir   a path or a URL, where the run is kept, and resumed from where it is unfinished; None keeps it in cluster.storage,
               by the name of the spec, or nowhere without that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import yaml
 
@@ -104,6 +105,10 @@ TOY = {"name": "a", "family": "toy", "model": {}, "data": {"source": "digits"}}
         ("fit.num_step=3", "unknown key 'num_step' in fit; did you mean 'num_steps'?"),
         ("fit.engine.kind=dpp", "fit.engine.kind: input should be 'ddp' or 'deepspeed', not 'dpp'"),
         ("fit.engine.zero=1", "unknown key 'zero' in fit.engine; did you mean 'zero_stage'?"),
+        (
+            "fit.optimizers={discriminator: {learnig_rate: 1e-3}}",
+            "unknown key 'learnig_rate' in fit.optimizers.discriminator; did you mean 'learning_rate'?",
+        ),
         ("fit.micro_batch_size=48", "fit: micro_batch_size 48 does not divide global_batch_size 128"),
         ("fit.optimizer.lr=1", "unknown key 'lr' in fit.optimizer; allowed are kind, learning_rate"),
         ("cluster.num_workers=[4,1]", "cluster.num_workers: a whole number from 0 on is needed, or [least, most], such as "),
@@ -155,3 +160,12 @@ def test_overrides_for_several_families_reach_those_that_know_them(toy, tmp_path
     }
     with pytest.raises(UserError, match="unknown key 'nonsense' in fit"):
         overrides_it_knows(paths, ["fit.nonsense=3"])
+    with pytest.raises(UserError, match="fit.max_iterations: input should be a valid integer"):
+        overrides_it_knows(paths, ["fit.max_iterations.nonsense=3"])
+    rate = "fit.optimizers.encoder.learning_rate=1e-3"
+    assert dict(overrides_it_knows(paths, [rate])) == {paths[0]: [], paths[1]: [rate]}
+
+
+def test_arrays_of_numpy_in_a_spec_are_lists():
+    labels = load_spec({**GOOD, "data": {"label": "y", "labels": list(np.unique([3, 1, 3])), "columns": np.array(["x"])}}).data
+    assert (labels.labels, labels.columns) == ((1, 3), ("x",))

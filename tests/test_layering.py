@@ -36,7 +36,7 @@ ALLOWED = {
     "gendist.secrets_in_urls": ("gendist.errors",),
     "gendist.machine": (),
     "gendist.started_by": (),
-    "gendist.atomic": (),
+    "gendist.atomic": ("gendist.errors",),
     "gendist.storage": ("gendist.errors", "gendist.atomic", "gendist.secrets_in_urls"),
     "gendist.one_thread": (),
     "gendist.blocks": ("gendist.protocols", "gendist.one_thread", "gendist.ray_cluster"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,8 @@ from gendist.transformed import taken_apart
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
 
 HERE = ClusterConfig()  # in this process
+
+logger = logging.getLogger("gendist")
 
 Watch = Callable[[int, int], None]
 Compute = Callable[[Any, Any], tuple[int, Values, Mapping[str, float]]]
@@ -219,6 +222,8 @@ def _of_data(
     columns = data.columns or loaded.schema.columns_in(opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "label_fraction": 1.0, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored, **kept})
+    if unused := [f"data.{name}" for name, value in ignored.items() if name not in kept and getattr(data, name) != value]:
+        logger.warning("every row counts once: %s %s no part in this", ", ".join(unused), "has" if len(unused) == 1 else "have")
     source: Source = opened
     if _takes_sequences(loaded.model):
         config = as_fitted(config, opened, loaded.schema.sequence, loaded.schema.order, loaded.schema.text)

@@ -141,6 +141,7 @@ def sample(
         number = min(num_samples, most_shown(loaded.schema))
         x = loaded.model.sample(number, seed=seed, offset=offset, given=given, **options)
         save_picture(x, loaded.schema, out)
+        num_samples = number
     else:
         with _writing(out, "samples") as watch:
             written = bulk.sample(
