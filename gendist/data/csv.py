@@ -8,24 +8,28 @@ import re
 import pyarrow as pa
 import pyarrow.csv
 
-from gendist.data.lines import LineFiles, Lines
+from gendist.data.lines import LineFiles, Lines, Split, unlike
 
 
 class CsvFiles(LineFiles):
     format = "CSV"
     has_header = True
 
-    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
-        return self._parse(lines, head, pa.schema([])).schema  # which asks for no column, and so gets all of them
+    def _guess(self, header: bytes, split: Split, sample: bytes) -> pa.Schema:
+        return _read(header, sample, pa.schema([])).schema  # which asks for no column, and so gets all of them
 
     def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
-        types = {field.name: field.type for field in schema}
-        convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
-        try:
-            return pa.csv.read_csv(io.BytesIO(lines.header + body), convert_options=convert)
-        except pa.ArrowInvalid as error:
-            number = re.match(r"In CSV column #(\d+): (.*)", str(error))
-            if number is None:
-                raise
-            names = pa.csv.read_csv(io.BytesIO(lines.header)).column_names
-            raise ValueError(f"column '{names[int(number[1])]}': {number[2]}") from error
+        return _read(lines.header, body, schema)
+
+
+def _read(header: bytes, body: bytes, schema: pa.Schema) -> pa.Table:
+    types = {field.name: field.type for field in schema}
+    convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
+    try:
+        return pa.csv.read_csv(io.BytesIO(header + body), convert_options=convert)
+    except pa.ArrowInvalid as error:
+        told = re.match(r"In CSV column #(\d+): (?:CSV conversion error to (\w+): invalid value ('.*'))?(.*)", str(error))
+        if told is None:
+            raise
+        name = pa.csv.read_csv(io.BytesIO(header)).column_names[int(told[1])]
+        raise unlike(name, told[3], told[2]) if told[2] else ValueError(f"column '{name}': {told[4]}") from error

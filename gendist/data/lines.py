@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gendist.data.column_types import SPARSE_ROWS, is_list, is_numeric
+from gendist.data.column_types import SPARSE_ROWS, common_type, is_list, is_numeric
 from gendist.data.files import Contents, Files
 
 LINES_PER_MARK = 8192
 BYTES_PER_READ = 1 << 22
-BYTES_TO_GUESS_FROM = 1 << 20
+BYTES_OF_HEAD, BYTES_OF_SAMPLE = 1 << 20, 1 << 16  # from which types are told: at the beginning, of each part, and at the end
 
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 # (content, whether the file ends with it) -> the offsets at which rows begin, and the part of it that is whole rows.
@@ -38,25 +38,32 @@ class Lines:
 
 
 class LineFiles(Files[Lines]):
-    """Text files of rows. Numbers are float64 whatever the first rows look like: a later one may hold the first decimal."""
+    """Text files of rows. Columns and types are told from the first rows, some at the beginning of each part that is read, and
+    the last ones. Numbers are float64 whatever these look like: another row may hold the first decimal."""
 
     has_header: bool = False
 
     def _contents(self, file: pa.NativeFile) -> Contents[Lines]:
         split = self._split_of(file)
-        header, head, num_rows, end, marks = b"", b"", 0, 0, []
+        header, tail, num_rows, end, marks = b"", b"", 0, 0, []
+        schema = pa.schema([])
         for offset, starts, rows in _parts(file, split):
             if self.has_header and not header and len(starts):
                 header_end = rows.index(b"\n", starts[0]) + 1
                 header, starts = rows[starts[0] : header_end], starts[1:]
-            if not head and len(starts):
-                head = rows[starts[0] : starts[np.searchsorted(starts, starts[0] + BYTES_TO_GUESS_FROM) - 1]]
-                head = head or rows[starts[0] :]
+            if len(starts):
+                ends = np.append(starts[1:], len(rows))
+                most = BYTES_OF_SAMPLE if num_rows else BYTES_OF_HEAD
+                num_seen = max(1, np.searchsorted(ends, starts[0] + most, side="right"))
+                schema = _together(schema, self._guess(header, split, rows[starts[0] : ends[num_seen - 1]]))
+                last = min(np.searchsorted(starts, len(rows) - BYTES_OF_SAMPLE), len(starts) - 1)
+                tail = rows[starts[max(num_seen, last)] :] if num_seen < len(starts) else b""
             marks += [offset + start for start in starts[-num_rows % LINES_PER_MARK :: LINES_PER_MARK].tolist()]
             num_rows += len(starts)
             end = offset + len(rows)
+        if tail or (header and not num_rows):
+            schema = _together(schema, self._guess(header, split, tail))
         lines = Lines(header, num_rows, np.array([*marks, end], dtype=np.int64), split)
-        schema = self._guess(lines, head) if header or head else pa.schema([])
         return Contents(num_rows, pa.schema([(field.name, _text_type(field.type)) for field in schema]), lines)
 
     def _rows(self, file: pa.NativeFile, index: Lines, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
@@ -76,12 +83,32 @@ class LineFiles(Files[Lines]):
         return split_lines
 
     @abstractmethod
-    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
-        """The columns of a file and the types they seem to have by its first rows."""
+    def _guess(self, header: bytes, split: Split, sample: bytes) -> pa.Schema:
+        """The columns of a file and the types they seem to have by some of its rows."""
 
     @abstractmethod
     def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
         """The columns of the schema, of whole rows."""
+
+
+def _together(before: pa.Schema, found: pa.Schema) -> pa.Schema:
+    """With the columns of further rows. What is another thing there than before stays as it was, which is told when it is
+    read."""
+    types = {field.name: field.type for field in found}
+    fields = [field.with_type(common_type(field.type, types.get(field.name, pa.null())) or field.type) for field in before]
+    return pa.schema([*fields, *(field for field in found if field.name not in before.names)])
+
+
+def unlike(column: str, found: str, told: str) -> ValueError:
+    """An entry that its column's type does not hold.
+
+    told   the name of the type, as Arrow calls it
+    """
+    if told == "null":
+        return ValueError(
+            f"column '{column}' holds {found}, but nothing in the rows its type is told from; put such a row first"
+        )
+    return ValueError(f"column '{column}' holds {found}, but {told} in the rows its type is told from; write all of them alike")
 
 
 def _text_type(type_: pa.DataType) -> pa.DataType:

@@ -208,6 +208,36 @@ def test_entries_that_json_does_not_have(tmp_path, missing):
     np.testing.assert_array_equal(matrix(open_source(DataConfig(path=str(tmp_path))), columns=("a",)), [[1.0], [np.nan]])
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json"])
+@pytest.mark.parametrize("first_label", [0, 1, 2, 3, 50_000, 150_000, 299_999])
+def test_labels_that_begin_anywhere(tmp_path, suffix, first_label):
+    """Few rows have one: the first, the last of a short file, or one far behind the rows that a look at the beginning finds."""
+    path, num_rows = tmp_path / f"a{suffix}", 4 if first_label < 4 else 300_000
+    labels = [None] * first_label + ["cat"] * (num_rows - first_label)
+    if suffix == ".csv":
+        path.write_text("x,note,y\n" + "".join(f"{i},{' ' * 30},{label or ''}\n" for i, label in enumerate(labels)))
+    else:
+        rows = [json.dumps({"x": i, "note": " " * 30} | ({"y": label} if label else {})) for i, label in enumerate(labels)]
+        path.write_text("\n".join(rows) if suffix == ".jsonl" else f"[{','.join(rows)}]")
+    source = open_source(DataConfig(path=str(path)))
+    assert source.read(0, num_rows, ["y"]).column("y").to_pylist() == labels
+    assert source.schema.field("y").type == pa.string()
+
+
+def test_a_label_that_no_look_has_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines_module, "BYTES_OF_HEAD", 100)
+    monkeypatch.setattr(lines_module, "BYTES_OF_SAMPLE", 100)
+    missing = [None] * 500
+    for suffix, expected in (
+        (".csv", "column 'y' holds 'cat', but nothing in"),
+        (".jsonl", "'y' holds string, but nothing in"),
+    ):
+        path = write(tmp_path / f"a{suffix}", a=[0.0] * 1001, y=[*missing, "cat", *missing])
+        with pytest.raises(UserError, match=rf"a{suffix}: cannot be read as .*{expected}.*; put such a row first") as caught:
+            open_source(DataConfig(path=path)).read(0, 1001, ["y"])
+        assert "\n" not in str(caught.value)
+
+
 # Damage
 
 
@@ -226,13 +256,13 @@ def test_entries_that_json_does_not_have(tmp_path, missing):
         ("a.json", "3\n4\n", "cannot be read as JSON"),
         ("a.json", '{\n"a": 1\n}\n', "cannot be read as JSON"),
         ("a.jsonl", '{"a":1}\n{"a":2', "cannot be read as JSON"),
-        ("a.jsonl", '{"a":1}\n{"a":"x"}\n', "Column./a. changed from number to string"),
+        ("a.jsonl", '{"a":1}\n{"a":"x"}\n', "column 'a' holds string, but number in the rows"),
         ("a.jsonl", '{"a":1}{"a":2}\n', "cannot be read as JSON"),
-        ("a.jsonl", '{"a":1}\n' * 200_000 + '{"a":"x"}\n', "Column./a. changed from number to string"),
+        ("a.jsonl", '{"a":1}\n' * 200_000 + '{"a":"x"}\n', "column 'a' holds string, but number in the rows"),
         ("a.jsonl", '{"a":1,"a":2}\n', "specified twice"),
         ("a.jsonl", b"\xff\xfe{\x00", "cannot be read as JSON"),
         ("a.csv", b"a\n\xff\n", "not numeric|cannot be read as CSV"),
-        ("a.csv", "a\n" + "1\n" * 600_000 + "x\n", "cannot be read as CSV .column 'a': CSV conversion error"),
+        ("a.csv", "a\n" + "1\n" * 600_000 + "x\n", "cannot be read as CSV .column 'a' holds 'x', but double in"),
         ("a.arrow", "", "cannot be read as Arrow"),
         ("a.arrow", "ARROW1 but no more", "cannot be read as Arrow"),
         ("a.arrow", b"FEA1" + bytes(100), "version 1 of Feather"),
