@@ -6,9 +6,10 @@ import io
 import re
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
-from gendist.data.lines import LineFiles, Lines, Split, unlike
+from gendist.data.lines import LineFiles, Lines, Split, integers_type, unlike
 
 
 class CsvFiles(LineFiles):
@@ -16,10 +17,18 @@ class CsvFiles(LineFiles):
     has_header = True
 
     def _guess(self, header: bytes, split: Split, sample: bytes) -> pa.Schema:
-        return _read(header, sample, pa.schema([])).schema  # which asks for no column, and so gets all of them
+        table = _read(header, sample, pa.schema([]))  # which asks for no column, and so gets all of them
+        return pa.schema([(name, _type_of(column)) for name, column in zip(table.column_names, table.columns, strict=True)])
 
     def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
         return _read(lines.header, body, schema)
+
+
+def _type_of(column: pa.ChunkedArray) -> pa.DataType:
+    if not pa.types.is_integer(column.type):
+        return column.type
+    bounds = pc.min_max(column).as_py()
+    return integers_type(bounds["min"], bounds["max"])
 
 
 def _read(header: bytes, body: bytes, schema: pa.Schema) -> pa.Table:

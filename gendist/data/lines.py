@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gendist.data.column_types import SPARSE_ROWS, common_type, is_list, is_numeric
+from gendist.data.column_types import EXACT_INTEGERS, SPARSE_ROWS, common_type, entry_type, is_list, is_numeric
 from gendist.data.files import Contents, Files
 
 LINES_PER_MARK = 8192
 BYTES_PER_READ = 1 << 22
 BYTES_OF_HEAD, BYTES_OF_SAMPLE = 1 << 20, 1 << 16  # from which types are told: at the beginning, of each part, and at the end
+# The type of a column whose integers, so far as they were looked at, float64 holds as well.
+SMALL_INTEGERS = pa.int32()
 
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 # (content, whether the file ends with it) -> the offsets at which rows begin, and the part of it that is whole rows.
@@ -29,19 +31,26 @@ class Lines:
     header   the line that names the columns, where the format has one
     marks    the offset in bytes of every LINES_PER_MARK-th row, and of the end of the last
     split    how the file is told apart into rows
+    booleans the types of columns of true and false in this file, which may be of numbers in others
     """
 
     header: bytes
     num_rows: int
     marks: Offsets
     split: Split
+    booleans: dict[str, pa.DataType]
 
 
 class LineFiles(Files[Lines]):
     """Text files of rows. Columns and types are told from the first rows, some at the beginning of each part that is read, and
-    the last ones. Numbers are float64 whatever these look like: another row may hold the first decimal."""
+    the last ones. Numbers are float64 whatever these look like, since another row may hold the first decimal; but for integers
+    beyond those that float64 holds, such as ids, which are read as they are."""
 
     has_header: bool = False
+
+    def __init__(self, paths: Sequence[str]):
+        super().__init__(paths)
+        self.schema = pa.schema([field.with_type(_type_to_read(field.type)) for field in self.schema])
 
     def _contents(self, file: pa.NativeFile) -> Contents[Lines]:
         split = self._split_of(file)
@@ -63,14 +72,15 @@ class LineFiles(Files[Lines]):
             end = offset + len(rows)
         if tail or (header and not num_rows):
             schema = _together(schema, self._guess(header, split, tail))
-        lines = Lines(header, num_rows, np.array([*marks, end], dtype=np.int64), split)
-        return Contents(num_rows, pa.schema([(field.name, _text_type(field.type)) for field in schema]), lines)
+        booleans = {field.name: field.type for field in schema if _holds_booleans(field.type)}
+        return Contents(num_rows, schema, Lines(header, num_rows, np.array([*marks, end], dtype=np.int64), split, booleans))
 
     def _rows(self, file: pa.NativeFile, index: Lines, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         first, last = start // LINES_PER_MARK, -(-stop // LINES_PER_MARK)
         file.seek(index.marks[first])
         body = file.read(index.marks[last] - index.marks[first])
-        table = self._parse(index, body, pa.schema([self.schema.field(name) for name in columns]))
+        types = {name: index.booleans.get(name, self.schema.field(name).type) for name in columns}
+        table = self._parse(index, body, pa.schema(list(types.items())))
         num_lines = min(last * LINES_PER_MARK, index.num_rows) - first * LINES_PER_MARK
         if table.num_rows != num_lines:
             raise ValueError(
@@ -94,6 +104,7 @@ class LineFiles(Files[Lines]):
 def _together(before: pa.Schema, found: pa.Schema) -> pa.Schema:
     """With the columns of further rows. What is another thing there than before stays as it was, which is told when it is
     read."""
+    found = pa.schema([field.with_type(_text_type(field.type)) for field in found])
     types = {field.name: field.type for field in found}
     fields = [field.with_type(common_type(field.type, types.get(field.name, pa.null())) or field.type) for field in before]
     return pa.schema([*fields, *(field for field in found if field.name not in before.names)])
@@ -111,15 +122,30 @@ def unlike(column: str, found: str, told: str) -> ValueError:
     return ValueError(f"column '{column}' holds {found}, but {told} in the rows its type is told from; write all of them alike")
 
 
+def integers_type(least: int, most: int) -> pa.DataType:
+    """Of a column of integers from the least to the most."""
+    return pa.int64() if max(-least, most) >= EXACT_INTEGERS else SMALL_INTEGERS
+
+
 def _text_type(type_: pa.DataType) -> pa.DataType:
-    """float64 for numbers; text for a date, which other rows may write in another way. What is missing may be anything."""
+    """Text for a date, which other rows may write in another way. What is missing may be anything."""
     if is_list(type_):
-        return pa.list_(pa.float64() if pa.types.is_null(type_.value_type) else _text_type(type_.value_type))
+        return pa.list_(_text_type(type_.value_type))
     if pa.types.is_struct(type_) and {"indices", "values"} <= {field.name for field in type_}:
         return SPARSE_ROWS
-    if pa.types.is_null(type_) or pa.types.is_boolean(type_) or pa.types.is_nested(type_):
-        return type_
-    return pa.float64() if is_numeric(type_) else pa.string()
+    return type_ if is_numeric(type_) or pa.types.is_nested(type_) else pa.string()
+
+
+def _type_to_read(type_: pa.DataType) -> pa.DataType:
+    """That of a column of all files; float64 for numbers, but for large integers that are a column's own."""
+    if is_list(type_):
+        entries = _type_to_read(entry_type(type_))
+        return pa.list_(pa.float64() if pa.types.is_null(entries) or pa.types.is_integer(entries) else entries)
+    return pa.float64() if type_ == SMALL_INTEGERS else type_
+
+
+def _holds_booleans(type_: pa.DataType) -> bool:
+    return _holds_booleans(entry_type(type_)) if is_list(type_) else bool(pa.types.is_boolean(type_))
 
 
 def _parts(file: pa.NativeFile, split: Split) -> Iterator[tuple[int, Offsets, bytes]]:

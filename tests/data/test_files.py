@@ -21,6 +21,7 @@ from gendist.data import files as files_module
 from gendist.data import lines as lines_module
 from gendist.data.matrix import to_matrix
 from gendist.data.parquet import ParquetFiles
+from gendist.data.sequences import as_sequences
 from gendist.protocols import UserError
 
 
@@ -236,6 +237,52 @@ def test_a_label_that_no_look_has_found(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=rf"a{suffix}: cannot be read as .*{expected}.*; put such a row first") as caught:
             open_source(DataConfig(path=path)).read(0, 1001, ["y"])
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_ids_and_labels_that_float64_cannot_tell_apart(tmp_path, suffix):
+    """Times in nanoseconds, say; small ones in another file, whose integers may be of another width."""
+    ids = [1_790_000_000_000_000_000 + 40 * (i // 3) for i in range(30)]
+    write(tmp_path / f"0{suffix}", a=np.arange(6.0), id=pa.array([7] * 6, pa.int32()), y=pa.array([None, 1] * 3, pa.int32()))
+    write(tmp_path / f"1{suffix}", a=np.arange(30.0), id=ids, y=ids)
+    source = open_source(DataConfig(path=str(tmp_path)))
+    sequences = as_sequences(source, DataConfig(sequence="id"))
+    assert sequences.bounds.tolist() == [0, *range(6, 37, 3)]
+    if suffix != ".csv":  # pandas writes integers with missing ones as decimals
+        config = DataConfig(label="y", columns=("a",))
+        assert Dataset.open(source, config, Schema.of(source, config), LocalBlocks).labels == (1, *sorted(set(ids)))
+        assert matrix(source, columns=("y",))[6:, 0].tolist() == [float(id_) for id_ in ids]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_ids_and_labels_that_are_decimals_and_large_are_refused(tmp_path, suffix):
+    path = write(tmp_path / f"a{suffix}", a=[0.0, 1.0, 2.0], id=[1.5, 2.0**53, 2.0**53])
+    source, config = open_source(DataConfig(path=path)), DataConfig(label="id", columns=("a",))
+    expected = rf"a{suffix}: column 'id' holds 9007199254740992 among float64, which cannot tell numbers beyond 2.53 apart"
+    with pytest.raises(UserError, match=expected):
+        as_sequences(source, DataConfig(sequence="id"))
+    with pytest.raises(UserError, match=expected):
+        Dataset.open(source, config, Schema.of(source, config), LocalBlocks)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_decimal_that_comes_late_among_large_integers(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(lines_module, "BYTES_OF_HEAD", 100)
+    monkeypatch.setattr(lines_module, "BYTES_OF_SAMPLE", 100)
+    path = tmp_path / f"a{suffix}"
+    rows = [str(2**53 + 1)] * 100 + ["0.5"] + [str(2**53 + 1)] * 100
+    path.write_text("a\n" + "\n".join(rows) if suffix == ".csv" else "\n".join(f'{{"a":{row}}}' for row in rows))
+    with pytest.raises(UserError, match=rf"a{suffix}: cannot be read as .*column 'a' holds '?0.5'?, but int64 in the rows"):
+        matrix(open_source(DataConfig(path=str(path))))
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+def test_true_and_false_in_one_file_and_numbers_in_another(tmp_path, suffix):
+    write(tmp_path / f"0{suffix}", x=[True, False])
+    write(tmp_path / f"1{suffix}", x=[1.0, 0.5])
+    write(tmp_path / f"2{suffix}", x=[False, None])
+    source = open_source(DataConfig(path=str(tmp_path)))
+    np.testing.assert_array_equal(matrix(source)[:, 0], [1.0, 0.0, 1.0, 0.5, 0.0, np.nan])
 
 
 # Damage
