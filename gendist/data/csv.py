@@ -1,4 +1,7 @@
-"""CSV files with a header line. A line is a row: line breaks inside quotes are not understood, and said so."""
+"""CSV files with a header line. A line is a row: line breaks inside quotes are not understood, and said so.
+
+What is empty is missing. So are NA, NaN, null and the like in a column of numbers; among texts they are texts, as others are.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ class CsvFiles(LineFiles):
         return pa.schema([(name, _type_of(column)) for name, column in zip(table.column_names, table.columns, strict=True)])
 
     def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
-        return _read(lines.header, body, schema)
+        table = _read(lines.header, body, schema)
+        return pa.table({name: _without_empty_texts(table.column(name)) for name in schema.names})
 
 
 def _type_of(column: pa.ChunkedArray) -> pa.DataType:
@@ -31,9 +35,15 @@ def _type_of(column: pa.ChunkedArray) -> pa.DataType:
     return integers_type(bounds["min"], bounds["max"])
 
 
+def _without_empty_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_string(column.type):
+        return column
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+
+
 def _read(header: bytes, body: bytes, schema: pa.Schema) -> pa.Table:
     types = {field.name: field.type for field in schema}
-    convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
+    convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types)
     try:
         return pa.csv.read_csv(io.BytesIO(header + body), convert_options=convert)
     except pa.ArrowInvalid as error:

@@ -285,6 +285,17 @@ def test_true_and_false_in_one_file_and_numbers_in_another(tmp_path, suffix):
     np.testing.assert_array_equal(matrix(source)[:, 0], [1.0, 0.0, 1.0, 0.5, 0.0, np.nan])
 
 
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_what_is_missing_in_csv(tmp_path, quote):
+    """A country is called NA, and a person Null."""
+    texts = ["NA", "null", "nan", "N/A", "", "DE"]
+    lines = [f"{number},{quote}{text}{quote}" for number, text in zip(["1", "NA", "nan", "null", "", "2"], texts, strict=True)]
+    (tmp_path / "a.csv").write_text("\n".join(["a,y", *lines]))
+    source = open_source(DataConfig(path=str(tmp_path)))
+    np.testing.assert_array_equal(matrix(source, columns=("a",))[:, 0], [1.0, np.nan, np.nan, np.nan, np.nan, 2.0])
+    assert source.read(0, 6, ["y"]).column("y").to_pylist() == [text or None for text in texts]
+
+
 # Damage
 
 
