@@ -170,6 +170,18 @@ def test_pictures_of_sixteen_bits_are_scaled(tmp_path):
     np.testing.assert_allclose(matrix(source), image.reshape(1, 4) / 65_535)
 
 
+def test_images_that_are_too_large_or_of_decimals_are_refused(tmp_path, monkeypatch):
+    decimals = io.BytesIO()
+    Image.fromarray(np.array([[0.0, 100.5]], np.float32)).save(decimals, format="TIFF")
+    large = png(np.zeros((30, 40), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for content, expected in ((decimals.getvalue(), "an image of decimals"), (large, "too large an image .*1200 pixels")):
+        pq.write_table(pa.table({"image": [content]}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=f"a.parquet: column 'image' in row 0 is {expected}") as caught:
+            matrix(open_source(DataConfig(path=str(tmp_path / "a.parquet"))))
+        assert "\n" not in str(caught.value)
+
+
 def test_the_embedded_digits():
     source = open_source(DataConfig(source="digits"))
     values = matrix(source)
