@@ -132,6 +132,8 @@ def _decoded(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, Any]:
         if not image.mode.startswith("I") and image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return np.asarray(image)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
     except Image.DecompressionBombError as error:
