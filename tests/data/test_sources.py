@@ -17,6 +17,7 @@ from PIL import Image
 from gendist.data import DataConfig, Schema, open_source, source_of
 from gendist.data import lines as lines_module
 from gendist.data.matrix import to_matrix
+from gendist.data.sequences import as_sequences
 from gendist.protocols import UserError
 
 RNG = np.random.default_rng(0)
@@ -186,6 +187,36 @@ def test_images_that_are_too_large_or_of_decimals_are_refused(tmp_path, monkeypa
         with pytest.raises(UserError, match=f"^{tmp_path}/a.parquet: column 'image' in row 0 is {expected}") as caught:
             matrix(open_source(DataConfig(path=str(tmp_path / "a.parquet"))))
         assert "\n" not in str(caught.value)
+
+
+def test_a_column_alone_is_known_by_its_name(tmp_path):
+    """What a model was fitted to: other numbers are no scores of it. Arrays and lists have no name of their own."""
+    ages, incomes = pa.table({"age": [1.0, 2.0]}), pa.table({"income": [3.0]})
+    known = Schema.of(source_of(ages), DataConfig())
+    for kind in ("csv", "parquet"):
+        path = str(tmp_path / f"a.{kind}")
+        incomes.to_pandas().to_csv(path, index=False) if kind == "csv" else pq.write_table(incomes, path)
+        with pytest.raises(UserError, match=r"no column 'age', to which the model was fitted, but 'income'; rename it, or say"):
+            Schema.of(open_source(DataConfig(path=path)), DataConfig(), known=known)
+        assert Schema.of(open_source(DataConfig(path=path)), DataConfig(columns=("income",)), known=known).columns == (
+            "income",
+        )
+    np.save(tmp_path / "a.npy", np.array([3.0]))
+    without_name = [
+        open_source(DataConfig(path=str(tmp_path / "a.npy"))),
+        source_of(np.array([[3.0]])),
+        source_of({"v": [[3.0]]}),
+    ]
+    for source in without_name:
+        assert Schema.of(source, DataConfig(), known=known).columns == tuple(source.schema.names)
+    of_array = Schema.of(without_name[1], DataConfig())
+    assert Schema.of(source_of(incomes), DataConfig(), known=of_array).columns == ("income",)
+    with pytest.raises(UserError, match="no column 'age'"):
+        Schema.of(
+            as_sequences(source_of(incomes), DataConfig()),
+            DataConfig(),
+            known=Schema.of(as_sequences(source_of(ages), DataConfig()), DataConfig()),
+        )
 
 
 def test_the_embedded_digits():
