@@ -88,7 +88,7 @@ def check_exact(column: Any, where: str) -> None:
     if largest is not None and largest >= EXACT_INTEGERS:
         raise UserError(
             f"{where} holds {largest:.0f} among float64, which cannot tell numbers beyond 2^53 apart; let all of them be "
-            "integers of up to 64 bits, or write them as texts (in CSV with a letter in each)"
+            "integers below 2^63, or write them as texts (in CSV with a letter in each)"
         )
 
 

@@ -50,6 +50,8 @@ def bounds_of_ids(source: Source, sequence: str, order: str | None) -> Array:
             if falls.any():
                 i = int(np.argmax(falls))
                 a, b = order_N[i].as_py(), order_N[i + 1].as_py()
+                if a == b:
+                    check_exact(order_N[i : i + 1], f"{source.name}: column '{order}'")
                 what = f"is {b!r} twice" if a == b else f"falls from {a!r} to {b!r}"
                 raise UserError(
                     f"{source.name}: column '{order}' {what} in row {before + i + 1}, within the sequence "

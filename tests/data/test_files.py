@@ -258,9 +258,12 @@ def test_ids_and_labels_that_float64_cannot_tell_apart(tmp_path, suffix):
 def test_ids_and_labels_that_are_decimals_and_large_are_refused(tmp_path, suffix):
     path = write(tmp_path / f"a{suffix}", a=[0.0, 1.0, 2.0], id=[1.5, 2.0**53, 2.0**53])
     source, config = open_source(DataConfig(path=path)), DataConfig(label="id", columns=("a",))
-    expected = rf"a{suffix}: column 'id' holds 9007199254740992 among float64, which cannot tell numbers beyond 2.53 apart"
+    expected = rf"{suffix}: column '(id|t)' holds 9007199254740992 among float64, which cannot tell numbers beyond 2.53 apart"
     with pytest.raises(UserError, match=expected):
         as_sequences(source, DataConfig(sequence="id"))
+    times = open_source(DataConfig(path=write(tmp_path / f"b{suffix}", t=[1.5, 2.0**53, 2.0**53], s=[0, 0, 0])))
+    with pytest.raises(UserError, match=expected):
+        as_sequences(times, DataConfig(sequence="s", order="t"))
     with pytest.raises(UserError, match=expected):
         Dataset.open(source, config, Schema.of(source, config), LocalBlocks)
 
