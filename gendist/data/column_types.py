@@ -7,10 +7,14 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gendist.protocols import UserError
+
 # Sparse rows as files of different types are read in common (see `sparse.py`).
 SPARSE_ROWS = pa.struct(
     [("type", pa.int8()), ("size", pa.int64()), ("indices", pa.list_(pa.int64())), ("values", pa.list_(pa.float64()))]
 )
+
+EXACT_INTEGERS = 2**53  # below it float64 holds each of them; larger ones that differ may be one number there
 
 
 def is_image(type_: pa.DataType) -> bool:
@@ -56,6 +60,10 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
         return SPARSE_ROWS
     if is_image(one) and is_image(other):
         return pa.large_binary()
+    if pa.types.is_unsigned_integer(one) and pa.types.is_unsigned_integer(other):
+        return pa.uint64()
+    if pa.types.is_integer(one) and pa.types.is_integer(other) and pa.uint64() not in (one, other):
+        return pa.int64()
     if is_numeric(one) and is_numeric(other):
         return pa.float64()
     return pa.large_string() if is_text(one) and is_text(other) else None
@@ -72,6 +80,16 @@ def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
     if isinstance(column.type, pa.ExtensionType):
         column = column.cast(column.type.storage_type)
     return exactly(column).cast(type_, safe=False)
+
+
+def check_exact(column: Any, where: str) -> None:
+    """UserError where numbers, by which rows are told apart, are too large for that."""
+    largest = pc.max(pc.abs(column)).as_py() if column.type == pa.float64() else None
+    if largest is not None and largest >= EXACT_INTEGERS:
+        raise UserError(
+            f"{where} holds {largest:.0f} among float64, which cannot tell numbers beyond 2^53 apart; let all of them be "
+            "integers below 2^63, or write them as texts (in CSV with a letter in each)"
+        )
 
 
 def exactly(column: Any) -> Any:

@@ -1,4 +1,7 @@
-"""CSV files with a header line. A line is a row: line breaks inside quotes are not understood, and said so."""
+"""CSV files with a header line. A line is a row: line breaks inside quotes are not understood, and said so.
+
+What is empty is missing. So are NA, NaN, null and the like in a column of numbers; among texts they are texts, as others are.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,46 @@ import io
 import re
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
-from gendist.data.lines import LineFiles, Lines
+from gendist.data.lines import LineFiles, Lines, Split, integers_type, unlike
 
 
 class CsvFiles(LineFiles):
     format = "CSV"
     has_header = True
 
-    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
-        return self._parse(lines, head, pa.schema([])).schema  # which asks for no column, and so gets all of them
+    def _guess(self, header: bytes, split: Split, sample: bytes) -> pa.Schema:
+        table = _read(header, sample, pa.schema([]))  # which asks for no column, and so gets all of them
+        return pa.schema([(name, _type_of(column)) for name, column in zip(table.column_names, table.columns, strict=True)])
 
     def _parse(self, lines: Lines, body: bytes, schema: pa.Schema) -> pa.Table:
-        types = {field.name: field.type for field in schema}
-        convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types, strings_can_be_null=True)
-        try:
-            return pa.csv.read_csv(io.BytesIO(lines.header + body), convert_options=convert)
-        except pa.ArrowInvalid as error:
-            number = re.match(r"In CSV column #(\d+): (.*)", str(error))
-            if number is None:
-                raise
-            names = pa.csv.read_csv(io.BytesIO(lines.header)).column_names
-            raise ValueError(f"column '{names[int(number[1])]}': {number[2]}") from error
+        table = _read(lines.header, body, schema)
+        return pa.table({name: _without_empty_texts(table.column(name)) for name in schema.names})
+
+
+def _type_of(column: pa.ChunkedArray) -> pa.DataType:
+    if not pa.types.is_integer(column.type):
+        return column.type
+    bounds = pc.min_max(column).as_py()
+    return integers_type(bounds["min"], bounds["max"])
+
+
+def _without_empty_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    if not pa.types.is_string(column.type):
+        return column
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
+
+
+def _read(header: bytes, body: bytes, schema: pa.Schema) -> pa.Table:
+    types = {field.name: field.type for field in schema}
+    convert = pa.csv.ConvertOptions(include_columns=list(types), column_types=types)
+    try:
+        return pa.csv.read_csv(io.BytesIO(header + body), convert_options=convert)
+    except pa.ArrowInvalid as error:
+        told = re.match(r"In CSV column #(\d+): (?:CSV conversion error to (\w+): invalid value ('.*'))?(.*)", str(error))
+        if told is None:
+            raise
+        name = pa.csv.read_csv(io.BytesIO(header)).column_names[int(told[1])]
+        raise unlike(name, told[3], told[2]) if told[2] else ValueError(f"column '{name}': {told[4]}") from error

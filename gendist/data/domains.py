@@ -74,11 +74,11 @@ class Look:
     def __call__(self, bounds: Sequence[int]) -> list[Domains]:
         """One value for a whole run; the other leaves of the run add nothing to it."""
         table = self.source.read(bounds[0], bounds[-1], self.columns)
-        labels = normalised(table.column(self.label).unique()) if self.label else []
+        where = f"{self.source.name}: column"
+        labels = normalised(table.column(self.label).unique(), f"{where} '{self.label}'") if self.label else []
         categories = {name: _distinct_texts(table.column(name)) for name in self.categories}
         tokens = count_tokens(table.column(self.text.column), self.text) if self.text else Counter()
-        where = f"{self.source.name}: column '{self.sparse}'"
-        width = widest(table.column(self.sparse), bounds[0], where) if self.sparse else 0
+        width = widest(table.column(self.sparse), bounds[0], f"{where} '{self.sparse}'") if self.sparse else 0
         found = Domains(frozenset(label for label in labels if label is not None), categories, tokens, width)
         self._check_categories(found)  # before it is more than memory holds
         return [found]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gendist.data.column_types import check_exact
 from gendist.data.matrix import to_matrix
 from gendist.protocols import UserError
 
@@ -26,7 +27,7 @@ def known_evidence(column: pa.ChunkedArray, labels: Sequence[Any], num_latents: 
     UserError, with the row's number, where a label is none of these.
     """
     index = {label: i for i, label in enumerate(labels)}
-    distinct, which_N = _encoded(column)
+    distinct, which_N = _encoded(column, where)
     latent_of = np.array([-1 if label is None else index.get(label, len(labels)) for label in distinct], dtype=np.int64)
     latent_N = latent_of[which_N]
     outside = np.flatnonzero(latent_N == len(labels))
@@ -75,18 +76,19 @@ def soft_evidence(table: pa.Table, columns: Sequence[str], num_latents: int, fir
     return evidence_NL
 
 
-def normalised(column: Any) -> list[Any]:
+def normalised(column: Any, where: str) -> list[Any]:
     """Labels as str, int or None where missing; 3.0 (an integer column with missing entries, in pandas) is 3."""
+    check_exact(column, where)
     return [normal_label(label) for label in column.to_pylist()]
 
 
-def _encoded(column: pa.ChunkedArray) -> tuple[list[Any], np.ndarray[Any, Any]]:
+def _encoded(column: pa.ChunkedArray, where: str) -> tuple[list[Any], np.ndarray[Any, Any]]:
     """The distinct labels, normalised, and (N,) which of them each row has."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     chunk = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
     encoded = chunk if isinstance(chunk, pa.DictionaryArray) else pa.concat_arrays(chunk.chunks)
-    return normalised(encoded.dictionary), encoded.indices.to_numpy(zero_copy_only=False)
+    return normalised(encoded.dictionary, where), encoded.indices.to_numpy(zero_copy_only=False)
 
 
 def normal_label(label: Any) -> Any:

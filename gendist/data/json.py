@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
-from gendist.data.lines import LineFiles, Lines, Offsets, Split, split_lines
+from gendist.data.lines import LineFiles, Lines, Offsets, Split, integers_type, split_lines, unlike
 
 _STEP = np.zeros(256, dtype=np.int8)
 _STEP[[ord("{"), ord("[")]] = 1
@@ -27,10 +28,10 @@ class JsonFiles(LineFiles):
         file.seek(0)
         return split_array if beginning.startswith(b"[") else split_lines
 
-    def _guess(self, lines: Lines, head: bytes) -> pa.Schema:
-        text = head.decode("utf-8-sig").rstrip(", \t\r\n")
-        objects = [text] if lines.split is split_array else [line for line in text.split("\n") if line.strip()]
-        rows = json.loads("[" + ",\n".join(objects) + "]", parse_int=float)
+    def _guess(self, header: bytes, split: Split, sample: bytes) -> pa.Schema:
+        text = sample.decode("utf-8-sig").rstrip(", \t\r\n")
+        objects = [text] if split is split_array else [line for line in text.split("\n") if line.strip()]
+        rows = json.loads("[" + ",\n".join(objects) + "]", parse_int=_integer)
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("rows that are no objects")
         names = dict.fromkeys(name for row in rows for name in row)
@@ -41,23 +42,42 @@ class JsonFiles(LineFiles):
             codes = np.frombuffer(body, dtype=np.uint8).copy()
             codes[(codes == ord(",")) & (_nesting(codes)[1] == 0)] = ord("\n")
             body = codes.tobytes()
-        return pa.json.read_json(
-            io.BytesIO(body),
-            # In one piece, since the objects of an array may hold line breaks.
-            read_options=pa.json.ReadOptions(block_size=len(body) + 1),
-            parse_options=pa.json.ParseOptions(
-                explicit_schema=schema,
-                newlines_in_values=lines.split is split_array,
-                unexpected_field_behavior="ignore",
-            ),
-        )
+        try:
+            return pa.json.read_json(
+                io.BytesIO(body),
+                # In one piece, since the objects of an array may hold line breaks.
+                read_options=pa.json.ReadOptions(block_size=len(body) + 1),
+                parse_options=pa.json.ParseOptions(
+                    explicit_schema=schema,
+                    newlines_in_values=lines.split is split_array,
+                    unexpected_field_behavior="ignore",
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            told = re.search(r"Column\(/(.*?)(/\[\])*\) changed from (\w+) to (\w+)", str(error))
+            decimal = re.search(r"JSON to int64, couldn't parse: ?(.*)", str(error))
+            if decimal:
+                names = [field.name for field in schema if pa.types.is_integer(field.type)]
+                raise unlike("' or '".join(names), decimal[1], "int64") from error
+            if told is None:
+                raise
+            raise unlike(told[1], told[4], told[3]) from error
+
+
+def _integer(digits: str) -> float:
+    number = float(digits)
+    return int(digits) if abs(number) < 2**63 else number
 
 
 def _type_of(values: list[Any]) -> pa.DataType:
     try:
-        return pa.infer_type(values)
+        type_ = pa.infer_type(values)
     except pa.ArrowException:
         return pa.string()  # things of several kinds; they are no numbers, and nobody may ask for them
+    if not pa.types.is_integer(type_):
+        return type_
+    integers = [value for value in values if isinstance(value, int)]
+    return integers_type(min(integers), max(integers))
 
 
 def split_array(content: bytes, is_end: bool) -> tuple[Offsets, bytes]:

@@ -127,11 +127,17 @@ def _decoded(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, Any]:
         raise UserError(f"{where} has no image in row {row}")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
+        if image.mode == "F":
+            raise UserError(f"{where} in row {row} is an image of decimals, whose white is not known; write them as lists")
         if not image.mode.startswith("I") and image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return np.asarray(image)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{where} in row {row} is too large an image ({error})") from error
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{where} in row {row} is a damaged image ({error})") from error
 

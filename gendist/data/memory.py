@@ -168,6 +168,9 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
         try:
             table = pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+        except AttributeError as error:
+            kind = f"{type(data).__name__} of {type(data).__module__.partition('.')[0]}"
+            raise UserError(f"data: a {kind}, which is none of pandas; give its Arrow table, as data.to_arrow() is") from error
         except (pa.ArrowException, TypeError, ValueError) as error:
             raise UserError(f"the data frame cannot be read ({str(error).splitlines()[0]})") from error
         return TableSource(table.rename_columns([str(name) for name in data.columns]), "the data frame")

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gendist.blocks import Leaves
-from gendist.data.column_types import is_image, is_numeric, is_sparse, is_text, type_of_entries
+from gendist.data.column_types import is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
-from gendist.data.sequence_source import SequenceSource
+from gendist.data.sequence_source import NestedSequences, SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.sparse import width_of
 from gendist.data.tokens import TextConfig, holds_tokens, vocabulary
@@ -115,7 +115,7 @@ class Schema(BaseModel):
 
     def columns_in(self, there: Sequence[str]) -> tuple[str, ...] | None:
         """Those to read of the columns of other data: the ones that were fitted. An array has no names and is taken by position
-        (None); of a model that was fitted to one, `sample` has written a column for each feature."""
+        (None: see `of`); of a model that was fitted to one, `sample` has written a column for each feature."""
         if len(there) == 1:
             return None
         are_features = not set(self.columns) <= set(there) and set(self.feature_names) <= set(there)
@@ -142,6 +142,8 @@ class Schema(BaseModel):
         else:
             text = _text_of(source, config, known)
         columns = config.columns or ((text.column,) if text else _default_columns(source, config, takes))
+        if known is not None and config.columns is None:
+            _check_name(source, known)
         sparse = [name for name in columns if is_sparse(source.schema.field(name).type)]
         if sparse and is_sequence:
             raise UserError(f"{source.name}: column '{sparse[0]}' holds sparse rows; the steps of sequences are dense: choose "
@@ -267,6 +269,24 @@ def _renamed(
     """By the names that the columns have here, where there are as many of them."""
     names = dict(zip(columns, here, strict=True)) if len(columns) == len(here) else {}
     return {names[name]: values for name, values in categories.items() if name in names}
+
+
+def _check_name(source: Source, known: Schema) -> None:
+    """UserError where a column of numbers or categories stands alone and is called otherwise than the one that was fitted.
+
+    What Python or a .npy file has no name for is called x, as the model's own column may be. Lists, images, sparse rows and
+    texts that are taken apart are told from others by what they are.
+    """
+    name, *others = source.schema.names
+    has_no_name = "x" in (name, *known.columns)
+    if others or has_no_name or name in (*known.columns, *known.feature_names) or isinstance(source, NestedSequences):
+        return
+    type_ = source.schema.field(name).type
+    if (is_numeric(type_) and not is_list(type_)) or (is_text(type_) and known.categories):
+        raise UserError(
+            f"{source.name}: no column {listing(known.columns)}, to which the model was fitted, but '{name}'; rename it, or "
+            f"say data.columns=[{name}] where it holds the same"
+        )
 
 
 def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:

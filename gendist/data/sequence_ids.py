@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from gendist.data.column_types import is_image, is_list
+from gendist.data.column_types import check_exact, is_image, is_list
 from gendist.data.sources import Source
 from gendist.protocols import UserError
 
@@ -42,6 +42,7 @@ def bounds_of_ids(source: Source, sequence: str, order: str | None) -> Array:
                 row = before + int(np.argmax(missing))
                 raise UserError(f"{source.name}: column '{name}' is missing in row {row}; each step needs one")
         id_N = arrays[sequence]
+        check_exact(id_N, f"{source.name}: column '{sequence}'")
         is_new = _flags(pc.not_equal(id_N[1:], id_N[:-1]))
         if order is not None:
             order_N = arrays[order]
@@ -49,6 +50,8 @@ def bounds_of_ids(source: Source, sequence: str, order: str | None) -> Array:
             if falls.any():
                 i = int(np.argmax(falls))
                 a, b = order_N[i].as_py(), order_N[i + 1].as_py()
+                if a == b:
+                    check_exact(order_N[i : i + 1], f"{source.name}: column '{order}'")
                 what = f"is {b!r} twice" if a == b else f"falls from {a!r} to {b!r}"
                 raise UserError(
                     f"{source.name}: column '{order}' {what} in row {before + i + 1}, within the sequence "

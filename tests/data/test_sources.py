@@ -17,6 +17,7 @@ from PIL import Image
 from gendist.data import DataConfig, Schema, open_source, source_of
 from gendist.data import lines as lines_module
 from gendist.data.matrix import to_matrix
+from gendist.data.sequences import as_sequences
 from gendist.protocols import UserError
 
 RNG = np.random.default_rng(0)
@@ -137,6 +138,12 @@ def test_what_python_hands_over():
         source_of("data.parquet")
 
 
+def test_a_data_frame_of_another_library_is_told_in_one_line():
+    frame = type("DataFrame", (), {"__module__": "polars.dataframe.frame", "columns": ["a"], "dtypes": ["f8"]})()
+    with pytest.raises(UserError, match=r"data: a DataFrame of polars, which is none of pandas; give its Arrow table"):
+        source_of(frame)
+
+
 def test_arrays_of_every_layout_are_the_same_numbers(tmp_path):
     values = RNG.integers(0, 100, (500, 3))
     layouts = [values.astype(kind) for kind in (">f8", ">i4", "<i2", np.longdouble, np.uint64)]
@@ -168,6 +175,48 @@ def test_pictures_of_sixteen_bits_are_scaled(tmp_path):
     pq.write_table(pa.table({"image": [png(image)]}), tmp_path / "a.parquet")
     source = open_source(DataConfig(path=str(tmp_path / "a.parquet")))
     np.testing.assert_allclose(matrix(source), image.reshape(1, 4) / 65_535)
+
+
+def test_images_that_are_too_large_or_of_decimals_are_refused(tmp_path, monkeypatch):
+    decimals = io.BytesIO()
+    Image.fromarray(np.array([[0.0, 100.5]], np.float32)).save(decimals, format="TIFF")
+    large = png(np.zeros((30, 40), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    for content, expected in ((decimals.getvalue(), "an image of decimals"), (large, "too large an image .*1200 pixels")):
+        pq.write_table(pa.table({"image": [content]}), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=f"^{tmp_path}/a.parquet: column 'image' in row 0 is {expected}") as caught:
+            matrix(open_source(DataConfig(path=str(tmp_path / "a.parquet"))))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_column_alone_is_known_by_its_name(tmp_path):
+    """What a model was fitted to: other numbers are no scores of it. Arrays and lists have no name of their own."""
+    ages, incomes = pa.table({"age": [1.0, 2.0]}), pa.table({"income": [3.0]})
+    known = Schema.of(source_of(ages), DataConfig())
+    for kind in ("csv", "parquet"):
+        path = str(tmp_path / f"a.{kind}")
+        incomes.to_pandas().to_csv(path, index=False) if kind == "csv" else pq.write_table(incomes, path)
+        with pytest.raises(UserError, match=r"no column 'age', to which the model was fitted, but 'income'; rename it, or say"):
+            Schema.of(open_source(DataConfig(path=path)), DataConfig(), known=known)
+        assert Schema.of(open_source(DataConfig(path=path)), DataConfig(columns=("income",)), known=known).columns == (
+            "income",
+        )
+    np.save(tmp_path / "a.npy", np.array([3.0]))
+    without_name = [
+        open_source(DataConfig(path=str(tmp_path / "a.npy"))),
+        source_of(np.array([[3.0]])),
+        source_of({"v": [[3.0]]}),
+    ]
+    for source in without_name:
+        assert Schema.of(source, DataConfig(), known=known).columns == tuple(source.schema.names)
+    of_array = Schema.of(without_name[1], DataConfig())
+    assert Schema.of(source_of(incomes), DataConfig(), known=of_array).columns == ("income",)
+    with pytest.raises(UserError, match="no column 'age'"):
+        Schema.of(
+            as_sequences(source_of(incomes), DataConfig()),
+            DataConfig(),
+            known=Schema.of(as_sequences(source_of(ages), DataConfig()), DataConfig()),
+        )
 
 
 def test_the_embedded_digits():
