@@ -215,9 +215,15 @@ class Testbed:
     def environment(self) -> dict[str, str]:
         """In which a program finds gendist in this repository, and may talk to the cluster."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        paths = os.pathsep.join([str(REPOSITORY), *filter(None, [ours.get("PYTHONPATH")])])
-        programs = os.pathsep.join([str(Path(sys.executable).parent), ours.get("PATH", os.defpath)])  # a job's `python` is the first
-        ours |= {**RAY_SETTINGS, "PATH": programs, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        # The `python` of a job is the first in PATH.
+        programs = os.pathsep.join([str(Path(sys.executable).parent), ours.get("PATH", os.defpath)])
+        ours |= {
+            **RAY_SETTINGS,
+            "PATH": programs,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         if (self._folder / "token").exists():
             ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._folder / "token")}
         return ours

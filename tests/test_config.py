@@ -160,7 +160,7 @@ def test_overrides_for_several_families_reach_those_that_know_them(toy, tmp_path
     }
     with pytest.raises(UserError, match="unknown key 'nonsense' in fit"):
         overrides_it_knows(paths, ["fit.nonsense=3"])
-    with pytest.raises(UserError, match="fit.max_iterations: input should be a valid integer"):
+    with pytest.raises(UserError, match=r"fit\.max_iterations: input should be a valid integer"):
         overrides_it_knows(paths, ["fit.max_iterations.nonsense=3"])
     rate = "fit.optimizers.encoder.learning_rate=1e-3"
     assert dict(overrides_it_knows(paths, [rate])) == {paths[0]: [], paths[1]: [rate]}

@@ -1,5 +1,4 @@
-"""A job that trains: a module of the user's own and data of the machine that submits, two workers on two hosts, a run directory
-that is a URL."""
+"""A job that trains: a module of the user's own and data of the machine that submits, two workers on two hosts."""
 
 from __future__ import annotations
 
@@ -39,13 +38,13 @@ SPEC = {
 
 
 @pytest.mark.exhaustive
-def test_a_training_job_with_a_module_survives_killed_processes_in_a_store(bed: Testbed, tmp_path: Path):
-    store = tmp_path / "store"
+def test_a_training_job_with_a_module_of_the_users_own_survives_killed_processes(bed: Testbed, tmp_path: Path):
+    run = tmp_path / "run"
     write_spec(tmp_path, "trained", {**SPEC, "cluster": {"num_workers": 2}})
     (tmp_path / "my_networks.py").write_text(MODULE)
     (tmp_path / "data").mkdir()
     np.save(tmp_path / "data" / "rows.npy", np.random.default_rng(0).normal(size=(500, 3)).astype(np.float32))
-    command = [sys.executable, str(ROOT / "launch.py"), "submit", "trained.yaml", "--run-dir", f"objects://{store}/run"]
+    command = [sys.executable, str(ROOT / "launch.py"), "submit", "trained.yaml", "--run-dir", str(run)]
     environment = {**os.environ, "RAY_API_SERVER_ADDRESS": bed.jobs_address, "RAY_AUTH_TOKEN": bed.token or ""}
 
     def submitted() -> subprocess.Popen[str]:
@@ -53,7 +52,7 @@ def test_a_training_job_with_a_module_survives_killed_processes_in_a_store(bed: 
         return subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes)
 
     def records() -> int:
-        path = store / "run" / "metrics.jsonl"
+        path = run / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
     process = submitted()
@@ -76,9 +75,9 @@ def test_a_training_job_with_a_module_survives_killed_processes_in_a_store(bed: 
     assert "is finished" in again.communicate(timeout=200)[0]
 
     expected = undisturbed_by_torchrun(tmp_path, {**json.loads(json.dumps(SPEC)), "name": "trained"}, NUM_STEPS).parents[1]
-    assert trace(store / "run") == trace(expected)
+    assert trace(run) == trace(expected)
     for name in ("model.json", "model.safetensors"):
-        assert (store / "run" / "artifact" / name).read_bytes() == (expected / "artifact" / name).read_bytes()
+        assert (run / "artifact" / name).read_bytes() == (expected / "artifact" / name).read_bytes()
 
 
 def command_of(pid: int) -> bytes:

@@ -136,7 +136,7 @@ def undisturbed_by_torchrun(folder: Path, spec: dict, num_steps: int) -> Path:
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(spec))
     program = [str(ROOT / "launch.py"), "fit", f"{name}.yaml", "--run-dir", name]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / name / "checkpoints" / f"{num_steps:08d}"
