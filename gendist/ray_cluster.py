@@ -24,6 +24,8 @@ from typing import Any
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Tasks that are killed because memory is short are tried again without end otherwise, ever more seconds apart.
+os.environ.setdefault("RAY_task_oom_retries", "8")
 
 import ray
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS

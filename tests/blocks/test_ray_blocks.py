@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -202,3 +203,22 @@ def test_an_address_that_does_not_answer_is_refused(address):
     with pytest.raises(UserError, match=address):
         check_reachable(address)
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(300)
+def test_tasks_that_memory_never_suffices_for_are_given_up(tmp_path):
+    """A Ray that takes every machine for full, on which each task is killed."""
+    full = {"RAY_memory_usage_threshold": "0.001", "RAY_memory_monitor_refresh_ms": "100", "RAY_task_oom_retries": "1"}
+    root = Path(__file__).parents[2]
+    command = [
+        sys.executable,
+        str(root / "launch.py"),
+        "fit",
+        str(root / "configs" / "gmm_digits.yaml"),
+        "cluster.num_workers=1",
+    ]
+    environment = {**os.environ, **full, "RAY_ADDRESS": "local"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 2, done.stderr
+    assert "running low on memory" in done.stderr.splitlines()[-1]
