@@ -37,6 +37,7 @@ from gendist.protocols import Block, LabelCounts, UserError, is_labelled
 
 FORMAT = 2  # of the files; part of the key
 ROWS_AT_ONCE = 1 << 16
+LOOK_S = 0.05  # how often who waits for the files looks for them
 
 Array = np.ndarray[Any, Any]
 
@@ -256,7 +257,10 @@ class _Lock:
         """Hold it together with others, with that there which `make` makes, alone."""
         try:
             while not (self._take(fcntl.LOCK_SH) and is_there()):
-                if self._take(fcntl.LOCK_EX) and not is_there():
+                if not self._take(fcntl.LOCK_EX):  # another makes them, or has it together with others to use what it made
+                    self.alive()
+                    time.sleep(LOOK_S)
+                elif not is_there():
                     make()
                 # What is there may be gone once the lock is no longer held alone: so look again.
             yield
@@ -264,20 +268,17 @@ class _Lock:
             self._release()
 
     def _take(self, how: int) -> bool:
-        """Whether it is held now; it is not where somebody removed it meanwhile."""
+        """Whether it is held now; it is not where others hold it another way, or somebody removed it meanwhile."""
         self._release()
         self._file = self.path.open("w")
-        while True:
-            try:
-                fcntl.flock(self._file, how | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                self.alive()
-                time.sleep(0.05)
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self.path.stat())
-        except FileNotFoundError:
-            return False
+            fcntl.flock(self._file, how | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(self._file.fileno()), self.path.stat()):
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        self._release()
+        return False
 
     def _release(self) -> None:
         if self._file is not None:

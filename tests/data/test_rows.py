@@ -118,6 +118,7 @@ def test_after_a_crash_they_stay_for_whoever_goes_on(cache):
 def _num_rows(rows, queue, barrier) -> None:
     barrier.wait(60)
     with rows.opened() as opened:
+        barrier.wait(60)  # until all have them
         queue.put(opened["training"].num_rows)
 
 
@@ -135,6 +136,20 @@ def test_several_processes_make_them_once_and_leave_nothing(cache):
     assert len(found) == 1
     (folder,) = cache.glob("gendist-rows-*")
     assert list(folder.iterdir()) == []
+
+
+def test_all_have_them_at_once_however_they_come_together(cache):
+    rows, together = on_disk(dataset_of(data(100), label="y")), threading.Barrier(3)
+
+    def use() -> None:
+        together.wait(60)
+        with rows.opened():
+            together.wait(60)
+
+    with ThreadPoolExecutor(3) as threads:
+        for _ in range(30):
+            for done in [threads.submit(use) for _ in range(3)]:
+                done.result(60)
 
 
 def test_who_waits_for_another_to_make_them_is_alive_meanwhile(cache):

@@ -301,6 +301,7 @@ CASES = {
     "wasserstein": {"loss": "wasserstein", "penalty": "gradient_penalty", "augmentation": ["translation"]},
     "pairs": {"labels": "semi_supervised", "feature_matching": "pairs", "augmentation": ["cutout", "translation"]},
     "noise": {"penalty_every": 2, "discriminator": NOISY},
+    "weight norm": {"penalty_every": 2, "discriminator": {**NOISY, "weight_norm": True}},
     "pairs and noise": {"labels": "semi_supervised", "feature_matching": "pairs", "discriminator": NOISY},
 }
 
@@ -331,6 +332,20 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_whole(name):
         summed = [sum(0 if g is None else g for g in each) for each in zip(*map(gradients, losses), strict=True)]
         for found, expected in zip(summed, gradients(whole), strict=True):
             torch.testing.assert_close(found, 0 if expected is None else expected, rtol=1e-4, atol=1e-4)
+
+
+def test_with_a_weight_norm_the_sizes_of_hidden_weights_mean_nothing():
+    model = small(discriminator={**NOISY, "weight_norm": True})
+    first, second, last = (layer for layer in model.discriminator.modules() if isinstance(layer, torch.nn.Linear))
+    x = torch.rand(5, first.in_features)
+    rows = first.weight / first.weight.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(first(x), x @ rows.T + first.bias)
+    before = model.encode(x)
+    with torch.no_grad():
+        first.weight.mul_(torch.rand(6, 1) + 0.5)
+        second.weight.mul_(7.0)
+    torch.testing.assert_close(model.encode(x), before)
+    assert type(last) is torch.nn.Linear
 
 
 def test_data_and_samples_are_augmented_and_verbs_are_not():
@@ -473,6 +488,8 @@ def test_classify_is_offered_where_classes_are_learned():
         ({"labels": "semi_supervised", "loss": "hinge"}, "loss hinge"),
         ({"feature_matching": "pairs"}, "semi_supervised alone"),
         ({"discriminator": {"channels": [8], "hidden_noise": 0.5}}, "hidden_noise is of fully connected layers"),
+        ({"discriminator": {"channels": [8], "weight_norm": True}}, "weight_norm is of fully connected layers"),
+        ({"discriminator": {"weight_norm": True, "spectral_norm": True}}, "weight_norm and spectral_norm are given"),
     ],
 )
 def test_configurations_that_are_no_game_are_refused(fields, match):

@@ -19,22 +19,29 @@ class DiscriminatorConfig(NetworkConfig):
     input_noise   standard deviation of the normal noise that is added, while D or G is trained, to what D is given, and
     hidden_noise  to what each of its further layers is given; of fully connected layers. Salimans et al. 2016: 0.3 of x from 0
                   to 1, which are 0.6 of images as D sees them, and 0.5
+    weight_norm   of fully connected layers but the last: divide the weights of each unit by their norm, so that these noises
+                  keep their meaning whatever D learns
     """
 
     activation: Activation = "leaky_relu"
     input_noise: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     hidden_noise: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    weight_norm: bool = False
 
     @model_validator(mode="after")
     def _noise_is_of_fully_connected_layers(self) -> Self:
-        for name in ("input_noise", "hidden_noise"):
-            if getattr(self, name) > 0.0 and (self.channels is not None or self.module is not None):
+        if self.weight_norm and self.spectral_norm:
+            raise ValueError("weight_norm and spectral_norm are given; a weight is divided by one of them")
+        for name in ("input_noise", "hidden_noise", "weight_norm"):
+            if getattr(self, name) > 0 and (self.channels is not None or self.module is not None):
                 raise ValueError(f"{name} is of fully connected layers; give hidden_sizes, or leave it out")
         return self
 
     @property
     def layer_kinds(self) -> LayerKinds:
-        return replace(super().layer_kinds, input_noise=self.input_noise, hidden_noise=self.hidden_noise)
+        return replace(
+            super().layer_kinds, input_noise=self.input_noise, hidden_noise=self.hidden_noise, weight_norm=self.weight_norm
+        )
 
 
 class GenerativeAdversarialNetworkConfig(BaseModel):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from gendist.models.ops.spectral_norm import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear
 
@@ -31,6 +33,15 @@ class AddedNoise(nn.Module):
 
     def forward(self, x: Tensor, noise_BW: Tensor | None = None) -> Tensor:
         return x if noise_BW is None else x + self.standard_deviation * noise_BW
+
+
+class UnitLinear(nn.Linear):
+    """Each unit's weights are divided by their norm, which is as much as to say that noise of what it is given has a fixed size
+    in what it gives (Salimans & Kingma 2016, "Weight normalization", with all scales 1)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
+        return linear(x, self.weight / norm.clamp_min(torch.finfo(norm.dtype).tiny), self.bias)
 
 
 def noise_width(network: nn.Module) -> int:
@@ -71,8 +82,11 @@ class LayerKinds:
     spectral_norm: bool
     input_noise: float = 0.0
     hidden_noise: float = 0.0
+    weight_norm: bool = False
 
-    def linear(self, before: int, after: int) -> nn.Linear:
+    def linear(self, before: int, after: int, is_last: bool = False) -> nn.Linear:
+        if self.weight_norm and not is_last:
+            return UnitLinear(before, after)
         return (SpectralLinear if self.spectral_norm else nn.Linear)(before, after)
 
     def convolution(self, before: int, after: int, kernel: int, **options: Any) -> nn.Conv2d:

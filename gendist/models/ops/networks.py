@@ -171,7 +171,7 @@ def _fully_connected(
         layers += [kinds.linear(size, hidden_size), *kinds.nonlinear(hidden_size)]
         layers += kinds.added_noise(hidden_size, kinds.hidden_noise)
         size = hidden_size
-    layers.append(kinds.linear(size, prod(output_shape)))
+    layers.append(kinds.linear(size, prod(output_shape), is_last=True))
     return layers if len(output_shape) == 1 else [*layers, nn.Unflatten(1, output_shape)]
 
 
