@@ -439,6 +439,7 @@ for _ in range(20):
 
 def _packet_arrives() -> bool:
     """Whether one of two namespaces on a bridge hears the other; it is all gone again. NoTestbed where they cannot be made."""
+    _remove_old_trials()
     bridge = f"gdtrial{os.getpid()}"  # and one letter more: 15 characters at most
     hosts = [(f"{bridge}-{end}", f"{bridge}{end}", f"10.77.0.{number}/30") for number, end in enumerate("ab", 1)]
     namespaces, processes = [], []
@@ -470,6 +471,15 @@ def _packet_arrives() -> bool:
         for namespace in namespaces:
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
+
+
+def _remove_old_trials() -> None:
+    """What those have left that were killed."""
+    for kind, names in (("netns", _namespaces()), ("link", _links())):
+        for name in names:
+            of = re.match(r"gdtrial([0-9]+)", name)
+            if of and not Path("/proc", of[1]).exists():
+                subprocess.run(["ip", kind, "del", name], capture_output=True, check=False)
 
 
 def remove(name: str) -> None:

@@ -53,6 +53,15 @@ def traces(name: str) -> list[str]:
     return [found for found in testbed._found() if found.startswith(name)]
 
 
+def test_what_a_killed_trial_has_left_is_gone_with_the_next():
+    no_process = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
+    subprocess.run(["ip", "link", "add", f"gdtrial{no_process}", "type", "bridge"], check=True)
+    subprocess.run(["ip", "netns", "add", f"gdtrial{no_process}-a"], check=True)
+    assert testbed._packet_arrives()
+    left = [*testbed._links(), *testbed._namespaces()]
+    assert not [name for name in left if name.startswith(f"gdtrial{no_process}")]
+
+
 def test_hosts_are_cut_mended_lossy_and_killed():
     with Testbed(num_hosts=2) as bed, Testbed(num_hosts=1) as beside:
         assert num_arrived(bed, 1000) == 1000
