@@ -21,30 +21,27 @@ import numpy as np
 import pytest
 
 NUM_CPUS = 8
+FIRST = ("ray", "multihost", "test_exactness.py")  # of the groups of tests that a process has to itself
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
-    """Of processes that share the tests, one has every file in which a test needs Ray, and one, which may be the same, those
-    that need several hosts; any other file is one process's, too, as are its fixtures."""
-    from xdist.scheduler import LoadFileScheduling
-
-    texts = {path.name: path.read_text() for path in Path(__file__).parent.rglob("test_*.py")}
-    groups = {name: mark for name, text in texts.items() for mark in ("ray", "multihost") if f"pytest.mark.{mark}" in text}
-
-    class OneRay(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return groups.get(Path(file).name, file)
-
-    return OneRay(config, log)
-
-
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of processes that share the tests (`--dist loadgroup`), one has all that need the cluster and one, which may be the same,
+    those of several hosts; else a file is one process's, as are its fixtures. Both of these take long, and begin first."""
     if "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    groups = {item: _group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
+
+
+def _group_of(item: pytest.Item) -> str:
+    if item.get_closest_marker("multihost"):
+        return "multihost"
+    return "ray" if "cluster" in item.fixturenames else item.path.name  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
