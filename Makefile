@@ -16,10 +16,10 @@ demo: setup            ## fit every family on embedded real data; pictures at th
 	$(BIN)/python launch.py demo
 
 test: setup            ## every test, on all cores; those that need Ray share one cluster
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n auto --durations 15
 
 test-fast: setup       ## the tests that need no Ray
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder -m 'not ray'
+	$(BIN)/python -m pytest -n auto -m 'not ray'
 
 lint: setup            ## formatting, lint and types
 	$(BIN)/ruff format --check .

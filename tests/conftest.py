@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -21,27 +23,54 @@ import numpy as np
 import pytest
 
 NUM_CPUS = 8
-FIRST = ("ray", "multihost", "test_exactness.py")  # of the groups of tests that a process has to itself
+FIRST = ("cluster", "multihost", "tests/train/test_exactness.py")  # of the groups of tests: they take longest
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Of processes that share the tests, one has all that need the cluster, and one, which may be the same, those of several
+    hosts; else a file is one process's, as are its fixtures."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneCluster(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # the order is that of the collection
+    return OneCluster(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    file, _, name = nodeid.partition("::")
+    functions = _functions_of(file)
+    if functions is None:
+        return "multihost"
+    return "cluster" if _needs_cluster(name.partition("[")[0], functions) else file
+
+
+@cache
+def _functions_of(file: str) -> dict[str, set[str]] | None:
+    """The arguments of each function of a file, a test's or a fixture's; None where its tests are of several hosts."""
+    text = (Path(__file__).parents[1] / file).read_text()
+    if "pytest.mark.multihost" in text:
+        return None
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    return {function.name: {argument.arg for argument in function.args.args} for function in functions}
+
+
+def _needs_cluster(name: str, functions: dict[str, set[str]]) -> bool:
+    needed = functions.get(name, set())
+    return "cluster" in needed or any(_needs_cluster(fixture, functions) for fixture in needed - {name})
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of processes that share the tests (`--dist loadgroup`), one has all that need the cluster and one, which may be the same,
-    those of several hosts; else a file is one process's, as are its fixtures. Both of these take long, and begin first."""
     if "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    groups = {item: _group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
-
-
-def _group_of(item: pytest.Item) -> str:
-    if item.get_closest_marker("multihost"):
-        return "multihost"
-    return "ray" if "cluster" in item.fixturenames else item.path.name  # type: ignore[attr-defined]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        groups = {item: group_of(item.nodeid) for item in items}
+        items.sort(key=lambda item: FIRST.index(groups[item]) if groups[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
