@@ -27,6 +27,7 @@ MAX_PROFILES = 12  # features, a panel each
 MAX_FEATURES = 60  # of a matrix of classes by features
 MAX_MATRICES = 10
 MAX_STEPS = 300  # of a sequence
+NUM_BINS = 50  # of a histogram
 MAX_TEXT = 22  # letters of a name
 CELLS_A_LINE = 50  # of a sequence of letters
 CELL = 20 / DPI  # inches, its width: two places of 10 pixels, since places are of whole pixels
@@ -123,7 +124,14 @@ def _hist(panel: Any, values: Any, **options: Any) -> None:
     values = _measurable(values)
     values = values[~np.isnan(values)]
     if len(values):
-        panel.hist(values, bins=50, **options)
+        panel.hist(values, bins=NUM_BINS, range=_resolved(float(values.min()), float(values.max())), **options)
+
+
+def _resolved(low: float, high: float) -> tuple[float, float]:
+    """The range, made so wide that float64 can tell the ends of its bins apart."""
+    least = max(NUM_BINS * np.spacing(max(abs(low), abs(high))), 0.0 if high > low else 0.5)
+    margin = max(least - (high - low) / 2, 0.0)
+    return low - margin, high + margin
 
 
 def _named_ticks(set_ticks: Any, names: Sequence[str], most: int, **options: Any) -> None:
@@ -310,7 +318,7 @@ def _bands(figure: Strips, names: Sequence[str], texts: Sequence[Sequence[str]])
             panel.plot(x_TD[:, d], linewidth=1.2, drawstyle=step, marker="." if len(x_TD) < 40 else None, **style)
         low, high = (np.nanmin(x_TD), np.nanmax(x_TD)) if not np.isnan(x_TD).all() else (0.0, 1.0)
         margin = 0.08 * (high - low) or 0.5
-        extent = (-0.5, len(states_T) - 0.5, low - margin, high + margin)
+        extent = (-0.5, len(states_T) - 0.5, *_resolved(float(low - margin), float(high + margin)))
         panel.imshow(
             states_T[None], extent=extent, aspect="auto", alpha=0.35, interpolation="nearest",
             cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5,

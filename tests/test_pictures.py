@@ -207,6 +207,21 @@ def test_whatever_a_model_makes_can_be_drawn():
         opened(figure_bytes(Profiles(x_ND, x_ND.abs(), names), schema))
 
 
+@pytest.mark.parametrize("far", [1e16, -1e17, 1e75, 9e99])
+@pytest.mark.parametrize("spread", [0.0, 1e-16, 1e-15, 1e-14])
+def test_what_varies_less_than_float64_can_tell_is_drawn(far, spread):
+    """Too little for 50 bins between the least and the greatest."""
+    x_ND = far * (1 + spread * np.arange(4.0)[:, None]).repeat(2, axis=1)
+    x_N2, k = torch.from_numpy(x_ND), torch.zeros(4, dtype=torch.int64)
+    schema = schema_of("a", "b")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opened(picture_bytes(x_ND, schema))
+        opened(picture_bytes(x_ND[None], schema.model_copy(update={"is_sequence": True})))
+        opened(figure_bytes(Mixture(x_N2, k, torch.ones(1), x_N2[:1], torch.ones(1, 2), k[:1], ("a",)), schema))
+        opened(figure_bytes(Strips(x_N2[None], k[None], ("a",)), schema.model_copy(update={"is_sequence": True})))
+
+
 @pytest.mark.parametrize("num_features", [1, 2, 3, 7])
 def test_a_mixture_of_any_width_is_drawn(num_features):
     x_ND, k = torch.randn(20, num_features), torch.arange(20) % 2
