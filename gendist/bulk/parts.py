@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from gendist.blocks import Leaves
 from gendist.blocks.leaves import Bounds, pack
-from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
+from gendist.column_names import SEQUENCE, STEP, label_name, state_name, step_names
 from gendist.data import Schema
 from gendist.data.sparse import sparse_rows
 from gendist.protocols import UserError
@@ -117,9 +117,9 @@ def sample_layout(model: Any, schema: Schema, num_steps: int | None, with_beside
     within, beside = taken_apart(model)[0], dict[str, str]()
     if with_beside:
         if num_steps is not None and hasattr(within, "sample_states"):
-            beside["sample_states"] = _not_among(STATE, "of the sequence", (*names, *columns))
+            beside["sample_states"] = state_name((*names, *columns))
         if model.labels and hasattr(within, "sample_classes"):
-            label = beside["sample_classes"] = _not_among(LABEL, "of the class", (*names, *columns))
+            label = beside["sample_classes"] = label_name((*names, *columns))
             categories = {**categories, label: model.labels}
         names = (*names, *beside.values())
     layout = Layout(
@@ -128,15 +128,10 @@ def sample_layout(model: Any, schema: Schema, num_steps: int | None, with_beside
         categories=categories,
         sparse=columns[0] if schema.is_sparse else None,
         num_steps=num_steps,
-        step_names=(_not_among(SEQUENCE, "of the sample", names), _not_among(STEP, "of the sequence", names)),
+        step_names=step_names(names),
         integers=tuple(column for verb, column in beside.items() if verb == "sample_states"),
     )
     return layout, beside
-
-
-def _not_among(name: str, more: str, names: Sequence[str]) -> str:
-    """The name of a column, made longer where another is called so."""
-    return f"{name} {more}" if name in names else name
 
 
 def _texts(values_N: Values, texts: Sequence[Any]) -> pa.Array:

@@ -226,7 +226,7 @@ def _of_data(
         logger.warning("every row counts once: %s %s no part in this", ", ".join(unused), "has" if len(unused) == 1 else "have")
     source: Source = opened
     if _takes_sequences(loaded.model):
-        config = as_fitted(config, opened, loaded.schema.sequence, loaded.schema.order, loaded.schema.text)
+        config = as_fitted(config, opened, loaded.schema)
         source = as_sequences(opened, config)
     else:
         as_rows(opened, config)

@@ -22,10 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from gendist.column_names import step_names
 from gendist.data.column_types import as_texts, is_image, is_list, is_numeric, is_text
 from gendist.data.matrix import entry_shape
 from gendist.data.memory import TableSource, array_shape_of
 from gendist.data.npy import NpyFiles
+from gendist.data.schema import Schema
 from gendist.data.sequence_ids import bounds_of_ids
 from gendist.data.sequence_source import Bounds, Kind, NestedSequences, SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
@@ -49,16 +51,15 @@ def as_sequences(source: Source, config: DataConfig) -> SequenceSource:
     return sequences
 
 
-def as_fitted(
-    config: DataConfig, source: Source, sequence: str | None, order: str | None, text: TextConfig | None
-) -> DataConfig:
-    """The `data:` block with what the model says that is to read the source: the columns of ids and order, where they are
-    there, and how texts become tokens. UserError where the block says otherwise."""
-    names = source.schema.names
+def as_fitted(config: DataConfig, source: Source, known: Schema) -> DataConfig:
+    """The `data:` block with what the model's schema says that is to read the source: the columns of ids and order, where they
+    are there, and how texts become tokens. UserError where the block says otherwise."""
+    names, sequence, order, text = source.schema.names, known.sequence, known.order, known.text
+    of_sample = step_names(known.feature_names)
     if config.sequence is None and sequence in names:
         config = config.model_copy(update={"sequence": sequence, "order": order if order in names else None})
-    elif config.sequence is None and {"sequence", "step"} <= set(names):  # a sample
-        config = config.model_copy(update={"sequence": "sequence", "order": "step"})
+    elif config.sequence is None and set(of_sample) <= set(names):
+        config = config.model_copy(update={"sequence": of_sample[0], "order": of_sample[1]})
     elif config.sequence is None and sequence is not None and len(names) > 1 and _are_numbers(source):
         raise UserError(
             f"{source.name}: no column '{sequence}', which tells the sequences of the model's data apart; name the column that "

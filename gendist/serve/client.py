@@ -273,7 +273,8 @@ class Client:
         headers = {"Content-Type": media_type}
         answer = self._post(name, verb, wants, content=body, params=params, headers=headers)
         if wants == ARROW:
-            return split(pa.ipc.open_stream(answer.content).read_all(), description)
+            columns = description["columns"] if verb == "impute" else ()
+            return split(pa.ipc.open_stream(answer.content).read_all(), description, columns)
         values: Array = np.load(io.BytesIO(answer.content), allow_pickle=False)
         return list(values) if is_of_sequences and values.ndim == 3 else values
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
+from gendist.column_names import step_names
 from gendist.errors import UserError
 from gendist.serve.media_types import ARROW, NPY
 
@@ -90,9 +90,10 @@ def _table_of_steps(sequences: Sequence[Array], description: Mapping[str, Any]) 
     """As `gendist sample` writes sequences: a row a step, with the numbers of sequence and step."""
     lengths = [len(each) for each in sequences]
     steps_ND = np.concatenate(sequences)
+    sequence, step = step_names(description["columns"])
     table: dict[str, Any] = {
-        SEQUENCE: np.arange(len(sequences)).repeat(lengths),
-        STEP: np.concatenate([np.arange(length) for length in lengths]),
+        sequence: np.arange(len(sequences)).repeat(lengths),
+        step: np.concatenate([np.arange(length) for length in lengths]),
     }
     for name, values_N in zip(description["columns"], steps_ND.T, strict=True):
         texts = description["categories"].get(name)
@@ -131,8 +132,9 @@ def samples_of(
     """A record batch of a stream."""
     columns, categories = tuple(description["columns"]), description["categories"]
     x_ND = _features(table, columns, categories)
-    label = _labels(table[LABEL], description["labels"]) if LABEL in table.column_names and LABEL not in columns else None
-    state = table[STATE].to_numpy() if STATE in table.column_names and STATE not in columns else None
+    beside = description["beside"]
+    label = _labels(table[beside["label"]], description["labels"]) if "label" in beside else None
+    state = table[beside["state"]].to_numpy() if "state" in beside else None
     if not description["takes_sequences"]:
         return Samples(x_ND, label, state, seed, offset, columns, digest)
     num_steps = length or description["length"]
@@ -172,12 +174,16 @@ def _labels(column: pa.ChunkedArray, labels: Sequence[Any]) -> Array:
     return np.array([by_text.get(str(text), text) for text in column.to_pylist()])
 
 
-def split(table: pa.Table, description: Mapping[str, Any]) -> Any:
-    """(T, W) of each sequence; (S, W) where there is one row for each."""
-    names = [name for name in table.column_names if name not in (SEQUENCE, STEP)]
-    categories = {name: texts for name, texts in description["categories"].items() if name in names}
+def split(table: pa.Table, description: Mapping[str, Any], columns: Sequence[str]) -> Any:
+    """(T, W) of each sequence; (S, W) where there is one row for each.
+
+    columns: of the features, where these are what it holds
+    """
+    sequence, step = step_names(columns)
+    names = [name for name in table.column_names if name not in (sequence, step)]
+    categories = {name: texts for name, texts in description["categories"].items() if name in columns}
     values = _features(table, names, categories)
-    if STEP not in table.column_names:
+    if step not in table.column_names:
         return values
-    firsts = np.flatnonzero(table[STEP].to_numpy() == 0)
+    firsts = np.flatnonzero(table[step].to_numpy() == 0)
     return np.split(values, firsts[1:])

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pydantic_core
 
 from gendist.bulk.parts import Layout
-from gendist.column_names import LABEL, SEQUENCE, STATE, STEP
+from gendist.column_names import LABEL, STATE, step_names
 from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem, listing, shortened
 
@@ -312,9 +312,10 @@ def table_of(described: Described, chunk: Mapping[str, Values], first_row: int) 
     if isinstance(values, list) or (values.ndim == 3 and layout.num_steps is None):
         lengths = [len(each) for each in values]
         steps = layout.table(np.concatenate(list(values)).astype(np.float64, copy=False), 0)
+        sequence, step = step_names(layout.columns)
         numbers = {
-            SEQUENCE: np.arange(first_row, first_row + len(values)).repeat(lengths),
-            STEP: np.concatenate([np.arange(length) for length in lengths]),
+            sequence: np.arange(first_row, first_row + len(values)).repeat(lengths),
+            step: np.concatenate([np.arange(length) for length in lengths]),
         }
         return pa.table({**numbers, **dict(zip(steps.column_names, steps.columns, strict=True))})
     array = _floats(values)

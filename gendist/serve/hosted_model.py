@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from gendist.artifact import Artifact, digest, load_artifact
+from gendist.bulk.parts import sample_layout
 from gendist.one_thread import one_thread
 from gendist.protocols import VERBS, SampleAddress, UserError
 from gendist.serve.batcher import Work
@@ -91,6 +92,12 @@ class HostedModel:
         models = [self.model, *([self.artifact.prior.model] if self.artifact.prior is not None else [])]
         return sum(tensor.nbytes for model in models for tensor in model.tensors().values())
 
+    def _beside(self) -> dict[str, str]:
+        """Of the table of a sample, the columns of labels and states, where it has them."""
+        of_verbs = sample_layout(self.model, self.artifact.schema, self.trial.length, with_beside=True)[1]
+        verbs = {"label": "sample_classes", "state": "sample_states"}
+        return {name: of_verbs[verb] for name, verb in verbs.items() if verb in of_verbs}
+
     def description(self) -> dict[str, Any]:
         """All this, for JSON."""
         schema = self.artifact.schema
@@ -101,6 +108,7 @@ class HostedModel:
             "config": self.model.config.model_dump(mode="json"),
             "num_features": self.model.num_features,
             "columns": list(self.columns),
+            "beside": self._beside(),
             "categories": {column: list(values) for column, values in schema.categories.items()},
             "image_shape": None if schema.image_shape is None else list(schema.image_shape),
             "labels": list(self.model.labels),

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from gendist.column_names import SEQUENCE, STEP
+from gendist.column_names import step_names
 from gendist.data import DataConfig, Schema, as_rows, as_sequences, source_of
 from gendist.data.column_types import entry_type, is_list, is_numeric, is_sparse, is_text
 from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
@@ -43,7 +43,7 @@ class RowReader:
 
     def __init__(self, schema: Schema, num_features: int, takes_sequences: bool, limits: Limits) -> None:
         self.schema, self.num_features, self.takes_sequences, self.limits = schema, num_features, takes_sequences, limits
-        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, SEQUENCE, STEP)
+        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, *step_names(schema.feature_names))
         self._read = frozenset(filter(None, read)) if takes_sequences else frozenset((*schema.columns, *schema.feature_names))
         texts = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
         self._index_of = [None if known is None else {text: i for i, text in enumerate(known)} for known in texts]
@@ -141,7 +141,7 @@ class RowReader:
         source: Any = source_of(table.select(names))
         config = DataConfig(columns=self.schema.columns_in(source.schema.names))
         if self.takes_sequences:
-            config = as_fitted(config, source, self.schema.sequence, self.schema.order, self.schema.text)
+            config = as_fitted(config, source, self.schema)
             source = as_sequences(source, config)
         else:
             as_rows(source, config)

@@ -126,6 +126,16 @@ def test_a_sample_is_scored_as_data(chains, tmp_path):
     np.testing.assert_allclose(np.load(tmp_path / "all.npy"), model.log_prob(model.sample(20, length=9)), rtol=1e-12)
 
 
+def test_a_sample_is_scored_as_data_whatever_its_features_are_called(tmp_path):
+    frame = pd.DataFrame(RNG.normal(size=(40, 2)), columns=["step", "sequence"]).assign(id=np.arange(40) // 4)
+    spec = {"name": "x", "family": "hmm", "model": {"num_states": 2}, "fit": {"max_iterations": 2}}
+    gendist.fit({**spec, "data": {"sequence": "id"}}, data=frame, run_dir=tmp_path / "run")
+    bulk.sample(tmp_path / "run", 5, tmp_path / "x.parquet", seed=1)
+    bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / "x.parquet")), tmp_path / "scores.npy")
+    model = gendist.load(tmp_path / "run")
+    np.testing.assert_allclose(np.load(tmp_path / "scores.npy"), model.log_prob(model.sample(5, seed=1)))
+
+
 @pytest.mark.parametrize("verb", ["sample", "score"])
 def test_parts_that_are_stopped_go_on_and_end_in_the_same_bytes(chains, tmp_path, verb):
     def write(name: str, watch) -> None:

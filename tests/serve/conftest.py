@@ -112,6 +112,18 @@ def hosted(artifacts: dict[str, Path]) -> dict[str, HostedModel]:
 
 
 @pytest.fixture(scope="session")
+def alike(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HostedModel]:
+    """Models whose features are called as what stands beside them in a table: `steps` of sequences with their steps and states,
+    `labels` of rows with their labels."""
+    folder, rng = tmp_path_factory.mktemp("alike"), np.random.default_rng(4)
+    frame = pd.DataFrame(rng.normal(size=(60, 3)), columns=["sequence", "step", "state"]).assign(id=np.arange(60) // 5)
+    fitted(folder / "steps", "hmm", frame, {"num_states": 2}, sequence="id")
+    rows = pd.DataFrame({"label": rng.normal(size=40), "state": rng.normal(size=40), "y": np.arange(40) % 2})
+    fitted(folder / "labels", "naive_bayes", rows, {"kind": "gaussian"}, label="y")
+    return {name: HostedModel(name, folder / name) for name in ("steps", "labels")}
+
+
+@pytest.fixture(scope="session")
 def server(hosted: dict[str, HostedModel]) -> Iterator[Served]:
     """All of them behind HTTP on this machine."""
     with serving(http_app(hosted)) as server:

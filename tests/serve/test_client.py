@@ -161,6 +161,22 @@ def test_sequences_of_any_lengths(client, artifacts):
     same(client.impute("hmm", ragged, seed=1), model.impute(ragged, seed=1))
 
 
+def test_features_that_are_called_as_what_stands_beside_them(alike):
+    rng = np.random.default_rng(0)
+    ragged = [rng.normal(size=(length, 3)) for length in (3, 1, 6)]
+    ragged[0][1, 0] = np.nan
+    steps = alike["steps"].model
+    with running(http_app(alike)) as url, Client(url) as client:
+        same(client.log_prob("steps", ragged), steps.log_prob(ragged))
+        same(client.encode("steps", ragged), steps.encode(ragged))
+        same(client.impute("steps", ragged), steps.impute(ragged))
+        for name, field in (("steps", "state"), ("labels", "label")):
+            whole, (chunk,) = client.sample(name, 4, seed=1), client.sample_chunks(name, 4, seed=1)
+            same(chunk.x, whole.x)
+            assert getattr(whole, field) is not None
+            np.testing.assert_array_equal(getattr(chunk, field), getattr(whole, field))
+
+
 def test_data_frames_are_read_by_the_names_of_their_columns(client, artifacts):
     model = loaded(artifacts, "naive_bayes")
     frame = pd.DataFrame({"size": [0.5, 3.0, -1.0], "colour": ["red", "blue", "green"], "more": [1, 2, 3]})

@@ -11,11 +11,13 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from served import serving
 
 import gendist
 from gendist.data import Schema
 from gendist.serve.arrow_messages import is_compressed, stream_of
 from gendist.serve.formats import format_of
+from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
 from gendist.serve.media_types import MEDIA_TYPES
 from gendist.serve.problems import Problem
@@ -180,6 +182,20 @@ def test_sequences_of_different_lengths(server, artifacts):
     of_lists = pa.table({name: pa.array([each[:, i].tolist() for each in sequences]) for i, name in enumerate("ab")})
     arrow = {"content": ipc(of_lists), "headers": {"content-type": MEDIA_TYPES["arrow"]}}
     assert server.post("/models/hmm/encode", **arrow).json()["encode"] == encoded
+
+
+def test_steps_beside_features_of_their_names(alike):
+    x = [[[1.5, 2.5, 3.5], [4.5, 5.5, 6.5]], [[7.5, 8.5, 9.5]]]
+    names = ["sequence of the sample", "step of the sequence", "sequence", "step", "state"]
+    rows = [[0, 0, *x[0][0]], [0, 1, *x[0][1]], [1, 0, *x[1][0]]]
+    with serving(http_app(alike)) as server:
+        table = server.post("/models/steps/impute?format=arrow", json={"x": x}).content
+        assert pa.ipc.open_stream(table).read_all().to_pylist() == [dict(zip(names, row, strict=True)) for row in rows]
+        lines = server.post("/models/steps/impute?format=ndjson", json={"x": x}).content.splitlines()
+        assert [json.loads(line) for line in lines] == [dict(zip(names, row, strict=True)) for row in rows]
+        # As what `gendist sample` writes is read by `gendist score`, by the names of the columns.
+        back = server.post("/models/steps/impute", content=table, headers={"content-type": MEDIA_TYPES["arrow"]})
+        assert back.json()["impute"] == x
 
 
 def test_images_as_they_are_and_flat(server, artifacts):
