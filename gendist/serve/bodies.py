@@ -116,17 +116,21 @@ class Share:
 
     def take(self, num_bytes: int) -> None:
         """So many bytes more. Problem where there is no room for them."""
-        if self._room.num_bytes > self.num_bytes and self._room.num_bytes + num_bytes > self._room.limit:
-            raise Problem(429, "too much is on its way", headers={"retry-after": "1", "connection": "close"})
-        self.hold(num_bytes)
+        with self._room.lock:
+            if self._room.num_bytes > self.num_bytes and self._room.num_bytes + num_bytes > self._room.limit:
+                raise Problem(429, "too much is on its way", headers={"retry-after": "1", "connection": "close"})
+            self._add(num_bytes)
 
     def hold(self, num_bytes: int) -> None:
         """The same of an answer, which can no longer be refused: it is who comes next that finds no room."""
         with self._room.lock:
-            if self._is_over:
-                raise ClientGone  # in a thread that still reads what nobody waits for
-            self.num_bytes += num_bytes
-            self._room.num_bytes += num_bytes
+            self._add(num_bytes)
+
+    def _add(self, num_bytes: int) -> None:
+        if self._is_over:
+            raise ClientGone  # in a thread that still reads what nobody waits for
+        self.num_bytes += num_bytes
+        self._room.num_bytes += num_bytes
 
     def give_back(self) -> None:
         """All of it, at the end of the request."""
