@@ -19,7 +19,6 @@ from gendist.serve.bodies import ClientGone
 from gendist.serve.calls import InvalidCall, together
 from gendist.serve.formats import Encoder, Values
 from gendist.serve.limits import Limits
-from gendist.serve.metrics import Metrics
 from gendist.serve.problems import Problem
 
 Headers = list[tuple[bytes, bytes]]
@@ -99,7 +98,6 @@ class Line:
         self,
         batcher: Batcher,
         limits: Limits,
-        metrics: Metrics,
         record: Record,
         clock: Clock | None = None,
         hold: Callable[[int], None] = lambda num_bytes: None,
@@ -108,7 +106,7 @@ class Line:
         clock  that the first result stops
         hold   is told of the bytes that are kept for a client that may read slowly
         """
-        self._batcher, self._limits, self._metrics, self._record = batcher, limits, metrics, record
+        self._batcher, self._limits, self._record = batcher, limits, record
         self._clock, self._hold = clock, hold
 
     async def result(self, work: Work, is_continued: bool = False, is_for_client: bool = True) -> Any:
@@ -130,8 +128,6 @@ class Line:
             raise Problem(422, str(error), error.field, error.allowed) from None
         except UserError as error:
             raise Problem(422, str(error)) from None
-        finally:
-            self._metrics.queue(self._batcher.num_rows, self._batcher.num_bytes)
         if self._clock is not None and is_for_client:
             self._clock.stop()
         record = self._record

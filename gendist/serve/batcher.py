@@ -98,16 +98,23 @@ def why_leave(num_rows: int, num_works: int, usual: int, waited_s: float, limits
 class Batcher:
     """One queue and one thread that computes, of one event loop. Not to be called from other threads."""
 
-    def __init__(self, compute: Compute, limits: Limits, watch: Callable[[Left], None] = lambda left: None) -> None:
+    def __init__(
+        self,
+        compute: Compute,
+        limits: Limits,
+        watch: Callable[[Left], None] = lambda left: None,
+        watch_queue: Callable[[int, int], None] = lambda num_rows, num_bytes: None,
+    ) -> None:
         """
         compute  (key, payloads) -> one result for each, an Exception for what fails. Of the key None they have nothing to do
                  with one another. It runs in a thread of its own, or, of works that are known to be quick, on the event loop
         watch    is told of every batch that leaves
+        watch_queue   and of the rows and bytes that wait, whenever these are others
         """
         self._compute = compute
         self._limits = limits
         self._watch = watch
-        self._queue = Queue()
+        self._queue = Queue(watch_queue)
         self._ready: OrderedDict[Hashable, None] = OrderedDict()  # keys whose works may leave, unless some have given up since
         self._seconds = Lately(math.inf)  # that a work takes, by cost
         self._usual = Lately(1)  # by key, how many waited when a batch left

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from gendist.serve.waiting import Work
@@ -37,23 +38,34 @@ def drawing(draw: Callable[[], Any], num_rows: int = 0, num_bytes: int = 0) -> W
 
 
 class Drawn:
-    """The pictures that were asked for last, by what they show."""
+    """The pictures that were asked for last, by what they show. Whoever draws looks here again when it is their turn: others
+    may have asked for the same meanwhile."""
 
     def __init__(self, most_bytes: int = MOST_DRAWN_BYTES) -> None:
         self._pictures: OrderedDict[Hashable, bytes] = OrderedDict()
         self._num_bytes, self._most_bytes = 0, most_bytes
+        self._lock = Lock()  # the event loop looks, the thread that computes draws
 
     def get(self, what: Hashable) -> bytes | None:
-        if what not in self._pictures:
-            return None
-        self._pictures.move_to_end(what)
-        return self._pictures[what]
+        with self._lock:
+            if what not in self._pictures:
+                return None
+            self._pictures.move_to_end(what)
+            return self._pictures[what]
 
     def keep(self, what: Hashable, picture: bytes) -> None:
-        self._num_bytes += len(picture) - len(self._pictures.pop(what, b""))
-        self._pictures[what] = picture
-        while self._num_bytes > self._most_bytes:
-            self._num_bytes -= len(self._pictures.popitem(last=False)[1])
+        with self._lock:
+            self._num_bytes += len(picture) - len(self._pictures.pop(what, b""))
+            self._pictures[what] = picture
+            while self._num_bytes > self._most_bytes:
+                self._num_bytes -= len(self._pictures.popitem(last=False)[1])
+
+    def or_draw(self, what: Hashable, draw: Callable[[], bytes]) -> bytes:
+        picture = self.get(what)
+        if picture is None:
+            picture = draw()
+            self.keep(what, picture)
+        return picture
 
 
 def timed(

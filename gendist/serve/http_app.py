@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ class _Server:
         self.limits = limits
         self.questions = {name: Questions(hosted, limits) for name, hosted in models.items()}
         self.metrics = Metrics(models, limits.batch_rows)
-        self.batcher = Batcher(timed(compute, self.metrics.computed), limits, self.metrics.left)
+        self.batcher = Batcher(timed(compute, self.metrics.computed), limits, self.metrics.left, self.metrics.queue)
         self.ask = _Asked(self)
         self.room = Room(limits)
         self.is_closing = False
@@ -151,7 +151,7 @@ class _Server:
                         asked = asyncio.to_thread(_asked, questions, verb, kind, body, query, format_, share.take)
                         call, described = await asked
                     del body
-                    line = Line(self.batcher, self.limits, self.metrics, record, clock, share.hold)
+                    line = Line(self.batcher, self.limits, record, clock, share.hold)
                     await self._answer(send, line, record, questions, call, described, format_)
 
     async def _answer(
@@ -196,18 +196,20 @@ class _Server:
         what = (questions.hosted.name, wanted, seed)
         png = self._drawn.get(what)
         if png is None:
-            png = await self._line(request).result(drawing(lambda: questions.figure(wanted, seed)))
-            self._drawn.keep(what, png)
+            png = await self._drawing(request, lambda: self._drawn.or_draw(what, lambda: questions.figure(wanted, seed)))
         return Response(png, media_type=MEDIA_TYPES["png"])
 
     async def _names_of_figures(self, questions: Questions, request: Request) -> list[str]:
         name = questions.hosted.name
         if name not in self._figure_names:
-            self._figure_names[name] = await self._line(request).result(drawing(questions.names_of_figures))
+            self._figure_names[name] = await self._drawing(request, questions.names_of_figures)
         return self._figure_names[name]
 
-    def _line(self, request: Request) -> Line:
-        return Line(self.batcher, self.limits, self.metrics, request.scope["gendist"])
+    async def _drawing(self, request: Request, draw: Callable[[], Any]) -> Any:
+        """What comes of it, for as long as somebody waits for that."""
+        record: Record = request.scope["gendist"]
+        async with while_somebody_waits(request.receive, record):
+            return await Line(self.batcher, self.limits, record).result(drawing(draw))
 
     def _questions(self, name: str) -> Questions:
         if name not in self.questions:
@@ -237,7 +239,6 @@ class _Server:
             raise Problem(503, f"stuck in one batch for {stuck_for_s:.0f} s", headers={"retry-after": "1"})
 
     async def text_of_metrics(self, request: Request) -> Response:
-        self.metrics.queue(self.batcher.num_rows, self.batcher.num_bytes)
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE})
 
     def answered(self, record: Record) -> None:

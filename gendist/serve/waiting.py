@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -56,7 +56,9 @@ class Lane:
 class Queue:
     """What waits: in order of arrival, and by key. Each step takes the same time, however many wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[int, int], None]) -> None:
+        """watch: is told of the rows and bytes that wait, whenever these are others"""
+        self._watch = watch
         self.all: OrderedDict[int, Waiting] = OrderedDict()
         self.lanes: dict[Hashable, Lane] = {}
         self.num_rows = self.num_bytes = 0
@@ -71,6 +73,7 @@ class Queue:
         lane.num_rows += waiting.work.num_rows
         self.num_rows += waiting.work.num_rows
         self.num_bytes += waiting.work.num_bytes
+        self._watch(self.num_rows, self.num_bytes)
 
     def discard(self, waiting: Waiting) -> None:
         """Take it out, if it is there."""
@@ -84,6 +87,7 @@ class Queue:
         self.num_bytes -= waiting.work.num_bytes
         if not lane.waiting:
             del self.lanes[key]
+        self._watch(self.num_rows, self.num_bytes)
 
 
 class Lately(Generic[T]):

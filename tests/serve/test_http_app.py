@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -26,7 +27,7 @@ from gendist.serve import hosted_model, questions
 from gendist.serve import http_app as http_app_module
 from gendist.serve.answers import SLICE_BYTES
 from gendist.serve.bodies import ClientGone, DataOptions, Room, Share
-from gendist.serve.computing import Drawn
+from gendist.serve.computing import DRAWN_ROWS, Drawn
 from gendist.serve.hosted_model import HostedModel, SampleCall
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
@@ -178,6 +179,20 @@ def test_a_figure_is_counted_and_kept(watched, monkeypatch):
         assert made == [0, 1]  # all of a seed at once
         assert server.get(path, params={"seed": 2}).content != first.content
         assert made == [0, 1, 2]
+
+
+def test_one_figure_is_drawn_once_however_many_ask_for_it(watched, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(questions, "figure_bytes", lambda *args: drawn.append(args) or b"png")
+    with serving(http_app({"gmm": watched})) as server, server.connected() as blocking, ThreadPoolExecutor(4) as pool:
+        path = f"/models/gmm/figures/{server.get('/models/gmm').json()['figures'][0]}"
+        blocking.sendall(_request(SAMPLE, {"seed": 666}))
+        until(lambda: len(watched.calls) == 1, "the thread computes")
+        asked = [pool.submit(server.get, path) for _ in range(4)]
+        until(lambda: server.batcher.num_rows == 4 * DRAWN_ROWS, "all of them wait")
+        watched.leave.set()
+        assert {each.result(TIMEOUT_S).content for each in asked} == {b"png"}
+    assert len(drawn) == 1
 
 
 def test_pictures_that_were_not_asked_for_lately_are_not_kept():
@@ -386,6 +401,24 @@ def test_what_is_read_for_nobody_takes_no_room():
     assert room.num_bytes == 0
 
 
+def test_room_is_looked_at_and_taken_in_one_step():
+    """Bodies are read in several threads: none may find room that another is about to take."""
+
+    class Watched(Room):
+        @property
+        def num_bytes(self) -> int:
+            assert self.lock.locked()
+            return self._num_bytes
+
+        @num_bytes.setter
+        def num_bytes(self, value: int) -> None:
+            self._num_bytes = value
+
+    with Watched(Limits(queue_bytes=100)).for_request() as share:
+        share.take(60)
+        share.take(60)  # alone
+
+
 def test_a_mistake_in_a_long_list_of_labels_is_one_mistake():
     with pytest.raises(ValidationError) as refused:
         DataOptions.model_validate({"given": [1, "a", []] * 1_000})
@@ -575,6 +608,25 @@ def test_who_hangs_up_frees_the_queue(watched):
         watched.leave.set()
         assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
         assert {call.seed for call in watched.calls} == {666, 1}
+
+
+def test_who_hangs_up_before_a_figure_is_drawn_frees_the_queue(watched, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(questions, "figure_bytes", lambda *args: drawn.append(args) or b"png")
+    with serving(http_app({"gmm": watched})) as server:
+        path = f"/models/gmm/figures/{server.get('/models/gmm').json()['figures'][0]}"
+        with server.connected() as blocking:
+            blocking.sendall(_request(SAMPLE, {"seed": 666}))
+            until(lambda: len(watched.calls) == 1, "the thread computes")
+            with server.connected() as other:
+                other.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
+                until(lambda: server.batcher.num_rows == DRAWN_ROWS, "the figure waits")
+                counted = server.app.state.server.metrics.text().decode()  # as another replica reads it
+                assert f"gendist_queue_rows {DRAWN_ROWS}.0" in counted
+            until(lambda: server.batcher.num_rows == server.batcher.num_bytes == 0, "nobody waits")
+            watched.leave.set()
+        assert server.post(SAMPLE, json={"seed": 1}).status_code == 200
+    assert not drawn
 
 
 @pytest.fixture

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import serving
 
-from gendist.serve.batcher import Left
+from gendist.serve.batcher import Batcher, Left, Work
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
 from gendist.serve.metrics import Metrics
@@ -50,6 +52,33 @@ def test_requests_rows_and_times(own):
     assert sum(value for (name, _), value in found.items() if name == "gendist_batches_total") == 3
     assert found[key("gendist_compute_seconds_total")] > 0
     assert found[key("gendist_queue_rows")] == found[key("gendist_queue_bytes")] == 0
+
+
+def test_what_waits_is_told_while_it_waits(hosted):
+    """Also to the other replicas, which cannot ask: whenever something joins the queue or leaves it."""
+    leave, told = threading.Event(), []
+
+    class Told(Metrics):
+        def queue(self, num_rows, num_bytes):
+            super().queue(num_rows, num_bytes)
+            found = values(self.text().decode())
+            told.append((found[key("gendist_queue_rows")], found[key("gendist_queue_bytes")]))
+
+    metrics = Told(["gmm"], batch_rows=10)
+
+    async def ask():
+        batcher = Batcher(lambda key, works: [leave.wait(60) for _ in works], Limits(), metrics.left, metrics.queue)
+        first, second = (asyncio.create_task(batcher.result(Work(None, rows, 8 * rows, None))) for rows in (3, 4))
+        while told[-1:] != [(4, 32)]:  # the first is computed
+            await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait([second])
+        leave.set()
+        await first
+        await batcher.close()
+
+    asyncio.run(ask())
+    assert told == [(3, 24), (7, 56), (4, 32), (0, 0)]
 
 
 def test_no_request_makes_a_series(own):
