@@ -16,6 +16,8 @@ from gendist.serve.limits import Limits
 from gendist.storage import absolute
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # that stands in a URL as it is
+TOKEN = re.compile(r"[!-~]+")  # that a header holds as it is
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?|\*")
 
 
@@ -93,12 +95,18 @@ class ServerConfig(BaseModel):
             where, text = f"environment variable {self.token_variable}", os.environ.get(self.token_variable, "")
         else:
             return frozenset()
-        tokens = frozenset(text.split())
+        lines = {number: line.strip() for number, line in enumerate(text.removeprefix(BYTE_ORDER_MARK).split("\n"), 1)}
+        tokens = {number: line for number, line in lines.items() if line}
         if not tokens:
             raise UserError(f"{where}: no token there; write one a line, such as what `openssl rand -hex 32` makes")
-        if short := [token for token in tokens if len(token) < 16]:
-            raise UserError(f"{where}: a token of {len(short[0])} characters can be guessed; make it 16 or longer")
-        return tokens
+        for number, token in tokens.items():  # which no message repeats
+            if not TOKEN.fullmatch(token):
+                raise UserError(
+                    f"{where}: line {number} is no token; write one a line and nothing else, of ASCII characters without spaces"
+                )
+            if len(token) < 16:
+                raise UserError(f"{where}: a token of {len(token)} characters can be guessed; make it 16 or longer")
+        return frozenset(tokens.values())
 
 
 def _text_of(path: Path) -> str:

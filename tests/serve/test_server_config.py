@@ -56,6 +56,25 @@ def test_tokens_are_those_of_a_file_or_a_variable(tmp_path, monkeypatch):
     assert server_config({"models": MODELS, "token_variable": "THE_TOKENS"}).tokens() == {second}
 
 
+@pytest.mark.parametrize("where", ["token_file", "token_variable"])
+def test_a_line_is_a_token_and_a_token_is_a_line(where, tmp_path, monkeypatch):
+    first, second = "0" * 32, "!~\"#" * 8
+
+    def tokens(text):
+        (tmp_path / "tokens").write_text(text, encoding="utf-8", newline="")
+        monkeypatch.setenv("THE_TOKENS", text)
+        said = {"token_file": str(tmp_path / "tokens"), "token_variable": "THE_TOKENS"}[where]
+        return server_config({"models": MODELS, where: said}).tokens()
+
+    assert tokens(f"\ufeff{first}\r\n\n  {second}\t\r\n") == {first, second}
+    secret = "the-secret-of-somebody"
+    for line in (f"{secret} of-the-staging-environment", f"# {secret}", f"{secret}é", f"{secret}\x07", f"\ufeff{secret}"):
+        with pytest.raises(UserError, match="line 2 is no token; write one a line") as error:
+            tokens(f"{first}\n{line}\n")
+        assert secret not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("origin", ["*", "https://a.example", "http://localhost:3000", "http://[::1]:8000"])
 def test_origins_as_browsers_say_them(origin):
     assert server_config({"models": MODELS, "cors_origins": [origin]}).cors_origins == (origin,)
