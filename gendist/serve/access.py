@@ -87,7 +87,7 @@ class Access:
 
     def check_token(self, scope: Scope) -> None:
         """Problem where it has none of the tokens that are needed."""
-        path = scope["path"]
+        path = _path(scope)
         if not self._digests or path in OPEN or path == PAGE[0] or path.startswith(PAGE[1]):
             return
         scheme, _, token = (_header(scope, b"authorization") or b"").partition(b" ")
@@ -202,6 +202,12 @@ def _header(scope: Scope, name: bytes) -> bytes | None:
             found: bytes = value
             return found
     return None
+
+
+def _path(scope: Scope) -> str:
+    """As the routes have it: without the prefix that the application stands at."""
+    path, prefix = str(scope["path"]), scope.get("root_path", "")
+    return path.removeprefix(prefix) if path == prefix or path.startswith(f"{prefix}/") else path
 
 
 def _is_loopback(host: str) -> bool:

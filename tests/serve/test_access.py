@@ -16,11 +16,11 @@ TOKENS = ("a-token-of-the-test", "and another one")
 SAMPLE = "/models/gmm/sample"
 
 
-def asked(app, *requests, client=("127.0.0.1", 1), base_url="http://localhost:8000"):
+def asked(app, *requests, client=("127.0.0.1", 1), base_url="http://localhost:8000", root_path=""):
     """The answers to (method, path, headers) each."""
 
     async def all_of_them():
-        transport = httpx.ASGITransport(app, client=client)
+        transport = httpx.ASGITransport(app, client=client, root_path=root_path)
         async with httpx.AsyncClient(transport=transport, base_url=base_url) as http:
             return [await http.request(method, path, headers=headers) for method, path, headers in requests]
 
@@ -67,6 +67,18 @@ def test_health_is_open_and_all_else_is_not(hosted):
     assert health.status_code == 200
     assert page.status_code != 401
     assert style.status_code != 401
+
+
+@pytest.mark.parametrize("prefix", ["/gendist", "/page", "/healthz"])
+def test_what_is_open_is_told_behind_any_prefix(hosted, prefix):
+    """That the application stands at, as Serve's route_prefix: it is part of the path."""
+    app = http_app({"gmm": hosted["gmm"]}, tokens=TOKENS)
+
+    def statuses(*paths):
+        return [answer.status_code for answer in asked(app, *(("GET", prefix + path, {}) for path in paths), root_path=prefix)]
+
+    assert statuses("/models", "/models/gmm", "/metrics", "/page") == [401] * 4
+    assert statuses("/healthz", "/", "/page/page.css") == [200] * 3
 
 
 def test_no_token_is_ever_written(hosted, lines, caplog):
