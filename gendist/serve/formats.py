@@ -35,7 +35,7 @@ def format_of(query: str | None, accept: str | None) -> str:
         if query not in MEDIA_TYPES:
             raise Problem(406, f"format {shortened(query)}", "format", listing(tuple(MEDIA_TYPES)))
         return query
-    return "json" if accept is None else _accepted(accept[:1000])
+    return _accepted(accept[:1000]) if accept is not None and accept.strip(", \t") else "json"
 
 
 @lru_cache(maxsize=256)
