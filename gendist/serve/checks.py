@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gendist.data.matrix import MAX_MAGNITUDE
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
 from gendist.serve.calls import Array, Call, InvalidCall, SampleCall
@@ -20,6 +21,7 @@ MAX_IMPORTANCE_SAMPLES = 1_000  # of a bound
 MAX_OVER_CLASSES = 4_000  # of a bound of a row that may be of any class, which has so many of each
 MAX_SEEDED_STEPS = 100_000  # of sequences: their noise is counted through them all, so that they are computed at once
 MAX_LABEL = 200  # characters
+MOST_OF_NETWORKS = float(np.finfo(np.float32).max)  # which compute in float32
 
 
 class Checks:
@@ -144,6 +146,10 @@ class Checks:
         if not bool(np.isfinite(z).all()):
             bad_N = ~np.isfinite(z).reshape(len(z), -1).all(1)
             raise InvalidCall(f"z has a missing or infinite entry in row {int(bad_N.argmax())}", "z", "finite numbers")
+        most = MAX_MAGNITUDE if is_discrete else MOST_OF_NETWORKS
+        if bool((too_large := np.abs(z, dtype=np.float64) > most).any()):
+            row = np.argwhere(too_large)[0][0]
+            raise InvalidCall(f"z has the entry {z[too_large][0]:g} in row {row}", "z", f"numbers from {-most:g} to {most:g}")
         if z.ndim == 1 and is_discrete and width is not None:
             in_range_N = np.isin(z, np.arange(width))
             if not bool(in_range_N.all()):

@@ -372,6 +372,8 @@ BAD_DATA = [
     ("gmm", DataCall("decode", [[1.0, 0.0, 0.0]]), "z", "(N, 2)"),
     ("gmm", DataCall("decode", [0, 2]), "z", "0 to 1"),
     ("gmm", DataCall("decode", [[NAN, 1.0]]), "z", "finite"),
+    ("gmm", DataCall("decode", [[1.0, 0.0], [1e308, 1e308]]), "z", "-1e+75 to 1e+75"),
+    ("vae_of_images", DataCall("decode", [[0.0, -1e39, 0.0]]), "z", "to 3.40282e+38"),
     ("gmm", DataCall("reconstruct", [[1.0, 2.0]]), "verb", "log_prob"),
     ("hmm", DataCall("log_prob", [[[1.0, 2.0, 3.0]]]), "x", "(T, 2)"),
     ("hmm", DataCall("log_prob", [[[1.0, 2.0]], np.zeros((0, 2))]), "x", "steps"),

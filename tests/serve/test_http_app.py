@@ -299,6 +299,8 @@ def test_health(server):
         ("/models/gmm/decode", b'{"z": [[1, 2, 3]]}', 422, "z"),
         ("/models/gmm/decode", b'{"z": [5]}', 422, "z"),
         ("/models/gmm/decode", b'{"z": [[null, 1]]}', 422, "z"),
+        ("/models/gmm/decode", b'{"z": [[1e308, 1e308]]}', 422, "z"),
+        ("/models/gmm/decode?format=png", b'{"z": [[-1e76, 1]]}', 422, "z"),
         ("/models/naive_bayes/log_prob", b'{"x": [[1, 2]]}', 422, "x[0][0]"),
         ("/models/naive_bayes/log_prob", b'{"x": [["red"]]}', 422, "x"),
         ("/models/vae_of_images/encode", b'{"x": [[[1, 2], [3, 4]]]}', 422, "x"),
