@@ -99,11 +99,11 @@ class Client:
         token        where the server asks for one
         timeout_s    of a call with all that it repeats; of `sample_chunks` until the next chunk
         max_retries  of a request
-        http         an httpx.Client with settings of its own, such as proxies or certificates
+        http         an httpx.Client with settings of its own, such as proxies or certificates; it is not closed
         """
         if not url.startswith(("http://", "https://")):
             raise UserError(f"url {url!r}: an address such as http://127.0.0.1:8000 is needed")
-        self._http = http or httpx.Client(follow_redirects=False)
+        self._is_own, self._http = http is None, http or httpx.Client(follow_redirects=False)
         self._url = url.rstrip("/")
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._timeout_s, self._max_retries = timeout_s, max_retries
@@ -116,7 +116,8 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        self._http.close()
+        if self._is_own:
+            self._http.close()
 
     # Models
 
@@ -176,7 +177,7 @@ class Client:
         body = _sample_body(num_samples, seed, offset, given, length)
         done, failures, digest = 0, 0, None
         deadline = time.monotonic() + self._timeout_s
-        while done < num_samples:
+        while digest is None or done < num_samples:  # of no rows, too, the server says what it has against it
             rest = {**body, "offset": offset + done, "num_samples": num_samples - done}
             try:
                 with self._sent("POST", _path(name, "sample"), deadline, ARROW, json=rest) as answer:

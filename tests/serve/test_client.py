@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -201,6 +202,10 @@ def test_errors_are_the_servers_line_and_have_types(client):
     with pytest.raises(RequestError) as wrong:
         client.sample("gmm", 0)
     assert (wrong.value.status, wrong.value.field) == (422, "num_samples")
+    with pytest.raises(RequestError, match="num_samples 0"):
+        next(client.sample_chunks("gmm", 0))
+    with pytest.raises(NotFound, match="no_such"):
+        next(client.sample_chunks("no_such", 0))
     with pytest.raises(RequestError, match="given") as unknown:
         client.sample("labelled_gmm", 1, given="up")
     assert isinstance(unknown.value, UserError)
@@ -209,6 +214,16 @@ def test_errors_are_the_servers_line_and_have_types(client):
     assert shape.value.field == "x"
     with pytest.raises(NotFound):
         client.figure("gmm", "no_such")
+
+
+def test_what_somebody_else_has_opened_stays_open(url):
+    with httpx.Client() as http:
+        with Client(url, http=http) as client:
+            client.models()
+        assert not http.is_closed
+    own = Client(url)
+    own.close()
+    assert own._http.is_closed
 
 
 def test_a_token_is_sent(hosted):
@@ -223,7 +238,8 @@ def test_a_token_is_sent(hosted):
 # Servers that come and go. A handler answers as the server behind `url` does, after what goes wrong.
 
 
-def client_of(url: str, wrong: Callable[[int, httpx.Request], httpx.Response | None], **options: Any) -> Client:
+@contextmanager
+def client_of(url: str, wrong: Callable[[int, httpx.Request], httpx.Response | None], **options: Any) -> Iterator[Client]:
     """wrong(number of the request, the request) -> an answer, an exception, or None: as the server says."""
     count = iter(range(1000))
     behind = httpx.HTTPTransport()
@@ -232,7 +248,8 @@ def client_of(url: str, wrong: Callable[[int, httpx.Request], httpx.Response | N
         answer = wrong(next(count), request)
         return behind.handle_request(request) if answer is None else answer
 
-    return Client(url, http=httpx.Client(transport=httpx.MockTransport(handle)), **options)
+    with behind, httpx.Client(transport=httpx.MockTransport(handle)) as http:
+        yield Client(url, http=http, **options)
 
 
 def test_what_may_come_right_is_asked_again_with_the_same_seed(url, no_pauses):
@@ -322,8 +339,8 @@ def test_an_answer_that_never_ends_does(url, no_pauses):
 def test_what_is_no_server_of_ours_is_told():
     with pytest.raises(UserError, match="http://"):
         Client("localhost:8000")
-    client = client_of("http://elsewhere", lambda number, request: httpx.Response(200, text="<html>"))
-    with client, pytest.raises(ServerError, match="is it a gendist server"):
+    client_of_elsewhere = client_of("http://elsewhere", lambda number, request: httpx.Response(200, text="<html>"))
+    with client_of_elsewhere as client, pytest.raises(ServerError, match="is it a gendist server"):
         client.models()
 
 
