@@ -6,8 +6,9 @@
 - HAProxy ends with whoever started it, also where that one was killed: it would keep the port.
 - HAProxy alone listens on HOST: Serve and its replicas listen on loopback, whatever HOST is. Its two pages of statistics, for
   which Serve opens ports on all interfaces, are left out.
-- What HAProxy has to say for itself (no replica is there, one has died over a request, one does not answer) is what the folder
-  ERROR_FILES holds, as 502.http, 503.http and 504.http, and not a plain 500, which tells nobody whether to come again.
+- What HAProxy has to say for itself (a body is not whole, no replica is there, one has died over a request, one does not answer)
+  is what the folder ERROR_FILES holds, as 400.http, 503.http and so on: no page of HTML, and not a plain 500, which tells nobody
+  whether to come again.
 - What Serve would have it say at /-/routes, without a token, is said to nobody.
 - It writes no line for each request: the replicas do.
 """
@@ -31,8 +32,13 @@ def adapted(config: str, host: str, error_files: str) -> str:
     config = re.sub(r"^(frontend http_frontend\n\s*bind )\S+(:\d+)", rf"\g<1>{host}\g<2>", config, flags=re.MULTILINE)
     if DISCONNECT not in config:
         config = re.sub(r"^(frontend http_frontend\n(\s*bind .*\n)+)", rf"\g<1>    {DISCONNECT}\n", config, flags=re.MULTILINE)
-    own = rf"\g<1>\g<2> {error_files}/\g<2>.http"
-    config = re.sub(r"^(\s*errorfile )(\d+) .*", own, config, flags=re.MULTILINE)
+    config = re.sub(r"^\s*errorfile .*\n", "", config, flags=re.MULTILINE)
+    own = "".join(
+        f"    errorfile {file[:-5]} {error_files}/{file}\n"
+        for file in sorted(os.listdir(error_files))
+        if file.endswith(".http")
+    )
+    config = re.sub(r"^(defaults\n)", rf"\g<1>{own}", config, flags=re.MULTILINE)
     config = re.sub(r"^(\s*http-request return status ).*( if routes)$", rf"\g<1>{NO_ROUTES}\g<2>", config, flags=re.MULTILINE)
     return re.sub(r"^\s*(log|option httplog|option log-health-checks)\b.*\n", "", config, flags=re.MULTILINE)
 

@@ -10,8 +10,12 @@ from pathlib import Path
 from gendist.serve.addresses import in_url
 
 UNAVAILABLE = "no replica could answer; the same request may be sent again"
-# What HAProxy says by itself. One that took too long would do so again.
+# What HAProxy says by itself, but for what is no HTTP and headers that do not come (400 and 408): of those it has pages of HTML
+# within. One that took too long would do so again.
 ERRORS = {
+    400: ("400 Bad Request", "the body is not whole"),
+    408: ("408 Request Timeout", "the request did not come in time"),
+    500: ("500 Internal Server Error", "the proxy failed"),
     502: ("503 Service Unavailable", UNAVAILABLE),
     503: ("503 Service Unavailable", UNAVAILABLE),
     504: ("504 Gateway Timeout", "no replica answered in time"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -50,7 +51,9 @@ def test_it_listens_where_it_is_to_and_nowhere_else(written, host, tmp_path):
     haproxy_settings(tmp_path, host, 30.0)
     changed = adapted(written, host, str(tmp_path))
     said = {number: Path(file).read_text() for number, file in re.findall(r"^\s*errorfile (\d+) (.*)$", changed, re.MULTILINE)}
-    assert {number: text.split()[1] for number, text in said.items()} == {"502": "503", "503": "503", "504": "504"}
+    statuses = {number: text.split()[1] for number, text in said.items()}
+    assert statuses == {"400": "400", "408": "408", "500": "500", "502": "503", "503": "503", "504": "504"}
+    assert all(set(json.loads(text.partition("\n\n")[2])) == {"error", "field", "allowed"} for text in said.values())
     assert "Retry-After" not in said["504"], "a client would send it again, to take as long"
     assert re.findall(r"^\s*bind (.*)$", changed, re.MULTILINE) == [f"{host}:28123"]
     assert len(re.findall(r"^\s*bind ", written, re.MULTILINE)) == 3  # or it is not what it was written for
