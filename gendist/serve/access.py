@@ -15,7 +15,6 @@ import ipaddress
 import json
 import logging
 import re
-import secrets
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gendist.serve.bodies import ClientGone
 from gendist.serve.problems import Problem
+from gendist.serve.request_ids import request_id
 
 access_logger = logging.getLogger("gendist.access")
 logger = logging.getLogger("gendist")
@@ -31,7 +31,6 @@ logger = logging.getLogger("gendist")
 CLIENT_GONE = 499  # as nginx notes it; nobody is told
 OPEN = frozenset({"/healthz"})
 PAGE = ("/", "/page/")  # may be loaded without a token; what it asks for then may not
-SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 FORWARDED = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip")  # what proxies say of whom they ask for
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cross-origin-resource-policy", b"same-origin")]
@@ -134,7 +133,7 @@ class Edge:
         if scope["type"] != "http":
             await send({"type": "websocket.close"})  # before it is accepted: 403
             return
-        record = Record(_request_id(scope), time.monotonic())
+        record = Record(request_id(scope["headers"]), time.monotonic())
         scope["gendist"] = record
         further = [(b"x-request-id", record.request_id.encode()), *SECURITY, *self._access.cors(scope)]
 
@@ -217,11 +216,6 @@ def _is_loopback(host: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return bool((mapped or address).is_loopback)
-
-
-def _request_id(scope: Scope) -> str:
-    said = _header(scope, b"x-request-id")
-    return said.decode() if said is not None and SANE_ID.fullmatch(said) else secrets.token_hex(8)
 
 
 def _line(scope: Scope, record: Record) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from gendist.protocols import UserError
+from gendist.serve import request_ids
 from gendist.serve.addresses import LOOPBACK, asked_at, free_port, in_url, resolved, to_call
 from gendist.serve.haproxy_settings import haproxy_settings
 from gendist.serve.own_folder import own_folder
@@ -256,6 +257,7 @@ def _ray_settings(folder: Path) -> dict[str, str]:
         # Ray's own ports are open to other machines: they answer nobody who does not know this.
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": f"{request_ids.__name__}:{request_ids.middlewares.__name__}",
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),  # where each replica finds the numbers of the others
         "OMP_NUM_THREADS": "1",
     }

@@ -260,6 +260,13 @@ def becomes_true(holds: Callable[[], Any], within_s: float = 180.0) -> bool:
     return True
 
 
+def ids_told(url: str, request_id: str, token: str = "") -> list[str]:
+    """That an answer says it has."""
+    headers = {"X-Request-ID": request_id, "Authorization": f"Bearer {token}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/models/gmm", headers=headers), timeout=60) as answer:
+        return answer.headers.get_all("X-Request-ID")
+
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
@@ -290,8 +297,9 @@ def test_it_says_where_it_is_and_answers_there(server, artifacts):
 def test_its_log_has_every_request(server):
     ids = {f"of-the-test-{number}" for number in range(16)}
     for request_id in ids:
-        request = urllib.request.Request(f"{server.url}/models/gmm", headers={"X-Request-ID": request_id})
-        urllib.request.urlopen(request, timeout=60).read()
+        assert ids_told(server.url, request_id) == [request_id]
+    (another,) = ids_told(server.url, "of the client's own")  # which may not stand in a log
+    assert becomes_true(lambda: another in {line["request_id"] for line in server.noted()}), server.told
     assert becomes_true(lambda: ids <= {line["request_id"] for line in server.noted()}), server.told
     assert {line["status"] for line in server.noted() if line["request_id"] in ids} == {200}
 
@@ -390,6 +398,8 @@ def test_nothing_stays_and_a_restart_answers_the_same(server, artifacts, tmp_pat
         with pytest.raises(urllib.error.HTTPError) as refused:
             sampled(again.url, 5)
         assert refused.value.code == 401
+        assert ids_told(again.url, "of-the-test", TOKEN) == ["of-the-test"]
+        assert len(ids_told(again.url, "of the client's own", TOKEN)) == 1
         assert TOKEN not in again.told
         assert again.ended(signal.SIGINT, group=True) == 0
         assert marked(again.mark) == []

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
+from gendist.artifact import digest
 from gendist.protocols import UserError
+from gendist.serve.http_app import http_app
+from gendist.serve.request_ids import middlewares
+from gendist.serve.server_config import server_config
 
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")  # of Ray's own
 
@@ -81,6 +87,41 @@ def test_a_serve_config_says_who_may_call():
         build_app(models)
     for said in ({"token_file": "f"}, {"token_variable": "V"}, {"insecure": True}):
         build_app({**models, **said})
+
+
+@pytest.mark.parametrize(
+    "said", [["of-the-client"], ["two words"], ["\xfc"], ["x" * 1000], [], ["first", "second"], ["", "second"]]
+)
+def test_a_request_has_one_id_whatever_serve_says(said, hosted):
+    """As Serve puts middlewares around an application, with its own, which has an id of the request."""
+    from ray.serve._private.http_util import _apply_middlewares
+
+    app = _apply_middlewares(http_app({"gmm": hosted["gmm"]}), middlewares())
+
+    async def asked() -> httpx.Response:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return await http.get("/models", headers=[("x-request-id", each.encode("latin-1")) for each in said])
+
+    (own,) = asyncio.run(asked()).headers.get_list("x-request-id")
+    assert own == said[0] if said in (["of-the-client"], ["first", "second"]) else own not in said
+
+
+def test_replicas_that_start_later_hold_the_same_model_or_none(artifacts, tmp_path, monkeypatch, caplog):
+    from gendist.serve.local_server import _with_digests
+    from gendist.serve.ray_app import Replica
+
+    monkeypatch.setattr("gendist.serve.ray_app.write_log", lambda: None)
+    shutil.copytree(artifacts["gmm"], tmp_path / "run")
+    config = _with_digests(server_config({"models": {"gmm": str(tmp_path / "run")}}))
+    content = config.model_dump(mode="json", exclude_unset=True)
+    assert Replica(content).models["gmm"].digest == config.digests["gmm"] == digest(artifacts["gmm"])
+    shutil.rmtree(tmp_path / "run")
+    shutil.copytree(artifacts["labelled_gmm"], tmp_path / "run")  # as one that is fitted anew
+    with pytest.raises(UserError, match="another model lies there now"):
+        Replica(content)
+    assert "no replica can start" in caplog.text
+    assert str(tmp_path / "run") in caplog.text
 
 
 def test_a_replica_whose_thread_hangs_is_unhealthy(artifacts, monkeypatch):
