@@ -99,12 +99,16 @@ def load(path: str | Path) -> Any:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of all bytes of the artifact in a run directory or at `path` itself, with the names of its files."""
-    sha256 = hashlib.sha256()
     with _folder(path) as folder:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and not file.name.startswith("."):
-                content = file.read_bytes()
-                sha256.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
+        return _digest(folder)
+
+
+def _digest(folder: Path) -> str:
+    sha256 = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and not file.name.startswith("."):
+            content = file.read_bytes()
+            sha256.update(f"{file.relative_to(folder).as_posix()} {len(content)} ".encode() + content)
     return sha256.hexdigest()
 
 
@@ -131,6 +135,22 @@ def load_artifact(path: str | Path) -> Artifact:
     """The model in a run directory or an artifact, at a path or a URL, and what came with it."""
     with _folder(path) as folder:
         return _load(path, folder)
+
+
+def load_with_digest(path: str | Path, wanted: str | None = None) -> tuple[Artifact, str]:
+    """The same, and the digest of the very bytes that it was made of. UserError where they change meanwhile, as those of a run
+    that is fitted anew do, or where their digest is not the one that is wanted."""
+    with _folder(path) as folder:
+        found = _digest(folder)
+        artifact = _load(path, folder)
+        if _digest(folder) != found:
+            raise UserError(f"{path}: the artifact changes while it is read; try again when its fit is finished")
+    if wanted not in (None, found):
+        raise UserError(
+            f"{path}: another model lies there now (digest {found[:12]}...) than the one that is served ({wanted[:12]}...); start "
+            "the server anew to serve it, or put the other back"
+        )
+    return artifact, found
 
 
 def _load(path: str | Path, folder: Path) -> Artifact:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gendist
-from gendist.artifact import Artifact, load_artifact, save
+from gendist.artifact import Artifact, digest, load_artifact, load_with_digest, save
 from gendist.data import Schema
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import UserError
@@ -80,6 +80,23 @@ def test_damage_is_told_in_one_line(folder, damage, expected):
         load_artifact(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_a_digest_is_of_what_was_loaded(folder, monkeypatch):
+    artifact, its_digest = load_with_digest(folder.parent, digest(folder))
+    assert its_digest == digest(folder.parent)
+    assert torch.equal(artifact.model.weights, torch.tensor([0.4, 0.6], dtype=torch.float64))
+    with pytest.raises(UserError, match="another model lies there now"):
+        load_with_digest(folder, "0" * 64)
+
+    def and_meanwhile_it_is_another(path):
+        tensors = load_file(path)
+        set_weights(folder, [0.5, 0.5])
+        return tensors
+
+    monkeypatch.setattr("safetensors.torch.load_file", and_meanwhile_it_is_another)
+    with pytest.raises(UserError, match="changes while it is read"):
+        load_with_digest(folder)
 
 
 def test_nothing_in_an_artifact_is_a_pickle(folder):

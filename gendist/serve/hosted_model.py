@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gendist.artifact import Artifact, digest, load_artifact
+from gendist.artifact import Artifact, load_with_digest
 from gendist.bulk.parts import sample_layout
 from gendist.one_thread import one_thread
 from gendist.protocols import VERBS, SampleAddress, UserError
@@ -35,16 +35,17 @@ DENSITIES = ("log_prob", "elbo", "log_prob_bound")
 
 
 class HostedModel:
-    def __init__(self, name: str, path: str | Path, device: str = "cpu") -> None:
+    def __init__(self, name: str, path: str | Path, device: str = "cpu", digest: str | None = None) -> None:
         """
         path    of a run directory or an artifact
         device  where its networks compute, as torch names it
+        digest  of the artifact that it is to be; None: whatever lies there
 
         A sample is made and every verb is tried, so that a model which is there is one that answers. UserError where it is not.
         """
         self.name = name
-        self.artifact: Artifact = load_artifact(path)
-        self.digest = digest(path)
+        self.artifact: Artifact
+        self.artifact, self.digest = load_with_digest(path, digest)
         self.model: Any = self.artifact.model
         self._within = taken_apart(self.model)[0]
         for network in self._within.networks().values() if hasattr(self._within, "networks") else ():

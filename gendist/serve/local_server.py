@@ -52,7 +52,7 @@ def serve(
     address  of a Ray cluster, or None: RAY_ADDRESS, or a Ray of our own
     tell     is told, once it answers, where
     """
-    _check_artifacts(config)
+    config = _with_digests(config)
     tokens = config.tokens()
     host = resolved(host)
     if not (tokens or config.insecure or ipaddress.ip_address(host).is_loopback):
@@ -85,12 +85,13 @@ def _wait_with_the_head() -> NoReturn:
         time.sleep(LOOK_EVERY_S)
 
 
-def _check_artifacts(config: ServerConfig) -> None:
-    """UserError before anything is started, instead of replicas that start over and over."""
-    from gendist.artifact import load_artifact
+def _with_digests(config: ServerConfig) -> ServerConfig:
+    """The models are those that are there now, also for replicas that start later. UserError before anything is started, instead
+    of replicas that start over and over."""
+    from gendist.artifact import load_with_digest
 
-    for path in config.models.values():
-        load_artifact(path)
+    digests = {name: load_with_digest(path, config.digests.get(name))[1] for name, path in config.models.items()}
+    return config.model_copy(update={"digests": digests})
 
 
 @contextmanager

@@ -7,6 +7,7 @@ which only spreads the requests.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,8 @@ from gendist.serve.hosted_model import HostedModel
 from gendist.serve.http_app import http_app
 from gendist.serve.server_config import ServerConfig, server_config
 from gendist.serve.server_log import write_log
+
+logger = logging.getLogger("gendist")
 
 NAME = "gendist"
 
@@ -44,7 +47,13 @@ class Replica:
         torch.set_num_threads(1)
         self.config = server_config(content)
         device = "cuda" if self.config.gpus_per_replica > 0 else "cpu"
-        self.models = {name: HostedModel(name, path, device) for name, path in self.config.models.items()}
+        try:
+            self.models = {
+                name: HostedModel(name, path, device, self.config.digests.get(name)) for name, path in self.config.models.items()
+            }
+        except UserError as error:
+            logger.error("no replica can start: %s", error)  # Serve tries again, and tells its own log alone
+            raise
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         tokens = self.config.tokens()

@@ -16,6 +16,7 @@ from gendist.serve.limits import Limits
 from gendist.storage import absolute
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # that stands in a URL as it is
+DIGEST = re.compile(r"[0-9a-f]{64}")
 TOKEN = re.compile(r"[!-~]+")  # that a header holds as it is
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 ORIGIN = re.compile(r"https?://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?|\*")
@@ -39,6 +40,7 @@ class Autoscaling(BaseModel):
 
 class ServerConfig(BaseModel):
     """models         by name, run directories or artifacts, readable on every node; or a list of paths, called by their folders
+    digests           of models, by name, as GET /models has them: whoever finds another one at its path does not serve it
     limits            of each replica
     num_replicas      each holds all models and computes in one thread
     autoscaling       in place of num_replicas
@@ -52,6 +54,7 @@ class ServerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: dict[str, str] = Field(min_length=1)
+    digests: dict[str, str] = {}
     limits: Limits = Limits()
     num_replicas: int = Field(1, ge=1)
     autoscaling: Autoscaling | None = None
@@ -79,6 +82,11 @@ class ServerConfig(BaseModel):
         for name in self.models:
             if not NAME.fullmatch(name):
                 raise ValueError(f"models: the name '{name}'; letters, digits and ._- are allowed")
+        for name, digest in self.digests.items():
+            if name not in self.models:
+                raise ValueError(f"digests: there is no model '{name}'")
+            if not DIGEST.fullmatch(digest):
+                raise ValueError(f"digests: '{digest}' of '{name}'; 64 digits of 0-9 and a-f")
         for origin in self.cors_origins:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(

@@ -22,6 +22,8 @@ MODELS = {"a": "runs/a"}
         ({"models": MODELS, "num_replicas": 2, "autoscaling": {"max_replicas": 3}}, "exclude each other"),
         ({"models": MODELS, "autoscaling": {"min_replicas": 4, "max_replicas": 3}}, "above max_replicas 3"),
         ({"models": MODELS, "limits": {"batch_row": 1}}, "batch_row"),
+        ({"models": MODELS, "digests": {"b": "0" * 64}}, "no model 'b'"),
+        ({"models": MODELS, "digests": {"a": "0" * 63}}, "64 digits"),
         ({"models": MODELS, "gpus_per_replica": 1.5}, "gpus_per_replica 1.5"),
         ({"models": MODELS, "token_file": "f", "token_variable": "V"}, "exclude each other"),
         *[
@@ -58,7 +60,7 @@ def test_tokens_are_those_of_a_file_or_a_variable(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("where", ["token_file", "token_variable"])
 def test_a_line_is_a_token_and_a_token_is_a_line(where, tmp_path, monkeypatch):
-    first, second = "0" * 32, "!~\"#" * 8
+    first, second = "0" * 32, '!~"#' * 8
 
     def tokens(text):
         (tmp_path / "tokens").write_text(text, encoding="utf-8", newline="")
