@@ -147,8 +147,8 @@ def load_with_digest(path: str | Path, wanted: str | None = None) -> tuple[Artif
             raise UserError(f"{path}: the artifact changes while it is read; try again when its fit is finished")
     if wanted not in (None, found):
         raise UserError(
-            f"{path}: another model lies there now (digest {found[:12]}...) than the one that is served ({wanted[:12]}...); start "
-            "the server anew to serve it, or put the other back"
+            f"{path}: another model lies there now (digest {found[:12]}...) than the one that is served ({wanted[:12]}...); "
+            "start the server anew to serve it, or put the other back"
         )
     return artifact, found
 

@@ -1,5 +1,5 @@
-"""The columns of a sample beside its features: of its class, of sequences of their states, and of what a row is. Where a feature
-is called so, theirs are longer."""
+"""The columns of a sample beside its features: of its class, of sequences of their states, and of what a row is. Where a
+feature is called so, their names are longer."""
 
 from __future__ import annotations
 

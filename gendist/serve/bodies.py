@@ -275,6 +275,6 @@ ALLOWED = {
     "num_samples": "a whole number from 1 on",
     "seed": f"a whole number from 0 to {MAX_SEED}, a string of its digits, or null",
     "offset": f"a whole number from 0 to {MAX_ROW}",
-    "given": "a label: a string or a number",
+    "given": "a label: a string, a number, true or false",
     "length": "a whole number from 1 on, or null",
 }

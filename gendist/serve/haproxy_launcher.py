@@ -6,9 +6,9 @@
 - HAProxy ends with whoever started it, also where that one was killed: it would keep the port.
 - HAProxy alone listens on HOST: Serve and its replicas listen on loopback, whatever HOST is. Its two pages of statistics, for
   which Serve opens ports on all interfaces, are left out.
-- What HAProxy has to say for itself (a body is not whole, no replica is there, one has died over a request, one does not answer)
-  is what the folder ERROR_FILES holds, as 400.http, 503.http and so on: no page of HTML, and not a plain 500, which tells nobody
-  whether to come again.
+- What HAProxy has to say for itself (a body is not whole, no replica is there, one has died over a request, one does not
+  answer) is what the folder ERROR_FILES holds, as 400.http, 503.http and so on: no page of HTML, and not a plain 500, which
+  tells nobody whether to come again.
 - What Serve would have it say at /-/routes, without a token, is said to nobody.
 - It writes no line for each request: the replicas do.
 """

@@ -86,8 +86,8 @@ def _wait_with_the_head() -> NoReturn:
 
 
 def _with_digests(config: ServerConfig) -> ServerConfig:
-    """The models are those that are there now, also for replicas that start later. UserError before anything is started, instead
-    of replicas that start over and over."""
+    """The models are those that are there now, also for replicas that start later. UserError before anything is started,
+    instead of replicas that start over and over."""
     from gendist.artifact import load_with_digest
 
     digests = {name: load_with_digest(path, config.digests.get(name))[1] for name, path in config.models.items()}

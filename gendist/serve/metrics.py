@@ -35,7 +35,7 @@ class Metrics:
             "gendist_requests", "Requests that were answered, or given up by the client (status 499)", (*of_verb, "status"),
             registry=registry,
         )  # fmt: skip
-        self._rows = Counter("gendist_rows", "Rows, or sequences, that were computed", of_verb, registry=registry)
+        self._rows = Counter("gendist_rows", "Rows, or sequences, of answers that were sent whole", of_verb, registry=registry)
         self._latency = Histogram(
             "gendist_latency_seconds", "From the arrival of a request to the end of its answer", of_verb, buckets=LATENCY_S,
             registry=registry,

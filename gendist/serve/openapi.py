@@ -67,7 +67,7 @@ def document(limits: Limits, options: Mapping[str, Collection[str]], has_tokens:
             "drawFigure", "What else a family would have people look at", {MEDIA_TYPES["png"]: _binary()}, [name, figure, seed],
             OF_FIGURES,
         ),
-        "/healthz": _get("isAlive", "Whether the server works", _object({"status": "alive"}), errors=(503,)),
+        "/healthz": _get("isAlive", "Whether the server works", _object({"status": "alive"}), errors=(503,), is_open=True),
         "/readyz": _get("isReady", "Whether it can be asked", _object({"status": "ready", "models": []}), errors=(503,)),
         "/metrics": _get("metrics", "What it counts, for Prometheus", {"text/plain": {"schema": {"type": "string"}}}),
     }  # fmt: skip
@@ -122,7 +122,7 @@ def _verb(verb: str, limits: Limits, has: Collection[str]) -> Json:
 
 
 def _options_of_sample(limits: Limits) -> Json:
-    label = [{"type": "string"}, {"type": "number"}, {"type": "null"}]
+    label = [{"type": "string"}, {"type": "number"}, {"type": "boolean"}, {"type": "null"}]
     return {
         "num_samples": _whole(1, limits.max_rows, "Rows, or sequences"),
         "seed": {
@@ -139,7 +139,7 @@ def _options_of_data(limits: Limits, has: Collection[str]) -> Json:
     """has: the names of these"""
     options = _options_of_sample(limits)
     given = options["given"]
-    of_rows = {"type": "array", "items": {"anyOf": given["anyOf"][:2]}}
+    of_rows = {"type": "array", "items": {"anyOf": given["anyOf"][:-1]}}
     options["given"] = {"anyOf": [*given["anyOf"], of_rows], "description": "The label of all rows, or a list with one a row"}
     options["seed"]["description"] = "Of what is drawn"
     options["offset"]["description"] = "Of the first row among those that belong to the seed"
@@ -192,9 +192,19 @@ def _example(verb: str) -> Json:
     return {**facts, verb: ROWS, **({"labels": ["left", "right"]} if verb == "classify" else {})}
 
 
-def _get(name: str, summary: str, content: Json, parameters: Sequence[Json] = (), errors: Sequence[int] = ()) -> Json:
-    responses = {"200": {"description": "The answer", "content": content}, **_problems((*OF_ANY, *errors))}
-    return {"get": {"operationId": name, "summary": summary, "parameters": list(parameters), "responses": responses}}
+def _get(
+    name: str,
+    summary: str,
+    content: Json,
+    parameters: Sequence[Json] = (),
+    errors: Sequence[int] = (),
+    is_open: bool = False,
+) -> Json:
+    """is_open: to whoever has no token, too"""
+    statuses = (*(status for status in OF_ANY if status != 401 or not is_open), *errors)
+    responses = {"200": {"description": "The answer", "content": content}, **_problems(statuses)}
+    get = {"operationId": name, "summary": summary, "parameters": list(parameters), "responses": responses}
+    return {"get": {**get, **({"security": []} if is_open else {})}}
 
 
 def _problems(statuses: Sequence[int]) -> Json:

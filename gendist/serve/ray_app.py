@@ -49,7 +49,8 @@ class Replica:
         device = "cuda" if self.config.gpus_per_replica > 0 else "cpu"
         try:
             self.models = {
-                name: HostedModel(name, path, device, self.config.digests.get(name)) for name, path in self.config.models.items()
+                name: HostedModel(name, path, device, self.config.digests.get(name))
+                for name, path in self.config.models.items()
             }
         except UserError as error:
             logger.error("no replica can start: %s", error)  # Serve tries again, and tells its own log alone

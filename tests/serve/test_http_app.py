@@ -238,7 +238,20 @@ def test_the_document_names_the_options_that_a_verb_has_and_where_they_stand(ser
 
 def test_the_document_says_whether_a_token_is_needed(hosted):
     for tokens, security in (((), []), (("secret",), [{"token": []}])):
-        assert http_app({"gmm": hosted["gmm"]}, tokens=tokens).openapi()["security"] == security
+        document = http_app({"gmm": hosted["gmm"]}, tokens=tokens).openapi()
+        assert document["security"] == security
+        paths = {path: operation["get"] for path, operation in document["paths"].items() if "get" in operation}
+        assert [path for path, get in paths.items() if get.get("security") == []] == ["/healthz"]
+        assert [path for path, get in paths.items() if "401" not in get["responses"]] == ["/healthz"]
+
+
+def test_the_document_says_all_that_a_label_may_be(server):
+    properties = server.get("/openapi.json").json()["paths"]["/models/{name}/sample"]["post"]["requestBody"]["content"][
+        "application/json"
+    ]["schema"]["properties"]
+    kinds = {each["type"] for each in properties["given"]["anyOf"]}
+    assert kinds == {"string", "number", "boolean", "null"}
+    assert "true or false" in server.post(SAMPLE, json={"given": [1]}).json()["allowed"]
 
 
 def test_health(server):
