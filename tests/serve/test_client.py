@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -22,8 +24,10 @@ from PIL import Image
 import gendist
 from gendist.protocols import UserError
 from gendist.serve import client as client_module
-from gendist.serve.client import Client, NotAllowed, NotFound, NotOffered, RequestError, ServerError
+from gendist.serve import client_calls
+from gendist.serve.client import AsyncClient, Client, NotAllowed, NotFound, NotOffered, RequestError, Samples, ServerError
 from gendist.serve.http_app import http_app
+from gendist.serve.media_types import ARROW
 
 
 @pytest.fixture(scope="module")
@@ -374,9 +378,7 @@ def test_a_stream_goes_on_from_the_row_that_it_has_come_to(url, no_pauses, is_to
         offsets.append(int(body.decode().split('"offset":')[1].split(",")[0]))
         if len(offsets) > 2:
             return None
-        whole = httpx.post(
-            request.url, content=body, headers={"Content-Type": "application/json", "Accept": client_module.ARROW}
-        )
+        whole = httpx.post(request.url, content=body, headers={"Content-Type": "application/json", "Accept": ARROW})
         assert whole.status_code == 200
         part = whole.content[: int(share * len(whole.content))]
         headers = {"X-Gendist-Model-Digest": whole.headers["X-Gendist-Model-Digest"]}
@@ -399,9 +401,7 @@ def test_a_stream_of_another_model_is_no_continuation(url, no_pauses):
     def wrong(number: int, request: httpx.Request) -> httpx.Response | None:
         if request.method == "GET":
             return None
-        whole = httpx.post(
-            request.url, content=request.read(), headers={"Content-Type": "application/json", "Accept": client_module.ARROW}
-        )
+        whole = httpx.post(request.url, content=request.read(), headers={"Content-Type": "application/json", "Accept": ARROW})
         answers.append(whole)
         headers = {"X-Gendist-Model-Digest": f"digest {len(answers)}"}
         return httpx.Response(200, headers=headers, stream=Broken(whole.content[: len(whole.content) // 2], True))
@@ -421,3 +421,113 @@ def test_chunks_are_read_while_they_come(url):
         assert len(first.x) < most / 10
         stream.close()
         np.testing.assert_array_equal(first.x[:3], client.sample("gmm", 3, seed=2).x)
+
+
+# The same, awaited
+
+
+async def gathered(stream: AsyncIterator[Samples]) -> list[Samples]:
+    return [chunk async for chunk in stream]
+
+
+def test_what_is_awaited_is_the_same(client, url, artifacts):
+    """Every method that answers, of many requests at once."""
+    methods = {name for name in vars(Client) if not name.startswith("_")} - {"close"}
+    assert methods == {name for name in vars(AsyncClient) if not name.startswith("_")} - {"aclose"}
+    x = loaded(artifacts, "labelled_vae").sample(6, seed=0).double().numpy()
+    ragged = [np.zeros((3, 2)), np.ones((1, 2))]
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("models", (), {}),
+        ("model", ("gan",), {}),
+        ("picture", ("gan", 4), {"seed": 1, "given": "a"}),
+        ("figure", ("gmm", "components"), {"seed": 1}),
+        ("elbo", ("labelled_vae", x), {"seed": 4, "offset": 9, "given": 1}),
+        ("log_prob_bound", ("labelled_vae", x), {"num_samples": 3}),
+        ("classify", ("labelled_vae", x), {}),
+        ("reconstruct", ("labelled_vae", x), {}),
+        ("log_prob", ("hmm", ragged), {}),
+        ("encode", ("hmm", ragged), {}),
+        ("impute", ("labelled_gmm", [[np.nan, 1.0, 2.0]]), {"seed": 3}),
+        ("decode", ("labelled_gmm", [2, 0]), {}),
+    ]
+    assert {name for name, *_ in calls} == methods - {"sample", "sample_chunks"}
+    number = 2 * client.model("naive_bayes")["chunk_rows"] + 3
+
+    async def asked() -> tuple[list[Any], list[Samples], list[Samples]]:
+        async with AsyncClient(url) as awaited:
+            told = await asyncio.gather(*(getattr(awaited, name)(*args, **options) for name, args, options in calls))
+            samples = await asyncio.gather(*(awaited.sample("hmm", 5, seed=seed) for seed in range(40)))
+            return told, samples, await gathered(awaited.sample_chunks("naive_bayes", number, seed=5))
+
+    told, samples, chunks = asyncio.run(asked())
+    for one, (name, args, options) in zip(told, calls, strict=True):
+        np.testing.assert_equal(one, getattr(client, name)(*args, **options))
+    for seed, one in enumerate(samples):
+        np.testing.assert_equal(vars(one), vars(client.sample("hmm", 5, seed=seed)))
+    whole = client.sample("naive_bayes", number, seed=5)
+    assert len(chunks) == 3
+    np.testing.assert_array_equal(np.concatenate([chunk.x for chunk in chunks]), whole.x)
+    np.testing.assert_array_equal(np.concatenate([chunk.label for chunk in chunks]), whole.label)
+
+
+class BrokenAwaited(httpx.AsyncByteStream):
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self.content
+        raise httpx.RemoteProtocolError("peer closed connection")
+
+
+def test_what_is_awaited_is_asked_again_and_goes_on(url, client, monkeypatch):
+    """As a client that waits does: from the row that it has come to, with the seed that it has drawn."""
+    monkeypatch.setattr(client_calls, "FIRST_PAUSE_S", 0.0)
+    bodies: list[dict[str, Any]] = []
+    number = 4 * client.model("labelled_gmm")["chunk_rows"] + 5
+
+    async def asked() -> list[Samples]:
+        async with httpx.AsyncHTTPTransport() as behind:
+
+            async def handle(request: httpx.Request) -> httpx.Response:
+                if request.method == "GET":
+                    return await behind.handle_async_request(request)
+                bodies.append(json.loads(request.content))
+                if len(bodies) == 1:
+                    raise httpx.ConnectError("refused")
+                if len(bodies) == 2:
+                    return httpx.Response(503, json={"error": "busy", "field": None, "allowed": None})
+                answer = await behind.handle_async_request(request)
+                if len(bodies) > 3:
+                    return answer
+                content = await answer.aread()
+                return httpx.Response(200, headers=answer.headers, stream=BrokenAwaited(content[: int(0.7 * len(content))]))
+
+            async with httpx.AsyncClient(transport=httpx.MockTransport(handle)) as http:
+                async with AsyncClient(url, http=http) as awaited:
+                    chunks = await gathered(awaited.sample_chunks("labelled_gmm", number))
+                assert not http.is_closed
+                return chunks
+
+    chunks = asyncio.run(asked())
+    assert len({body["seed"] for body in bodies}) == 1
+    assert [body["offset"] > 0 for body in bodies] == [False, False, False, True]
+    whole = client.sample("labelled_gmm", number, seed=chunks[0].seed)
+    np.testing.assert_array_equal(np.concatenate([chunk.x for chunk in chunks]), whole.x)
+
+
+def test_what_is_awaited_fails_as_what_is_not(url, monkeypatch):
+    monkeypatch.setattr(client_calls, "FIRST_PAUSE_S", 0.0)
+
+    async def asked() -> None:
+        async with AsyncClient(url) as awaited:
+            with pytest.raises(NotFound, match="no_such"):
+                await awaited.sample("no_such", 1)
+            with pytest.raises(RequestError, match="num_samples 0"):
+                await gathered(awaited.sample_chunks("gmm", 0))
+        async with AsyncClient("http://127.0.0.1:9", max_retries=2) as nobody:
+            with pytest.raises(ServerError, match="is a server running there"):
+                await nobody.models()
+
+    asyncio.run(asked())
+    with pytest.raises(UserError, match="http://"):
+        AsyncClient("localhost:8000")

@@ -15,7 +15,7 @@ from served import serving
 
 import gendist
 from gendist.data import Schema
-from gendist.serve.arrow_messages import is_compressed, stream_of
+from gendist.serve.arrow_messages import Messages, is_compressed, stream_of
 from gendist.serve.formats import format_of
 from gendist.serve.http_app import http_app
 from gendist.serve.limits import Limits
@@ -273,6 +273,18 @@ def test_compressed_arrow_is_told_before_it_is_read(new, compression):
     else:
         with pytest.raises(Problem, match="compressed"):
             table_of_arrow(body)
+
+
+@pytest.mark.parametrize("step", [1, 7, 1000, 10**6])
+def test_arrow_that_comes_in_parts(step):
+    body = ipc(pa.concat_tables([pa.table({"a": [1.0, 2.0], "t": ["x", "yy"]})] * 3))
+    messages = Messages()
+    got = [batch for start in range(0, len(body), step) for batch in messages.fed(body[start : start + step])]
+    assert got == pa.ipc.open_stream(body).read_all().to_batches()
+    assert len(got) == 3
+    for bad in (b"no Arrow at all", ipc(TABLE), body[:8] + bytes(len(body))):
+        with pytest.raises((pa.ArrowException, OSError)):
+            list(Messages().fed(bad))
 
 
 def test_arrow_that_is_refused(server):
