@@ -380,7 +380,9 @@ class VariationalAutoencoder:
 
         def tile(first: int, z_TL: Tensor) -> Tensor:
             classes_T = None if classes_N is None else tile_of(classes_N, first).to(z_TL.device)
-            return self._mean(z_TL, classes_T) if uniform_ND is None else self._draw(z_TL, classes_T, tile_of(uniform_ND, first))
+            return (
+                self._mean(z_TL, classes_T) if uniform_ND is None else self._draw(z_TL, classes_T, tile_of(uniform_ND, first))
+            )
 
         with evaluating(self.autoencoder):
             x_ND = map_in_tiles(tile, torch.cat(z), self._device)
