@@ -40,8 +40,9 @@ def submit(
     resolved = load_spec(spec, overrides or ())
     if dry_run:
         from gendist.launch.job_package import package
-        from gendist.launch.submission import kept_in, run_id
+        from gendist.launch.submission import kept_in, require_workers, run_id
 
+        require_workers(resolved)
         kept = kept_in(resolved, run_dir)
         print(resolved.to_yaml(), end="")
         print(f"# {run_id(resolved, kept)}, which would be kept in {kept}")
