@@ -8,7 +8,7 @@ import typer
 
 from gendist.launch.arguments import JobsAddress, Overrides, SpecArgument
 
-JobArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name of the spec, or the id of a job.")]
+JobArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name of the spec, or the id of a run or of a job.")]
 
 
 def register(app: typer.Typer) -> None:
