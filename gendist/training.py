@@ -26,6 +26,7 @@ from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
+from gendist.secrets_in_urls import without_secrets
 from gendist.started_by import is_by_torchrun
 from gendist.storage.patience import PATIENCE_S, StorageError, patiently
 from gendist.tracking import tracked
@@ -151,7 +152,8 @@ class Training:
         try:
             if cluster.num_workers == 0:
                 if address is not None:
-                    raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
+                    shown = without_secrets(address)
+                    raise UserError(f"--address {shown}: cluster.num_workers is 0, which computes here; set it to 1 or more")
                 if cluster.use_gpu:
                     check_gpu_here()
                 return job(LocalLine(watch))

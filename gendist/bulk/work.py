@@ -41,6 +41,7 @@ from gendist.data.sources import Source
 from gendist.evaluate.score import density_of, rows_through, scores_of_rows, scores_of_sequences
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
+from gendist.storage import path_here
 from gendist.transformed import taken_apart
 
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
@@ -92,7 +93,8 @@ def sample(
 
     UserError where the artifact, the arguments or what stands at `out` do not allow it.
     """
-    encode = encoder_of(Path(out))
+    out = path_here(out, "--out")
+    encode = encoder_of(out)
     if num_samples < 1:
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
@@ -122,7 +124,7 @@ def sample(
         model=loaded.model,
         encode=encode,
     )
-    written = work.write(Path(out), cluster, address, watch)
+    written = work.write(out, cluster, address, watch)
     return written if num_steps is None else replace(written, what="sequences")
 
 
@@ -141,13 +143,14 @@ def score(
     Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
     `sample`.
     """
+    out = path_here(out, "--out")
     loaded = load_artifact(artifact)
     verb = density_of(loaded.model)
     is_sequence = _takes_sequences(loaded.model)
     layout = Layout((verb,), array=verb, numbered=SEQUENCE if is_sequence else "row")
     compute = _score_sequences if is_sequence else _score
     work = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "score"})
-    written = work.write(Path(out), cluster, address, watch)
+    written = work.write(out, cluster, address, watch)
     described = [
         getattr(loaded.model, "density", None),
         "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
@@ -172,6 +175,7 @@ def encode(
 
     The other arguments are those of `score`.
     """
+    out = path_here(out, "--out")
     loaded = load_artifact(artifact)
     model: Any = loaded.model
     if "encode" in model.not_offered:
@@ -196,14 +200,14 @@ def encode(
 
     request = {"verb": "encode", "draw": draw, "noise_version": noise.VERSION}
     work = _of_data(artifact, loaded, data, out, layout, encode_part, request, kept)
-    return work.write(Path(out), cluster, address, watch)
+    return work.write(out, cluster, address, watch)
 
 
 def _of_data(
     artifact: str | Path,
     loaded: Artifact,
     data: DataConfig,
-    out: str | Path,
+    out: Path,
     layout: Layout | Callable[[Sequence[Block]], Layout],
     compute: Compute,
     request: Mapping[str, Any],
@@ -218,7 +222,7 @@ def _of_data(
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
-    _check_beside_the_data(Path(out), data, opened.paths)
+    _check_beside_the_data(out, data, opened.paths)
     columns = data.columns or loaded.schema.columns_in(opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "label_fraction": 1.0, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored, **kept})
@@ -261,7 +265,7 @@ def _of_data(
         blocks=blocks,
         compute=compute,
         model=loaded.model,
-        encode=encoder_of(Path(out)),
+        encode=encoder_of(out),
     )
 
 
