@@ -27,6 +27,8 @@ from gendist.launch.job_keeper import INTERRUPTED
 from gendist.started_by import is_by_torchrun, is_first
 
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
+DataArgument = Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")]
+OutOption = Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")]
 
 app = typer.Typer(
     name="gendist",
@@ -175,8 +177,8 @@ def sample(
 @app.command()
 def score(
     artifact: ArtifactArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
-    out: Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
+    data: DataArgument,
+    out: OutOption,
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
@@ -199,8 +201,8 @@ def score(
 @app.command()
 def encode(
     artifact: ArtifactArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
-    out: Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
+    data: DataArgument,
+    out: OutOption,
     overrides: Overrides = None,
     draw: Annotated[
         int | None,
@@ -225,6 +227,54 @@ def encode(
     if written.was_finished:
         print(f"{out} is finished; nothing to do")
     print(f"{written.num_rows:,} rows encoded, in {out}")
+
+
+@app.command()
+def classify(
+    artifact: ArtifactArgument,
+    data: DataArgument,
+    out: OutOption,
+    overrides: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Write the most probable label of every row of DATA, or every sequence, and the probability of each label."""
+    from gendist import bulk
+    from gendist.config import load_data_spec
+    from gendist.storage import path_here
+
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "labels") as watch:
+        written = bulk.classify(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    print(f"{written.num_rows:,} {written.what} classified, in {out}")
+
+
+@app.command()
+def impute(
+    artifact: ArtifactArgument,
+    data: DataArgument,
+    out: OutOption,
+    overrides: Overrides = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED", min=0, max=2**64 - 1, help="Draw what is missing instead of what is expected.", show_default=False
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Write every row of DATA with its missing entries filled in, from what the row has."""
+    from gendist import bulk
+    from gendist.config import load_data_spec
+    from gendist.storage import path_here
+
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "rows") as watch:
+        written = bulk.impute(artifact, spec.data, path, draw=draw, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    print(f"{written.num_rows:,} rows, in {out}")
 
 
 @app.command()
