@@ -95,6 +95,9 @@ on_signal() {
 }
 trap on_signal TERM INT
 
+# Before any node is asked for anything: a mistake in the spec ends the job here, with its own code.
+gendist fit "$spec" "$@" --dry-run > /dev/null
+
 step=(srun --overlap --kill-on-bad-exit=0 --ntasks-per-node=1)
 "${step[@]}" --nodes=1 --ntasks=1 --nodelist="$head" bash -c "$start_ray" ray \
     --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port=$((port + 10000)) &

@@ -18,15 +18,12 @@ a new bed first removes those whose maker is gone, should that other process hav
 
 from __future__ import annotations
 
-import argparse
 import atexit
 import fcntl
-import ipaddress
 import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import socket
@@ -36,11 +33,13 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from testbed_network import NoTestbed, do, free_subnet, ip, kill_all, links, namespaces, pids_in, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = Path("/tmp")  # a short path: the names of Ray's sockets, which begin with it, may have 107 characters
@@ -48,7 +47,6 @@ FOLDERS = Path("/tmp")  # a short path: the names of Ray's sockets, which begin 
 # gdistbed1a2bv0, ...: a link's name may have 15 characters.
 PREFIX = "gdistbed"
 NAME = re.compile(PREFIX + "[0-9a-f]{4}")
-SUBNETS = [f"10.77.{number}" for number in range(1, 255)]
 OWNER = "owner"  # in the folder of a bed: the process that made it. Nothing is removed where this file, root's own, is not
 OWN = "own"  # in the folder of a bed: what a host finds there is its own folder
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
@@ -64,10 +62,6 @@ RAY_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_prestart_worker_first_driver": "0",  # workers are started as they are needed, in the environment that they need
 }
-
-
-class NoTestbed(Exception):
-    """A bed cannot be made here, or something asked of it not done; the message is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class Host:
 
     def pids(self) -> list[int]:
         """Of all processes that run on this host."""
-        return _pids(self.name)
+        return pids_in(self.name)
 
 
 class Testbed:
@@ -129,7 +123,7 @@ class Testbed:
             remove_leftovers()
             taken = {found[: len(PREFIX) + 4] for found in _found()}
             self._begin(secrets.choice(sorted({f"{PREFIX}{number:04x}" for number in range(1 << 16)} - taken)))
-            subnet = _free_subnet()
+            subnet = free_subnet()
             self._folder.mkdir(mode=0o755)
             _write(self._folder / OWNER, _birth(os.getpid()))
             (self._folder / OWN).mkdir(mode=0o755)
@@ -142,9 +136,9 @@ class Testbed:
             self._reaper = subprocess.Popen(reap, stdin=subprocess.PIPE, start_new_session=True, stdout=subprocess.DEVNULL)
             atexit.register(self.close)
             try:
-                _ip("link", "add", self.name, "type", "bridge")
-                _ip("addr", "add", f"{subnet}.1/24", "dev", self.name)
-                _ip("link", "set", self.name, "up")
+                ip("link", "add", self.name, "type", "bridge")
+                ip("addr", "add", f"{subnet}.1/24", "dev", self.name)
+                ip("link", "set", self.name, "up")
                 for _ in range(num_hosts):
                     self._new_host()
             except BaseException:
@@ -249,14 +243,14 @@ class Testbed:
     def cut(self, host: Host) -> None:
         """Nothing from it reaches another, nor the other way round, from now on. Nobody is told: it looks as a cut wire does
         from the far end."""
-        _ip("link", "set", self._wire(host), "down")
+        ip("link", "set", self._wire(host), "down")
 
     def mend(self, host: Host) -> None:
         """Undo `cut` and `lossy`. A node that the cluster has given up meanwhile ends, and its Ray is started anew."""
         for end, inside in self._ends(host):
             for kind in ("root", "clsact"):
                 subprocess.run([*inside, "tc", "qdisc", "del", "dev", end, kind], capture_output=True, check=False)
-        _ip("link", "set", self._wire(host), "up")
+        ip("link", "set", self._wire(host), "up")
 
     def kill(self, host: Host) -> None:
         """As if its plug were pulled: no process there is left, and none could say goodbye to anybody. `restart` starts it."""
@@ -264,7 +258,7 @@ class Testbed:
         for name, process in _programs:
             if name == host.name:
                 process.kill()  # it may be on its way there
-        _kill_all(host.name, host.pids)
+        kill_all(host.name, host.pids)
 
     def end_programs(self) -> None:
         """Kill whatever this process has started on the hosts with `popen` and `run`, and its children: all but Ray."""
@@ -273,7 +267,7 @@ class Testbed:
         for process in ended:
             process.kill()  # it may be on its way to its host
         sessions = {process.pid for process in ended}
-        _kill_all(self.name, lambda: [pid for host in self.hosts for pid in host.pids() if _session(pid) in sessions])
+        kill_all(self.name, lambda: [pid for host in self.hosts for pid in host.pids() if _session(pid) in sessions])
 
     def restart(self, host: Host) -> None:
         """Start a host that was killed: with its address, and with Ray, but without anything that ran there."""
@@ -303,11 +297,11 @@ class Testbed:
             if loss:
                 # Classic BPF: A = random; if A >= loss * 2^32 return TC_ACT_OK (0), else TC_ACT_SHOT (2).
                 program = f"4,32 0 0 4294963256,53 1 0 {int(loss * 0xFFFFFFFF)},6 0 0 2,6 0 0 0"
-                _do(*change, "clsact")
-                _do(*inside, "tc", "filter", "add", "dev", end, "egress", "bpf", "da", "bytecode", program)
+                do(*change, "clsact")
+                do(*inside, "tc", "filter", "add", "dev", end, "egress", "bpf", "da", "bytecode", program)
                 how.add("a classifier's program")
             if rate:
-                _do(*change, "root", "tbf", *rate, "burst", "64kb", "latency", "400ms")
+                do(*change, "root", "tbf", *rate, "burst", "64kb", "latency", "400ms")
                 how.add("tbf")
         return ", ".join(sorted(how))
 
@@ -367,12 +361,12 @@ class Testbed:
     def _new_host(self) -> Host:
         host = self._host(len(self.hosts))
         (host.folder / "tmp").mkdir(parents=True)
-        _ip("netns", "add", host.name)
-        _ip("link", "add", self._wire(host), "type", "veth", "peer", "name", "eth0", "netns", host.name)
-        _ip("link", "set", self._wire(host), "master", self.name, "up")
-        _ip("-n", host.name, "link", "set", "lo", "up")
-        _ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
-        _ip("-n", host.name, "link", "set", "eth0", "up")
+        ip("netns", "add", host.name)
+        ip("link", "add", self._wire(host), "type", "veth", "peer", "name", "eth0", "netns", host.name)
+        ip("link", "set", self._wire(host), "master", self.name, "up")
+        ip("-n", host.name, "link", "set", "lo", "up")
+        ip("-n", host.name, "addr", "add", f"{host.address}/24", "dev", "eth0")
+        ip("-n", host.name, "link", "set", "eth0", "up")
         return host
 
     def _start_ray_on(self, host: Host) -> None:
@@ -398,90 +392,6 @@ _started: list[subprocess.Popen[Any]] = []  # whose end nobody waits for; Python
 _programs: list[tuple[str, subprocess.Popen[Any]]] = []  # that this process has started, and on which host
 
 
-@cache
-def why_not() -> str | None:
-    """Why no bed can be made here, in a line; None where it can."""
-    if not sys.platform.startswith("linux"):
-        return "a test bed needs Linux"
-    if os.geteuid() != 0:
-        return "a test bed needs root, for network namespaces"
-    for tool, package in (("ip", "iproute2"), ("tc", "iproute2"), ("nsenter", "util-linux"), ("unshare", "util-linux")):
-        if shutil.which(tool) is None:
-            return f"a test bed needs `{tool}` of {package}"
-    try:
-        arrives = _packet_arrives()
-    except NoTestbed as error:
-        return f"network namespaces, veth pairs and bridges are not to be had here ({error})"
-    if not arrives:
-        return (
-            "packets do not pass a bridge here; a firewall filters it, as Docker's does: `sysctl -w "
-            "net.bridge.bridge-nf-call-iptables=0` ends that"
-        )
-    return None
-
-
-TRIAL_RECEIVER = """
-import socket
-receiving = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-receiving.bind(("10.77.0.1", 9999))
-receiving.settimeout(10.0)
-print("ready", flush=True)
-receiving.recv(1)
-"""
-TRIAL_SENDER = """
-import socket, time
-sending = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-for _ in range(20):
-    sending.sendto(b"1", ("10.77.0.1", 9999))
-    time.sleep(0.1)
-"""
-
-
-def _packet_arrives() -> bool:
-    """Whether one of two namespaces on a bridge hears the other; it is all gone again. NoTestbed where they cannot be made."""
-    _remove_old_trials()
-    bridge = f"gdtrial{os.getpid()}"  # and one letter more: 15 characters at most
-    hosts = [(f"{bridge}-{end}", f"{bridge}{end}", f"10.77.0.{number}/30") for number, end in enumerate("ab", 1)]
-    namespaces, processes = [], []
-    try:
-        _ip("link", "add", bridge, "type", "bridge")
-        _ip("link", "set", bridge, "up")
-        for namespace, wire, address in hosts:
-            _ip("netns", "add", namespace)
-            namespaces.append(namespace)
-            _ip("link", "add", wire, "type", "veth", "peer", "name", "eth0", "netns", namespace)
-            _ip("link", "set", wire, "master", bridge, "up")
-            _ip("-n", namespace, "addr", "add", address, "dev", "eth0")
-            _ip("-n", namespace, "link", "set", "eth0", "up")
-        python = [["nsenter", f"--net=/run/netns/{namespace}", sys.executable, "-S", "-c"] for namespace in namespaces]
-        silent = {"stderr": subprocess.DEVNULL, "text": True}
-        receiver = subprocess.Popen([*python[0], TRIAL_RECEIVER], stdout=subprocess.PIPE, **silent)
-        processes.append(receiver)
-        assert receiver.stdout is not None
-        if receiver.stdout.readline() != "ready\n":
-            raise NoTestbed("a program in a network namespace cannot listen")
-        processes.append(subprocess.Popen([*python[1], TRIAL_SENDER], stdout=subprocess.DEVNULL, **silent))
-        return receiver.wait(30) == 0
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoTestbed(str(error)) from error
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-        for namespace in namespaces:
-            subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
-
-
-def _remove_old_trials() -> None:
-    """What those have left that were killed."""
-    for kind, names in (("netns", _namespaces()), ("link", _links())):
-        for name in names:
-            of = re.match(r"gdtrial([0-9]+)", name)
-            if of and not Path("/proc", of[1]).exists():
-                subprocess.run(["ip", kind, "del", name], capture_output=True, check=False)
-
-
 def remove(name: str) -> None:
     """Take a bed down by its name: what runs on its hosts, its network, its folder. What is not there is passed over.
 
@@ -490,14 +400,14 @@ def remove(name: str) -> None:
     if not _is_bed(FOLDERS / name):
         return
     stuck: NoTestbed | None = None
-    for namespace in _namespaces():
+    for namespace in namespaces():
         if re.fullmatch(f"{name}-[0-9]+", namespace):
             try:
-                _kill_all(namespace, partial(_pids, namespace))
+                kill_all(namespace, partial(pids_in, namespace))
             except NoTestbed as error:
                 stuck = error
             subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
-    for link in _links():
+    for link in links():
         if link == name or re.fullmatch(f"{name}v[0-9]+", link):
             subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
     for path in (FOLDERS / name).iterdir():
@@ -536,21 +446,8 @@ def _is_bed(folder: Path) -> bool:
 
 def _found() -> list[str]:
     """Whatever has a name that begins as those of beds."""
-    found = [*_namespaces(), *_links(), *(path.name for path in FOLDERS.glob(f"{PREFIX}*"))]
+    found = [*namespaces(), *links(), *(path.name for path in FOLDERS.glob(f"{PREFIX}*"))]
     return [name for name in found if name.startswith(PREFIX)]
-
-
-def _namespaces() -> list[str]:
-    return [line.split()[0] for line in _ip("netns", "list").splitlines() if line]
-
-
-def _links() -> list[str]:
-    return [link["ifname"] for link in json.loads(_ip("-j", "link") or "[]")]
-
-
-def _pids(namespace: str) -> list[int]:
-    answer = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
-    return [int(line) for line in answer.stdout.split()]
 
 
 def _session(pid: int) -> int | None:
@@ -558,27 +455,6 @@ def _session(pid: int) -> int | None:
         return os.getsid(pid)
     except ProcessLookupError:
         return None
-
-
-def _kill_all(where: str, pids: Callable[[], list[int]]) -> None:
-    """Kill what `pids` finds, and what one of these starts meanwhile."""
-    until = time.monotonic() + 20.0
-    while left := pids():
-        if time.monotonic() > until:
-            raise NoTestbed(f"{where}: processes {left} do not end")
-        for pid in left:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-
-
-def _free_subnet() -> str:
-    routes = json.loads(_ip("-j", "-4", "route", "show", "table", "all") or "[]")
-    taken = [ipaddress.ip_network(route["dst"], strict=False) for route in routes if route["dst"] != "default"]
-    for subnet in SUBNETS:
-        if not any(ipaddress.ip_network(f"{subnet}.0/24").overlaps(network) for network in taken):
-            return subnet
-    raise NoTestbed(f"no subnet is free between {SUBNETS[0]}.0 and {SUBNETS[-1]}.0")
 
 
 def _birth(pid: int) -> str:
@@ -608,125 +484,11 @@ def _write(path: Path, text: str, mode: int = 0o644) -> None:
     path.write_text(text)
 
 
-def _ip(*arguments: str) -> str:
-    return _do("ip", *arguments)
-
-
-def _do(*command: str) -> str:
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise NoTestbed(f"`{' '.join(command)}` failed: {error}") from error
-    if answer.returncode != 0:
-        reason = (answer.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise NoTestbed(f"`{' '.join(command)}` failed: {reason}")
-    return answer.stdout
-
-
 def _end_of(log: Path) -> str:
     return " ".join(log.read_text(errors="replace").split())[-600:] if log.exists() else "no log"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="A Ray cluster of several hosts on this machine, to break at will.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    up = verbs.add_parser("up", help="make a bed, start Ray on it, and keep it until Ctrl-C")
-    up.add_argument("--hosts", type=int, default=3)
-    up.add_argument("--cpus", type=int, default=1, help="that each host has for Ray (1)")
-    up.add_argument("--head-cpus", type=int, help="that the head has (as many)")
-    for verb, text in {
-        "status": "the hosts, and which of them are nodes of the cluster",
-        "add": "one more host",
-        "cut": "cut a host's network",
-        "mend": "undo cut and lossy",
-        "kill": "kill all processes of a host",
-        "restart": "start a host that was killed",
-        "lossy": "lose, delay or throttle a host's packets",
-        "exec": "run a command on a host",
-    }.items():
-        known = verbs.add_parser(verb, help=text)
-        known.add_argument("--bed", help="its name, where there are several")
-        if verb not in ("status", "add"):
-            known.add_argument("host", type=int, help="0 is the head")
-        if verb == "lossy":
-            known.add_argument("--loss", type=float, default=0.0, help="share of the packets, such as 0.05")
-            known.add_argument("--delay-s", type=float, default=0.0)
-            known.add_argument("--rate-bits-per-s", type=float)
-        if verb == "exec":
-            known.add_argument("command", nargs=argparse.REMAINDER)
-    verbs.add_parser("reap").add_argument("name")
-    given = parser.parse_args(arguments)
-    try:
-        return _reap(given.name) if given.verb == "reap" else _up(given) if given.verb == "up" else _change(given)
-    except NoTestbed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _reap(name: str) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    sys.stdin.buffer.read()
-    remove(name)
-    return 0
-
-
-def _up(given: argparse.Namespace) -> int:
-    def end(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, end)
-    with Testbed(given.hosts, given.cpus, head_cpus=given.head_cpus) as bed:
-        bed.start_ray()
-        here = f"{shlex.quote(sys.executable)} {os.path.relpath(__file__)}"
-        for host in bed.hosts:
-            print(f"host {host.number}  {host.address}  logs in {host.folder}/session_latest/logs")
-        print(f"Ray at {bed.address}, jobs at {bed.jobs_address}; its token is in {bed.folder}/token")
-        print("\nFrom another terminal:")
-        fit = f"launch.py fit configs/gmm_digits.yaml --address {bed.address} --run-dir runs/bed"
-        for line in (
-            f"exec 0 {shlex.quote(sys.executable)} {fit}",
-            "cut 2",
-            "mend 2",
-            "lossy 1 --loss 0.05",
-            "kill 2",
-            "restart 2",
-            "add",
-            "status",
-        ):
-            print(f"  {here} {line}")
-        environment = f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={bed.folder}/token"
-        print(f"  {environment} {shlex.quote(sys.executable)} -m ray.scripts.scripts job list --address {bed.jobs_address}")
-        print("\nCtrl-C takes it all down.", flush=True)
-        while True:
-            signal.pause()
-
-
-def _change(given: argparse.Namespace) -> int:
-    bed = Testbed.attached(given.bed)
-    if given.verb in ("status", "add"):
-        added = bed.add_host() if given.verb == "add" else None
-        if added:
-            bed.wait_for([added])
-        alive = bed.alive()
-        for host in bed.hosts:
-            print(f"host {host.number}  {host.address}  {'a node' if host.address in alive else 'not a node'} of the cluster")
-        return 0
-    hosts = bed.hosts
-    if not 0 <= given.host < len(hosts):
-        raise NoTestbed(f"there is no host {given.host}; there are 0 to {len(hosts) - 1}")
-    host = hosts[given.host]
-    if given.verb == "exec":
-        if not given.command:
-            raise NoTestbed("exec needs a command")
-        return host.popen(*given.command, start_new_session=False, cwd=os.getcwd()).wait()
-    if given.verb == "lossy":
-        print(bed.lossy(host, given.loss, given.delay_s, given.rate_bits_per_s))
-    else:
-        getattr(bed, given.verb)(host)
-    return 0
-
-
 if __name__ == "__main__":
+    from testbed_command import main  # which imports this file as a module
+
     sys.exit(main())

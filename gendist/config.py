@@ -40,7 +40,8 @@ from gendist.em.config import EMConfig
 from gendist.noise import MAX_SEED
 from gendist.protocols import UserError
 from gendist.secrets_in_urls import require_no_secrets, without_secrets
-from gendist.storage import place_of
+from gendist.spec_yaml import read, read_value
+from gendist.storage import below, place_of
 from gendist.tracking import TrackingConfig
 from gendist.train.config import DeepConfig
 
@@ -116,8 +117,7 @@ class Spec(BaseModel):
     @property
     def place_in_storage(self) -> str | None:
         """The run directory where none is given: by the name in `cluster.storage`, if there is one."""
-        storage = self.cluster.storage
-        return None if storage is None else f"{storage.rstrip('/')}/{self.name}"
+        return None if self.cluster.storage is None else below(self.cluster.storage, self.name)
 
     def to_yaml(self) -> str:
         """The resolved spec: every field with its value."""
@@ -129,8 +129,15 @@ class Spec(BaseModel):
         Any number of workers may go on, and of a family that is trained by gradient any engine, in micro-batches of any size,
         since its checkpoints are of none.
         """
-        where: Any = {"cluster": True, "tracking": True, "fit": set(self.fit.MAY_CHANGE)}
-        return self.model_dump(mode="json", exclude=where)
+        return self.model_dump(mode="json", exclude=self._surroundings)
+
+    def surroundings(self) -> dict[str, Any]:
+        """All the rest: where it computes, and how."""
+        return self.model_dump(mode="json", include=self._surroundings)
+
+    @property
+    def _surroundings(self) -> Any:
+        return {"cluster": True, "tracking": True, "fit": set(self.fit.MAY_CHANGE)}
 
 
 def families() -> list[str]:
@@ -188,7 +195,7 @@ def load_spec(spec: str | Path | Mapping[str, Any] | Spec, overrides: Iterable[s
     if isinstance(spec, Mapping):
         name, content = "spec", spec
     elif isinstance(spec, str | Path):
-        name, content = str(spec), read_yaml(spec)
+        name, content = without_secrets(str(spec)), read_yaml(spec)
     else:
         raise UserError(f"spec: a {type(spec).__name__}; give a path to a YAML file, or a dict")
     content = apply_overrides(content, overrides, name)
@@ -244,7 +251,7 @@ def load_data_spec(data: str, overrides: Iterable[str] = ()) -> ScoreSpec:
         content = {"data": {"source": data} if data in EMBEDDED and not Path(data).exists() else {"path": data}}
     content = apply_overrides(content, overrides, without_secrets(data))
     require_no_secrets(content)
-    return validated(ScoreSpec, content, data)
+    return validated(ScoreSpec, content, without_secrets(data))
 
 
 def load_cluster_config(overrides: Iterable[str]) -> ClusterConfig:
@@ -265,16 +272,19 @@ def _of_blocks(overrides: Iterable[str], *blocks: str) -> list[str]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
+    shown = without_secrets(str(path))
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = read(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
+        raise UserError(f"{shown}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{shown}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown}: cannot be read ({error})") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+        raise UserError(f"{shown}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping of keys and values is needed, such as `family: gmm`")
+        raise UserError(f"{shown}: a mapping of keys and values is needed, such as `family: gmm`")
     return content
 
 
@@ -299,11 +309,16 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str], name: 
             if not isinstance(place.setdefault(parent, {}), dict):
                 raise UserError(f"'{override}': {parent} is a value, not a block")
             place = place[parent]
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            place[last] = text  # such as data.path=*.parquet
+        place[last] = read_value(text)
     return result
+
+
+def flat(content: Mapping[str, Any], block: str = "") -> dict[str, Any]:
+    """The values in a mapping of blocks, by dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        values |= flat(value, f"{block}{key}.") if isinstance(value, Mapping) else {f"{block}{key}": value}
+    return values
 
 
 def validated(config: type[C], content: Any, where: str) -> C:

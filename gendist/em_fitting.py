@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from gendist.artifact import load_artifact
 from gendist.blocks import Blocks
 from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
@@ -26,13 +23,13 @@ from gendist.em.restarts import Candidate, all_records, latest_records, leader, 
 from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
+from gendist.model_to_start_from import ModelToStartFrom
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import Block, Compute, Feature, GenerativeModel, StatisticsModel, Update, UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished
-from gendist.storage import is_url
 from gendist.storage.patience import StorageError
 from gendist.tracking import tracked
 from gendist.transformed import taken_apart, transformed
@@ -67,21 +64,15 @@ def estimate(
                 f"fit.unlabelled_weight is {spec.fit.unlabelled_weight:g}, but all steps of a sequence weigh the same; leave "
                 "it out, or let labels be those of whole sequences (model.labels: classes)"
             )
-        start, start_schema = _model_to_start_from(spec, spec.fit, family, init)
+        start = _model_to_start_from(spec, spec.fit, family, init)
         opened = source_of(data) if data is not None else open_source(spec.data)
         source = (as_sequences if getattr(family, "takes_sequences", False) else as_rows)(opened, spec.data)
-        schema = Schema.of(source, spec.data, Takes.of(family), start_schema)
-        if start_schema is not None and start_schema.feature_names != schema.feature_names:
-            there, here = ", ".join(start_schema.feature_names[:8]), ", ".join(schema.feature_names[:8])
-            raise UserError(f"{spec.fit.init}: was fitted to other columns ({there}) than these ({here})")
+        schema = Schema.of(source, spec.data, Takes.of(family), start.schema if start else None)
+        if start:
+            start.check_columns(schema)
         with execution(spec.cluster, address) as make_blocks, tracked(directory, watch) as watch:
             cuts_sequences = getattr(family, "cuts_sequences", True)
             dataset = Dataset.open(source, spec.data, schema, make_blocks, cuts_sequences)
-            if start is not None and start_schema is None and dataset.schema.categories:
-                raise UserError(
-                    f"init: a model in memory does not say which texts its categories are (column "
-                    f"'{next(iter(dataset.schema.categories))}'); name its run or artifact in fit.init instead"
-                )
             try:
                 return EMFitting(spec, spec.fit, family, dataset, start, directory, watch).run()
             except StorageError as error:
@@ -92,7 +83,7 @@ def estimate(
 class EMFitting:
     """One fit.
 
-    start  behind the transforms that the spec declares, or None: the data say where to begin
+    start  None: the data say where to begin
 
     A model stands behind the transforms everywhere but in the engine.
     """
@@ -101,7 +92,7 @@ class EMFitting:
     config: EMConfig
     family: type[StatisticsModel]
     dataset: Dataset
-    start: GenerativeModel | None
+    start: ModelToStartFrom | None
     directory: RunDirectory | None
     watch: Watch
 
@@ -116,8 +107,9 @@ class EMFitting:
         logger.info("reading %s: %d rows, %d features", dataset.source.name, dataset.source.num_rows,
                     dataset.schema.num_features)  # fmt: skip
         summary, held_out_summary = survey_parts(spec, dataset, training, validation)
-        self._check_start()
-        init = _digest(self.start) if self.start is not None else self.config.init
+        if self.start:
+            self.start.check_data(dataset.schema, dataset.labels)
+        init = self.start.digest() if self.start else self.config.init
         manifest = manifest_of(spec, dataset.labels, summary, held_out_summary, init)
         if directory:
             directory.check_same_data(manifest)
@@ -179,7 +171,7 @@ class EMFitting:
     def _transforms(self, resumed: Checkpoint[Any] | None, blocks: Blocks[Block], summary: Summary) -> Transforms:
         """Those that the model to go on from stands behind, since it means nothing behind others; else fitted now."""
         names = self.dataset.schema.feature_names
-        model = resumed.models[0] if resumed else self.start
+        model = resumed.models[0] if resumed else self.start and self.start.model
         if model is None:
             return Transforms.fit(self.spec.data.transforms, names, blocks, summary)
         transforms = taken_apart(model)[1]
@@ -193,18 +185,10 @@ class EMFitting:
             for name in transforms.feature_names
         )
 
-    def _check_start(self) -> None:
-        """UserError where the model to start from is of other data."""
-        if self.start is not None:
-            features, labels = self.dataset.schema.num_features, self.dataset.labels
-            if self.start.num_features != features:
-                raise UserError(f"the model to start from has {self.start.num_features} features, the data {features}")
-            if labels and self.start.labels not in ((), labels):
-                raise UserError(f"the model to start from has the labels {self.start.labels}, the data {labels}")
-
     def _adopted(self, summary: Summary) -> StatisticsModel:
         """The given model, estimated from here on as the spec says."""
-        model = taken_apart(self.start)[0]
+        assert self.start
+        model = taken_apart(self.start.model)[0]
         return self.family.adopt(self.spec.model, summary, model, self.dataset.labels or model.labels)
 
     def _begin(self, blocks: Blocks[Block], summary: Summary) -> Candidates:
@@ -298,47 +282,27 @@ def _shifted(log_likelihood: float | None, log_abs_det: float) -> float | None:
     return None if log_likelihood is None else log_likelihood + log_abs_det
 
 
-def _model_to_start_from(
-    spec: Spec, config: EMConfig, family: type[StatisticsModel], init: Any
-) -> tuple[GenerativeModel | None, Schema | None]:
-    """The given model or the artifact that `fit.init` names, or None where the data are to say; and the schema of its
-    rows where it is known. UserError on a misfit, of other transforms too: a model means nothing behind others."""
+def _model_to_start_from(spec: Spec, config: EMConfig, family: type[StatisticsModel], init: Any) -> ModelToStartFrom | None:
+    """The given model or estimator, or the artifact that `fit.init` names; None where the data are to say. UserError on a
+    misfit."""
     if init is None and config.init in STARTS:
-        return None, None
-    if init is None and not is_url(config.init) and not Path(config.init).exists():
-        raise UserError(f"fit.init '{config.init}': none of {', '.join(STARTS)}, and no artifact that exists")
+        return None
+    start = ModelToStartFrom(init)
+    if init is None:
+        start = ModelToStartFrom.of_artifact(config.init, f"none of {', '.join(STARTS)}, and ")
     if config.num_restarts > 1:
         raise UserError(
             f"fit.num_restarts is {config.num_restarts}, but every restart would begin with the one model that is given; "
             f"leave it at 1, or start from the data with fit.init: {', '.join(STARTS)}"
         )
-    schema = None
-    if init is None:
-        artifact = load_artifact(config.init)
-        init, schema = artifact.model, artifact.schema
-    model, transforms = taken_apart(init)
-    if schema is None and not isinstance(model, family) and hasattr(family, "from_estimator"):
+    model = taken_apart(start.model)[0]
+    if start.schema is None and not isinstance(model, family) and hasattr(family, "from_estimator"):
         if not hasattr(model, "get_params"):
             raise UserError(f"init: a {type(model).__name__}; give a {family.__name__} or an estimator of scikit-learn's kind")
         try:
             with one_thread():
-                init = model = family.from_estimator(model)
+                start = ModelToStartFrom(family.from_estimator(model))
         except ValueError as error:
             raise UserError(f"init: {error}") from error
-    if not isinstance(model, family):
-        raise UserError(
-            f"init: a {type(model).__name__}; a spec of family {spec.family} like this one makes a {family.__name__}: give such"
-        )
-    declared = transforms.declared if transforms else ()
-    if declared != spec.data.transforms:
-        there, here = ([step.model_dump() for step in steps] for steps in (declared, spec.data.transforms))
-        raise UserError(f"the model to start from was fitted behind other transforms ({there}) than data.transforms ({here}); "
-                        "declare the same")  # fmt: skip
-    return init, schema
-
-
-def _digest(model: GenerativeModel) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.tensors().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    start.check(spec, family)
+    return start

@@ -9,6 +9,7 @@ from gendist.blocks import LocalBlocks
 from gendist.config import ClusterConfig
 from gendist.data.domains import MakeBlocks
 from gendist.protocols import UserError
+from gendist.secrets_in_urls import without_secrets
 
 
 @contextmanager
@@ -22,7 +23,9 @@ def execution(cluster: ClusterConfig, address: str | None = None) -> Iterator[Ma
     num_workers = cluster.fixed_num_workers
     if num_workers == 0:
         if address is not None:
-            raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
+            raise UserError(
+                f"--address {without_secrets(address)}: cluster.num_workers is 0, which computes here; set it to 1 or more"
+            )
         if cluster.use_gpu:
             check_gpu_here()
         yield LocalBlocks

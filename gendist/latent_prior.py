@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from gendist import bulk
 from gendist.artifact import load_artifact, save
 from gendist.atomic import new_folder
@@ -22,7 +20,8 @@ from gendist.config import Spec, load_spec
 from gendist.fitting import fit
 from gendist.protocols import UserError
 from gendist.run import Run
-from gendist.storage import Storage, place_of
+from gendist.spec_yaml import read
+from gendist.storage import Storage, path_here, place_of
 from gendist.transformed import taken_apart, transformed
 
 PRIOR = "prior"  # in the run directory, where nothing else is said
@@ -52,6 +51,7 @@ class LatentPrior:
 
         UserError where there is no such run, or its family has no latents to draw.
         """
+        folder = None if out is None else path_here(out, "--out")
         loaded = load_artifact(run_dir)
         model = taken_apart(loaded.model)[0]
         if not hasattr(model, "with_prior"):
@@ -59,9 +59,9 @@ class LatentPrior:
                 f"{run_dir}: of a {loaded.family}, which draws no latents of rows, so a prior has nothing to be fitted to"
             )
         place = place_of(run_dir)
-        if out is None and isinstance(place, str):
+        if folder is None and isinstance(place, str):
             raise UserError(f"{run_dir}: the latents and the mixture need a folder; choose one with --out")
-        path = Path(place) / PRIOR if out is None else Path(out)
+        path = folder or Path(place) / PRIOR
         if (path / "spec.yaml").exists() or (path / "model.json").exists():
             raise UserError(f"--out {path}: holds a run or an artifact; choose another folder")
         spec = _spec_of(place)
@@ -95,7 +95,7 @@ def _spec_of(place: Path | str) -> Spec:
     if isinstance(place, str):
         content = Storage(place).read("spec.yaml")
         if content is not None:
-            return load_spec(yaml.safe_load(content))
+            return load_spec(read(content.decode()))
     elif (path := place / "spec.yaml").exists():
         return load_spec(path)
     raise UserError(f"{place}: no run directory (no spec.yaml there), so nothing says what data it was trained on")

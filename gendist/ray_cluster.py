@@ -35,6 +35,7 @@ from ray.experimental.internal_kv import _internal_kv_get, internal_kv_get_gcs_c
 
 from gendist.machine import machine_type
 from gendist.protocols import UserError
+from gendist.secrets_in_urls import require_no_secret, without_secrets
 from gendist.started_by import is_in_a_job
 
 # glibc hands step-sized memory back to the system and pays for its pages at every step; it reads these when a worker starts.
@@ -239,10 +240,18 @@ class Silence:
         return max(now - self._since, 1e-9)
 
 
+def host_and_port(address: str) -> tuple[str, int] | None:
+    """Of "HOST:PORT", "[::1]:PORT" and "ray://HOST:PORT"; None where it is none of them."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    return (host, int(port)) if host and port.isascii() and port.isdigit() else None
+
+
 def _answers(head: str) -> bool:
-    host, _, port = head.rpartition(":")
+    place = host_and_port(head)
+    assert place is not None
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
     except OSError:
         return False
     return True
@@ -339,11 +348,13 @@ def check_reachable(address: str) -> None:
     """UserError unless a Ray head answers. `ray.init` itself can try for ever, or end the process: so knock first."""
     if address == "auto":
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(f"--address {address}: not an address; give HOST:PORT of a Ray head, such as 10.0.0.1:6379")
+    require_no_secret(address, "--address")
+    place = host_and_port(address)
+    if place is None or "@" in place[0]:
+        shown = without_secrets(address).rpartition("@")[2]
+        raise UserError(f"--address {shown}: not an address; give HOST:PORT of a Ray head, such as 10.0.0.1:6379")
     try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+        socket.create_connection(place, timeout=CONNECT_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(
             f"--address {address}: nothing answers there ({error}); is `ray start --head` running, and the port open?"

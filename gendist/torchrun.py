@@ -17,8 +17,8 @@ from gendist.train.processes import joined, patient_group, told_by_first
 from gendist.training import LocalLine, Training, held_back, kept
 
 
-def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address: str | None, watch: Watch) -> Run:
-    """What each of the processes calls; all return the same. Only rank 0 looks at `data`, and calls `watch`."""
+def train_in_all(spec: Spec, data: Any, init: Any, directory: RunDirectory | None, address: str | None, watch: Watch) -> Run:
+    """What each of the processes calls; all return the same. Only rank 0 looks at `data` and `init`, and calls `watch`."""
     if spec.cluster.num_workers != 0 or address is not None:
         given = f"--address {address}" if address else f"cluster.num_workers is {spec.cluster.num_workers}"
         raise UserError(f"{given}, but torchrun has started the processes; set cluster.num_workers=0, or leave torchrun out")
@@ -27,7 +27,7 @@ def train_in_all(spec: Spec, data: Any, directory: RunDirectory | None, address:
 
         def begin() -> Any:
             training.append(held.enter_context(kept(spec, directory)))
-            return training[0].prepare(data)
+            return training[0].prepare(data, init)
 
         patient = patient_group(processes)
         prepared = told_by_first(processes, begin, patient)

@@ -14,25 +14,27 @@ from pathlib import Path
 from typing import Any
 
 from gendist.blocks import LocalBlocks
-from gendist.config import Spec
+from gendist.config import Spec, model_class
 from gendist.data import Dataset, Schema, as_rows, open_source, source_of
 from gendist.data.dataset import Part
 from gendist.data.rows import RowsOnDisk
 from gendist.data.transforms import Transforms
 from gendist.execution import check_gpu_here
+from gendist.model_to_start_from import ModelToStartFrom
 from gendist.pictures import draw_figures, draw_samples
 from gendist.protocols import UserError
 from gendist.rows_to_fit import manifest_of, parts_of, survey_parts
 from gendist.run import Run, Watch
 from gendist.run_directory import RunDirectory, finished, read_run
+from gendist.secrets_in_urls import without_secrets
 from gendist.started_by import is_by_torchrun
 from gendist.storage.patience import PATIENCE_S, StorageError, patiently
 from gendist.tracking import tracked
 from gendist.train.checkpoints import TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
 from gendist.train.state_entries import AVERAGE, PARAMETER, entry, load_networks, part
-from gendist.training_job import TrainingJob, new_model
-from gendist.transformed import transformed
+from gendist.training_job import TrainingJob, new_model, weights_of
+from gendist.transformed import taken_apart, transformed
 
 NO_RESULTS = ("seconds", "samples_per_s", "gradient_norm", "learning_rate")  # of the last record
 INSIST_S = 2.0  # after a first Ctrl-C, another one ends the process at once; torchrun sends SIGTERM right behind it
@@ -44,14 +46,12 @@ def train(
     spec: Spec, family: type[Any], data: Any, init: Any, directory: RunDirectory | None, address: str | None, watch: Watch
 ) -> Run:
     """What `gendist.fit` does with a family of this kind."""
-    if init is not None:
-        raise UserError(f"init: the family {spec.family} is trained from weights that the seed tells; leave it out")
     from gendist.torchrun import train_in_all
 
     if is_by_torchrun():
-        return train_in_all(spec, data, directory, address, watch)
+        return train_in_all(spec, data, init, directory, address, watch)
     with kept(spec, directory) as inside:
-        prepared = inside.prepare(data)
+        prepared = inside.prepare(data, init)
         if isinstance(prepared, Run):
             return prepared
         with tracked(directory, watch) as watch, held_back(inside.directory):
@@ -89,17 +89,24 @@ class Training:
         assert isinstance(self.spec.fit, DeepConfig)
         self.config = self.spec.fit
 
-    def prepare(self, data: Any) -> TrainingJob | Run:
+    def prepare(self, data: Any, init: Any = None) -> TrainingJob | Run:
         """Look at the data and begin the run directory; what every process is to do, or what a finished run has left.
+
+        init  a model to start from, in place of `fit.init`
 
         UserError where the spec, the data or the run directory do not allow the fit; then nothing is begun.
         """
         spec, directory = self.spec, self.directory
-        if directory.is_finished and data is None:
+        if directory.is_finished and data is None and init is None:
             return finished(directory)
+        start = self._model_to_start_from(init)
         source = as_rows(source_of(data) if data is not None else open_source(spec.data), spec.data)
         schema = Schema.of(source, spec.data)
+        if start:
+            start.check_columns(schema)
         dataset = Dataset.open(source, spec.data, schema, LocalBlocks).decoding_once()
+        if start:
+            start.check_data(dataset.schema, dataset.labels)
         logger.info("reading %s: %d rows, %d features", source.name, source.num_rows, schema.num_features)
         num_labels = len(dataset.labels)
         training, validation = parts_of(spec, dataset, num_labels)
@@ -111,15 +118,18 @@ class Training:
                 f"{source.name}: {int(num_missing.sum())} entries are missing, {int(num_missing.max())} of them in '{column}'; "
                 f"the family {spec.family} takes none: leave out these columns (data.columns) or rows"
             )
-        if spec.data.transforms:
+        if start:
+            dataset = replace(dataset, transforms=taken_apart(start.model)[1])
+        elif spec.data.transforms:
             transforms = Transforms.fit(spec.data.transforms, schema.feature_names, training, summary)
             dataset = replace(dataset, transforms=transforms)
         del training, validation
-        manifest = manifest_of(spec, dataset.labels, summary, held_out, "seed")
+        manifest = manifest_of(spec, dataset.labels, summary, held_out, start.digest() if start else "seed")
         directory.check_same_data(manifest)
         if directory.is_finished:
             return finished(directory)
-        new_model(spec, dataset)  # a configuration that does not fit the data is told before anything is written
+        first = weights_of(taken_apart(start.model)[0]) if start else None
+        new_model(spec, dataset, first)  # a configuration that does not fit the data is told before anything is written
         directory.forget_to_stop()
         self._dataset, self._manifest = dataset, directory.begin(manifest)
         fingerprints: dict[Part, bytes] = {"training": summary.fingerprint}
@@ -127,7 +137,14 @@ class Training:
             fingerprints["validation"] = held_out.fingerprint
         rows = RowsOnDisk(dataset, num_labels, spec.seed, fingerprints)
         place = directory.place if directory.storage else directory.path.absolute()
-        return TrainingJob(spec.model_dump(mode="json"), str(place), rows)
+        return TrainingJob(spec.model_dump(mode="json"), str(place), rows, first)
+
+    def _model_to_start_from(self, init: Any) -> ModelToStartFrom | None:
+        if init is None and self.config.init is None:
+            return None
+        start = ModelToStartFrom(init) if init is not None else ModelToStartFrom.of_artifact(str(self.config.init))
+        start.check(self.spec, model_class(self.spec.family, self.spec.model))
+        return start
 
     def run(self, job: TrainingJob, address: str | None, watch: Watch) -> bool:
         """Do the job in this process or on Ray; whether it came to its end. Where nothing was reached, no trace stays."""
@@ -135,7 +152,8 @@ class Training:
         try:
             if cluster.num_workers == 0:
                 if address is not None:
-                    raise UserError(f"--address {address}: cluster.num_workers is 0, which computes here; set it to 1 or more")
+                    shown = without_secrets(address)
+                    raise UserError(f"--address {shown}: cluster.num_workers is 0, which computes here; set it to 1 or more")
                 if cluster.use_gpu:
                     check_gpu_here()
                 return job(LocalLine(watch))

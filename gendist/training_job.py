@@ -17,11 +17,13 @@ from functools import reduce
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from gendist.config import Spec, family_class, load_spec
 from gendist.data import Dataset
 from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
+from gendist.models.ops.networks import load
 from gendist.one_thread import one_thread
 from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
@@ -40,6 +42,8 @@ from gendist.transformed import transformed
 SAMPLES = "samples"  # in the run directory: the pictures along the way
 RECORD_WITHIN_S = 5.0  # for the next record, at which a run that is resumed goes on as if it had not been stopped
 WRITER_TIMEOUT_S = 150.0  # for a process of the same run that is about to end; one on a host that is cut off needs a minute
+
+FirstWeights = Mapping[str, Mapping[str, Tensor]]  # by network, by name
 
 logger = logging.getLogger("gendist")
 
@@ -65,11 +69,13 @@ class TrainingJob:
     spec   as plain values, since the class of a spec is made when it is needed
     place  of the run directory, which every process must see: a path, or a URL
     rows   what is trained on, and held out
+    start  by network, the weights to set out from; None: those that the seed tells
     """
 
     spec: Mapping[str, Any]
     place: str
     rows: RowsOnDisk
+    start: FirstWeights | None = None
 
     def __call__(self, line: Line) -> bool:
         """Train from the newest checkpoint on, until there is nothing left to do, which is True, or somebody asks to stop."""
@@ -77,14 +83,24 @@ class TrainingJob:
         with RunDirectory(self.place, spec).seen() as directory, joined(spec.cluster.use_gpu) as processes:
             on_cpu = processes.device.type == "cpu"
             with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
-                return _Process(spec, directory, self.rows.dataset, processes, line).train(rows)
+                return _Process(spec, directory, self.rows.dataset, processes, line, self.start).train(rows)
 
 
-def new_model(spec: Spec, dataset: Dataset) -> Any:
-    """With its first weights. UserError where the configuration does not fit the data."""
+def new_model(spec: Spec, dataset: Dataset, start: FirstWeights | None = None) -> Any:
+    """With its first weights. UserError where the configuration does not fit the data, or those weights the configuration."""
     names = dataset.transforms.feature_names if dataset.transforms else dataset.schema.feature_names
     shape = None if dataset.transforms else dataset.schema.image_shape
-    return family_class(spec.family).create(spec.model, shape or (len(names),), dataset.labels, spec.seed)
+    model = family_class(spec.family).create(spec.model, shape or (len(names),), dataset.labels, spec.seed)
+    for name, network in model.networks().items() if start else ():
+        try:
+            load(network, (start or {})[name])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"init: {name} is another network than that of this spec ({error})") from error
+    return model
+
+
+def weights_of(model: Any) -> FirstWeights:
+    return {name: network.state_dict() for name, network in model.networks().items()}
 
 
 @dataclass(frozen=True)
@@ -96,6 +112,7 @@ class _Process:
     dataset: Dataset
     processes: Processes
     line: Line
+    start: FirstWeights | None
 
     @property
     def config(self) -> DeepConfig:
@@ -107,7 +124,7 @@ class _Process:
         return self.processes.rank == 0
 
     def train(self, rows: Mapping[Any, Any]) -> bool:
-        model: DeepModel = new_model(self.spec, self.dataset)
+        model: DeepModel = new_model(self.spec, self.dataset, self.start)
         _check_labels(model, [rows["training"]])
         if "validation" in rows:  # they are not learned from, but looked at
             _check_labels(model, [rows["training"], rows["validation"]])

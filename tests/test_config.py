@@ -9,6 +9,7 @@ import yaml
 from gendist.config import families, load_data_spec, load_spec, overrides_it_knows
 from gendist.execution import execution
 from gendist.protocols import UserError
+from gendist.spec_yaml import read
 
 GOOD = {"name": "a", "family": "gmm", "model": {"num_components": 3}, "data": {"source": "digits"}}
 
@@ -26,6 +27,75 @@ def test_overrides():
     assert (spec.model.num_components, spec.fit.tolerance, spec.data.columns) == (7, 1e-5, ("a", "b"))
     assert (spec.cluster.num_workers, spec.seed) == (4, 9)
     assert GOOD["model"] == {"num_components": 3}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "d/run #3/a.npy",
+        "#x.parquet",
+        "a.npy # b",
+        "*.npy",
+        "2024-13-45",
+        "2024-01-02",
+        "1:30",
+        "0x_",
+        "010",
+        "1_000",
+        "!!int foo",
+    ],
+)
+def test_a_value_is_what_it_looks_like(text):
+    """What YAML would lose a part of, or take for something else, is the text that was given."""
+    assert load_spec(GOOD, ["data.source=null", f"data.path={text}"]).data.path == text
+
+
+def test_integers_are_decimal(tmp_path):
+    path = tmp_path / "spec.yaml"
+    for given, meant in (("010", 10), ("7", 7), ("+3", 3), ("0", 0)):
+        path.write_text(yaml.safe_dump({**GOOD, "seed": "?"}).replace("'?'", given))
+        assert load_spec(path).seed == load_spec(GOOD, [f"seed={given}"]).seed == meant
+    for given in ("1:30", "0x1f", "0b11"):
+        path.write_text(yaml.safe_dump({**GOOD, "seed": "?"}).replace("'?'", given))
+        for spec, overrides in ((path, []), (GOOD, [f"seed={given}"])):
+            with pytest.raises(UserError, match="seed: input should be a valid integer"):
+                load_spec(spec, overrides)
+
+
+@pytest.mark.parametrize(
+    "text", ["09", "010", "1:30", "1:30.5", "0x1f", "1_000", "2024-01-02", "a #b", "#", "no", "1.5", "~", ""]
+)
+def test_a_resolved_spec_is_read_as_it_was_written(text):
+    spec = load_spec({**GOOD, "data": {"source": "digits", "label": "y", "labels": [text, "x"]}})
+    assert spec.data.labels == (text, "x")
+    assert load_spec(read(spec.to_yaml())) == spec
+
+
+@pytest.mark.parametrize("text", ["!!int foo", "!!float ''", "!!bool foo", "!!timestamp foo"])
+def test_a_value_that_its_tag_does_not_suit_is_told(text, tmp_path):
+    path = tmp_path / "spec.yaml"
+    path.write_text(f"name: a\nfamily: gmm\nseed: {text}\n")
+    with pytest.raises(UserError, match="not YAML"):
+        load_spec(path)
+    with pytest.raises(UserError, match="seed: input should be a valid integer"):
+        load_spec(GOOD, [f"seed={text}"])
+
+
+@pytest.mark.parametrize(
+    ("storage", "place"),
+    [
+        ("runs", "runs/a"),
+        ("/shared/runs/", "/shared/runs/a"),
+        ("file:///shared/runs", "/shared/runs/a"),
+        ("file:///", "/a"),
+        ("/", "/a"),
+        ("s3://bucket/runs/", "s3://bucket/runs/a"),
+        ("s3://bucket", "s3://bucket/a"),
+        ("memory://", "memory://a"),
+    ],
+)
+def test_runs_are_kept_by_their_name_in_a_storage(storage, place):
+    assert load_spec(GOOD, [f"cluster.storage={storage}"]).place_in_storage == place
 
 
 def test_the_number_of_workers_is_no_part_of_the_identity():

@@ -61,7 +61,7 @@ def test_the_mixture_is_of_the_latents_of_the_training_rows(folder, tmp_path):
     # Three clusters of the data are no standard normal distribution of latents.
     assert float(model.log_prob_bound(x).mean()) > float(plain.log_prob_bound(x).mean())
     expected = model.transforms.inverse(model.model.decode(model.model.prior.sample(30, seed=derived_seed(4, "sample.prior"))))
-    torch.testing.assert_close(model.sample(30, seed=4), expected)
+    torch.testing.assert_close(model.sample(30, seed=4, mean=True), expected)
     again = plain.with_prior(model.model.prior)
     assert torch.equal(again.sample(30, seed=4), model.sample(30, seed=4))
     assert torch.equal(again.cluster(x), model.cluster(x))

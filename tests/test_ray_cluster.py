@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from gendist import ray_cluster
 from gendist.protocols import UserError
-from gendist.ray_cluster import Silence, _hearing_of_lost_nodes, refusal, require_token
+from gendist.ray_cluster import Silence, _hearing_of_lost_nodes, host_and_port, refusal, require_token
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,6 +87,43 @@ def test_who_says_that_no_token_is_needed_is_warned(without_token, tmp_path, cap
 )
 def test_a_ray_with_another_token_is_told_from_what_is_no_ray(said, match):
     assert match in refusal(said)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("10.0.0.1:6379", ("10.0.0.1", 6379)),
+        ("head:6379", ("head", 6379)),
+        ("[::1]:6379", ("::1", 6379)),
+        ("ray://[fe80::1]:10001", ("fe80::1", 10001)),
+        ("head", None),
+        ("head:", None),
+        (":6379", None),
+        ("[]:6379", None),
+        ("head:ray", None),
+    ],
+)
+def test_a_host_and_its_port_are_told_apart(address, expected):
+    assert host_and_port(address) == expected
+
+
+def test_a_head_may_have_an_address_of_ipv6():
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError as error:
+        pytest.skip(f"no IPv6 here: {error}")
+    with server:
+        address = f"[::1]:{server.getsockname()[1]}"
+        assert ray_cluster._answers(address)
+        ray_cluster.check_reachable(f"ray://{address}")
+    assert not ray_cluster._answers(address)
+
+
+@pytest.mark.parametrize("address", ["ray://u:hush7Qx@127.0.0.1:1", "u:hush7Qx@127.0.0.1:1", "https://hush7Qx@127.0.0.1:1"])
+def test_an_address_with_a_password_is_not_repeated(address):
+    with pytest.raises(UserError, match=r"^--address") as told:
+        ray_cluster.check_reachable(address)
+    assert "hush7Qx" not in str(told.value)
 
 
 def node(address: str, cpus: float, alive: bool = True, reason: int = 0) -> dict[str, Any]:

@@ -500,9 +500,57 @@ def test_what_cannot_be_trained_is_told_and_leaves_no_folder(tmp_path, change, d
     assert not (tmp_path / "run").exists()
 
 
-def test_a_model_to_start_from_is_refused(unbroken):
-    with pytest.raises(UserError, match="the family toy is trained from weights that the seed tells"):
-        gendist.fit(SPEC, init=gendist.load(unbroken))
+STILL = {"kind": "sgd", "learning_rate": 1e-30}  # moves nothing
+
+
+@pytest.mark.parametrize("is_in_memory", [False, True])
+def test_the_first_weights_are_those_of_the_run_to_start_from(unbroken, no_pictures, tmp_path, is_in_memory):
+    spec = with_fit(num_steps=12, ema=0.0, optimizer=STILL)
+    if is_in_memory:
+        run = gendist.fit(spec, init=gendist.load(unbroken), run_dir=tmp_path / "run")
+    else:
+        run = gendist.fit({**spec, "fit": {**spec["fit"], "init": str(unbroken)}}, run_dir=tmp_path / "run")
+    fresh = gendist.fit(spec).model.tensors()
+    for name, tensor in gendist.load(unbroken).tensors().items():
+        assert torch.equal(run.model.tensors()[name], tensor)
+    assert any(not torch.equal(run.model.tensors()[name], tensor) for name, tensor in fresh.items())
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_starts_from_no_model(unbroken, no_pictures, tmp_path):
+    spec = with_fit(init=str(unbroken), num_steps=30)
+    with pytest.raises(Stop):
+        gendist.fit(spec, run_dir=tmp_path / "run", watch=stop_at(25))
+    gendist.fit(spec, run_dir=tmp_path / "run")
+    alone = gendist.fit(spec, run_dir=tmp_path / "alone")
+    assert sha256(tmp_path / "run") == sha256(alone.path)
+
+
+def test_a_model_to_start_from_brings_its_transforms(no_pictures, tmp_path):
+    x = np.random.default_rng(0).normal(size=(300, 4)) * [1, 10, 100, 1000] + 5000.0
+    spec = {**SPEC, "data": {"transforms": ["standardize"]}}
+    first = gendist.fit(spec, data=x, run_dir=tmp_path / "first")
+    still = with_fit(num_steps=5, ema=0.0, optimizer=STILL, init=str(first.path))
+    run = gendist.fit({**spec, "fit": still["fit"]}, data=2.0 * x)
+    assert torch.equal(run.model.sample(10), first.model.sample(10))
+    with pytest.raises(UserError, match="was fitted behind other transforms"):
+        gendist.fit({**SPEC, "data": {}, "fit": still["fit"]}, data=x)
+
+
+def test_a_model_to_start_from_that_does_not_fit_is_told_and_leaves_no_folder(unbroken, no_pictures, tmp_path):
+    for change, data, expected in (
+        ({"model": {"width": 9}}, None, "is another network than that of this spec"),
+        ({"data": {}}, np.zeros((50, 2)), "has 64 features, the data 2"),
+        (
+            {"family": "vae", "model": {"latent_dim": 2}, "fit": {"num_steps": 2}},
+            None,
+            "this one makes a VariationalAutoencoder",
+        ),
+    ):
+        with pytest.raises(UserError, match=expected):
+            gendist.fit({**SPEC, **change}, data=data, init=gendist.load(unbroken), run_dir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="'nowhere': no artifact that exists"):
+        gendist.fit(with_fit(init="nowhere"), run_dir=tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tmp_path):

@@ -31,16 +31,17 @@ from gendist.bulk.parts import (
     sample_layout,
 )
 from gendist.bulk.single_file import write_file
-from gendist.column_names import SEQUENCE
+from gendist.column_names import LABEL, SEQUENCE
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig, Dataset, Schema, as_rows, as_sequences, identity, open_source
 from gendist.data.domains import MakeBlocks
 from gendist.data.sequence_source import SequenceSource
 from gendist.data.sequences import as_fitted
 from gendist.data.sources import Source
-from gendist.evaluate.score import density_of, rows_through, scores_of_rows, scores_of_sequences
+from gendist.evaluate.score import density_of, rows_through, scores_of_rows, scores_of_sequences, sequences_through
 from gendist.execution import execution
 from gendist.protocols import Block, UserError
+from gendist.storage import path_here
 from gendist.transformed import taken_apart
 
 SPARSE_ROW_BYTES = 1024  # about as much as a row of text comes to
@@ -92,7 +93,8 @@ def sample(
 
     UserError where the artifact, the arguments or what stands at `out` do not allow it.
     """
-    encode = encoder_of(Path(out))
+    out = path_here(out, "--out")
+    encode = encoder_of(out)
     if num_samples < 1:
         raise UserError(f"num_samples {num_samples}; ask for 1 or more")
     loaded = load_artifact(artifact)
@@ -122,7 +124,7 @@ def sample(
         model=loaded.model,
         encode=encode,
     )
-    written = work.write(Path(out), cluster, address, watch)
+    written = work.write(out, cluster, address, watch)
     return written if num_steps is None else replace(written, what="sequences")
 
 
@@ -141,13 +143,14 @@ def score(
     Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
     `sample`.
     """
+    out = path_here(out, "--out")
     loaded = load_artifact(artifact)
     verb = density_of(loaded.model)
     is_sequence = _takes_sequences(loaded.model)
     layout = Layout((verb,), array=verb, numbered=SEQUENCE if is_sequence else "row")
     compute = _score_sequences if is_sequence else _score
     work = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "score"})
-    written = work.write(Path(out), cluster, address, watch)
+    written = work.write(out, cluster, address, watch)
     described = [
         getattr(loaded.model, "density", None),
         "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
@@ -172,10 +175,10 @@ def encode(
 
     The other arguments are those of `score`.
     """
+    out = path_here(out, "--out")
     loaded = load_artifact(artifact)
     model: Any = loaded.model
-    if "encode" in model.not_offered:
-        raise UserError(f"encode: {model.not_offered['encode']}")
+    _require(model, "encode")
     if _takes_sequences(model):
         raise UserError("encode: models of sequences encode each step, in Python: gendist.load(...).encode(sequences)")
     if draw is not None and not hasattr(_untransformed(model), "draw_latents"):
@@ -196,14 +199,75 @@ def encode(
 
     request = {"verb": "encode", "draw": draw, "noise_version": noise.VERSION}
     work = _of_data(artifact, loaded, data, out, layout, encode_part, request, kept)
-    return work.write(Path(out), cluster, address, watch)
+    return work.write(out, cluster, address, watch)
+
+
+def classify(
+    artifact: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    cluster: ClusterConfig = HERE,
+    address: str | None = None,
+    watch: Watch = lambda done, num_rows: None,
+) -> Written:
+    """Write the most probable label of every row of the data, or of every sequence, in their order, as a column `label`, and
+    the probability of each label beside it, as `p_LABEL`. The arguments are those of `score`."""
+    out = path_here(out, "--out")
+    loaded = load_artifact(artifact)
+    model = loaded.model
+    _require(model, "classify")
+    is_sequence = _takes_sequences(model)
+    numbers = (SEQUENCE,) if is_sequence else ()
+    layout = Layout(
+        (*numbers, LABEL, *(f"p_{label}" for label in model.labels)),
+        array="classes",
+        categories={LABEL: model.labels},
+        integers=numbers,
+    )
+    compute = _classify_sequences if is_sequence else _classify
+    written = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "classify"}).write(out, cluster, address, watch)
+    return replace(written, what="sequences" if is_sequence else "rows")
+
+
+def impute(
+    artifact: str | Path,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    draw: int | None = None,
+    cluster: ClusterConfig = HERE,
+    address: str | None = None,
+    watch: Watch = lambda done, num_rows: None,
+) -> Written:
+    """Write every row of the data, in their order, its missing entries filled in: with what is expected of them given the
+    others.
+
+    draw  the seed of draws from what they may be, instead
+
+    The other arguments are those of `score`.
+    """
+    out = path_here(out, "--out")
+    loaded = load_artifact(artifact)
+    _require(loaded.model, "impute")
+    if _takes_sequences(loaded.model):
+        raise UserError("impute: models of sequences fill in steps, in Python: gendist.load(...).impute(sequences)")
+    layout, _ = sample_layout(loaded.model, loaded.schema, None, with_beside=False)
+    request = {"verb": "impute", "draw": draw, "noise_version": noise.VERSION}
+    work = _of_data(artifact, loaded, data, out, layout, partial(_impute, draw), request)
+    return work.write(out, cluster, address, watch)
+
+
+def _require(model: Any, verb: str) -> None:
+    if verb in model.not_offered:
+        raise UserError(f"{verb}: {model.not_offered[verb]}")
 
 
 def _of_data(
     artifact: str | Path,
     loaded: Artifact,
     data: DataConfig,
-    out: str | Path,
+    out: Path,
     layout: Layout | Callable[[Sequence[Block]], Layout],
     compute: Compute,
     request: Mapping[str, Any],
@@ -218,7 +282,7 @@ def _of_data(
     if data.transforms not in ((), transforms.declared if transforms else ()):
         raise UserError(f"data.transforms: those of {artifact} are part of it and are applied; leave others out")
     opened = open_source(data)
-    _check_beside_the_data(Path(out), data, opened.paths)
+    _check_beside_the_data(out, data, opened.paths)
     columns = data.columns or loaded.schema.columns_in(opened.schema.names)
     ignored = {"label": None, "labels": None, "weight": None, "label_fraction": 1.0, "validation_fraction": 0.0}
     config = data.model_copy(update={"columns": columns, **ignored, **kept})
@@ -261,7 +325,7 @@ def _of_data(
         blocks=blocks,
         compute=compute,
         model=loaded.model,
-        encode=encoder_of(Path(out)),
+        encode=encoder_of(out),
     )
 
 
@@ -388,6 +452,26 @@ def _encode(
         latents_NL = rows_through(partial(verb, **options), [block], addressed=draw is not None).double()
         parts.append(latents_NL if block.weights is None else torch.cat([latents_NL, block.weights[:, None]], 1))
     return int(blocks[0].rows[0]), torch.cat(parts).numpy(), {}
+
+
+def _classify(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
+    return int(blocks[0].rows[0]), _label_and_probs(rows_through(model.classify, blocks)), {}
+
+
+def _classify_sequences(model: Any, part: tuple[int, Sequence[Block]]) -> tuple[int, Values, Mapping[str, float]]:
+    first, blocks = part
+    classes = _label_and_probs(sequences_through(model.classify, blocks, first))
+    return first, np.column_stack([np.arange(first, first + len(classes)), classes]), {}
+
+
+def _label_and_probs(log_probs_NC: torch.Tensor) -> Values:
+    """(N, 1 + C) the index of the most probable label, and the probability of each."""
+    return torch.cat([log_probs_NC.argmax(1, keepdim=True), log_probs_NC.exp()], 1).numpy()
+
+
+def _impute(draw: int | None, model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
+    x_ND = rows_through(partial(model.impute, seed=draw), blocks, addressed=True)
+    return int(blocks[0].rows[0]), (x_ND.to_dense() if x_ND.is_sparse_csr else x_ND).double().numpy(), {}
 
 
 def _labels_of(model: Any, block: Block) -> list[Any]:

@@ -55,26 +55,33 @@ def rows_through(verb: Callable[..., Tensor], blocks: Sequence[Block], addressed
 
 
 def scores_of_sequences(model: Any, blocks: Sequence[Block], first: int = 0) -> Tensor:
-    """(S,) log p(x) in nats of the blocks' sequences, which are whole; UserError names the one that has none. first: the number
-    of the first."""
-    scores = []
+    """(S,) log p(x) in nats of the blocks' sequences, which are whole. The arguments are those of `sequences_through`."""
+    return sequences_through(model.log_prob, blocks, first)
+
+
+def sequences_through(verb: Callable[..., Tensor], blocks: Sequence[Block], first: int = 0) -> Tensor:
+    """(S, ...) what a verb says of the blocks' sequences, which are whole; UserError names the one that it refuses.
+
+    first  the number of the first
+    """
+    results = []
     for block in blocks:
         assert block.sequence_bounds is not None
         x_ND = block.x if block.missing is None else block.x.masked_fill(block.missing, torch.nan)
         sequences = [x_ND[start:stop] for start, stop in pairwise(block.sequence_bounds.tolist())]
         try:
-            scores.append(model.log_prob(sequences))
+            results.append(verb(sequences))
         except UserError as error:
             for s, x_TD in enumerate(sequences):
                 try:
-                    model.log_prob([x_TD])
+                    verb([x_TD])
                 except UserError as own:
                     reason = own.reason if isinstance(own, RowError) else str(own).removeprefix("sequence 0 ")
                     step = f", step {own.row}" if isinstance(own, RowError) else ""
                     raise UserError(f"sequence {first + s}{step}: {reason}") from None
             raise error
         first += len(sequences)
-    return torch.cat(scores)
+    return torch.cat(results)
 
 
 def _first_refused(score: Callable[[Tensor], Tensor], x_ND: Tensor, reason: UserError) -> tuple[int, UserError]:

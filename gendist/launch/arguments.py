@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
-SpecArgument = Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
+from gendist.errors import UserError
+from gendist.secrets_in_urls import without_secrets
+
+# Places stay the text that they were given as: a URL that is made a path loses a slash, and with it what is a secret in it.
+SpecArgument = Annotated[str, typer.Argument(metavar="SPEC.yaml", help="What to fit; see configs/.")]
 ArtifactArgument = Annotated[str, typer.Argument(metavar="ARTIFACT", help="A run directory, or its artifact/; or its URL.")]
 Overrides = Annotated[
     list[str] | None,
@@ -29,6 +33,16 @@ JobsAddress = Annotated[
         show_default=False,
     ),
 ]
+
+
+def require_lasting(run_dir: str) -> str:
+    """The run directory. UserError where it would be gone with the process."""
+    if run_dir.startswith("memory://"):
+        raise UserError(
+            f"{without_secrets(run_dir)}: in the memory of this process, and gone with it; give a folder, or a URL such as "
+            "s3://bucket/runs/NAME"
+        )
+    return run_dir
 
 
 def command() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,21 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gendist.launch import job_verbs
-from gendist.launch.arguments import Address, ArtifactArgument, Overrides, SpecArgument, WhereToCompute, command
+from gendist.launch.arguments import (
+    Address,
+    ArtifactArgument,
+    Overrides,
+    SpecArgument,
+    WhereToCompute,
+    command,
+    require_lasting,
+)
 from gendist.launch.job_keeper import INTERRUPTED
 from gendist.started_by import is_by_torchrun, is_first
 
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
+DataArgument = Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")]
+OutOption = Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")]
 
 app = typer.Typer(
     name="gendist",
@@ -96,7 +107,7 @@ def fit(
         for line in sizes(resolved):
             print(f"# {line}")
         return
-    run = _fit(resolved, run_dir or resolved.place_in_storage or f"runs/{resolved.name}", address)
+    run = _fit(resolved, require_lasting(run_dir or resolved.place_in_storage or f"runs/{resolved.name}"), address)
     if not is_first():
         return
     from gendist.launch.summary import next_steps, verbs
@@ -110,7 +121,7 @@ def fit(
 def sample(
     artifact: ArtifactArgument,
     num_samples: Annotated[int, typer.Option("-n", min=1, help="How many samples.")],
-    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv .png")],
+    out: Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv .png")],
     overrides: WhereToCompute = None,
     seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = 0,
     offset: Annotated[int, typer.Option(min=0, help="The row of the seed's endless sample to begin with.")] = 0,
@@ -133,21 +144,23 @@ def sample(
     from gendist.artifact import load_artifact
     from gendist.config import load_cluster_config
     from gendist.pictures import most_shown, save_picture
+    from gendist.storage import path_here
 
     cluster = load_cluster_config(overrides or ())
-    if out.suffix.lower() == ".png":
+    path = path_here(out, "--out")
+    if path.suffix.lower() == ".png":
         loaded = load_artifact(artifact)
         options = bulk.sample_options(loaded.model, length)
         number = min(num_samples, most_shown(loaded.schema))
         x = loaded.model.sample(number, seed=seed, offset=offset, given=given, **options)
-        save_picture(x, loaded.schema, out)
+        save_picture(x, loaded.schema, path)
         num_samples = number
     else:
-        with _writing(out, "samples") as watch:
+        with _writing(path, "samples") as watch:
             written = bulk.sample(
                 artifact,
                 num_samples,
-                out,
+                path,
                 seed=seed,
                 offset=offset,
                 given=given,
@@ -164,18 +177,19 @@ def sample(
 @app.command()
 def score(
     artifact: ArtifactArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
-    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
+    data: DataArgument,
+    out: OutOption,
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
     """Write the log density of every row of DATA, or every sequence, in nats, in their order. An unfinished folder goes on."""
     from gendist import bulk
     from gendist.config import load_data_spec
+    from gendist.storage import path_here
 
-    spec = load_data_spec(data, overrides or ())
-    with _writing(out, "log densities") as watch:
-        written = bulk.score(artifact, spec.data, out, cluster=spec.cluster, address=address, watch=watch)
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "log densities") as watch:
+        written = bulk.score(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
     if written.was_finished:
         print(f"{out} is finished; nothing to do")
     mean = written.sums["log_likelihood"] / written.num_rows
@@ -187,8 +201,8 @@ def score(
 @app.command()
 def encode(
     artifact: ArtifactArgument,
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")],
-    out: Annotated[Path, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")],
+    data: DataArgument,
+    out: OutOption,
     overrides: Overrides = None,
     draw: Annotated[
         int | None,
@@ -205,13 +219,62 @@ def encode(
     """Write the representation of every row of DATA, in their order: latents, or of a mixture its responsibilities."""
     from gendist import bulk
     from gendist.config import load_data_spec
+    from gendist.storage import path_here
 
-    spec = load_data_spec(data, overrides or ())
-    with _writing(out, "latents") as watch:
-        written = bulk.encode(artifact, spec.data, out, draw=draw, cluster=spec.cluster, address=address, watch=watch)
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "latents") as watch:
+        written = bulk.encode(artifact, spec.data, path, draw=draw, cluster=spec.cluster, address=address, watch=watch)
     if written.was_finished:
         print(f"{out} is finished; nothing to do")
     print(f"{written.num_rows:,} rows encoded, in {out}")
+
+
+@app.command()
+def classify(
+    artifact: ArtifactArgument,
+    data: DataArgument,
+    out: OutOption,
+    overrides: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Write the most probable label of every row of DATA, or every sequence, and the probability of each label."""
+    from gendist import bulk
+    from gendist.config import load_data_spec
+    from gendist.storage import path_here
+
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "labels") as watch:
+        written = bulk.classify(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    print(f"{written.num_rows:,} {written.what} classified, in {out}")
+
+
+@app.command()
+def impute(
+    artifact: ArtifactArgument,
+    data: DataArgument,
+    out: OutOption,
+    overrides: Overrides = None,
+    draw: Annotated[
+        int | None,
+        typer.Option(
+            metavar="SEED", min=0, max=2**64 - 1, help="Draw what is missing instead of what is expected.", show_default=False
+        ),
+    ] = None,
+    address: Address = None,
+) -> None:
+    """Write every row of DATA with its missing entries filled in, from what the row has."""
+    from gendist import bulk
+    from gendist.config import load_data_spec
+    from gendist.storage import path_here
+
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, "rows") as watch:
+        written = bulk.impute(artifact, spec.data, path, draw=draw, cluster=spec.cluster, address=address, watch=watch)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    print(f"{written.num_rows:,} rows, in {out}")
 
 
 @app.command()
@@ -222,7 +285,7 @@ def prior(
         typer.Argument(metavar="[key=value ...]", help="Of the mixture's spec: model.num_components=50.", show_default=False),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to keep it; RUN/prior if not given.", show_default=False)
+        str | None, typer.Option(metavar="DIR", help="Where to keep it; RUN/prior if not given.", show_default=False)
     ] = None,
     address: Address = None,
 ) -> None:
@@ -239,7 +302,7 @@ def prior(
     with _interruptible(latent_prior.path / "fit" / "spec.yaml"), fit_progress(console, latent_prior.mixture.fit) as watch:
         fitted = latent_prior.fit(address, watch)
     _tell(latent_prior.mixture, fitted)
-    print(f"\nnext:  {command()} sample {latent_prior.path} -n 64 --out samples.png")
+    print(f"\nnext:  {command()} sample {shlex.quote(str(latent_prior.path))} -n 64 --out samples.png")
 
 
 @app.command()
@@ -320,14 +383,16 @@ def plan(
     features: Annotated[
         int | None, typer.Option(metavar="D", min=1, help="Of a row, where the data are not here.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="The same, for programs.", show_default=False)] = None,
+    out: Annotated[str | None, typer.Option(metavar="FILE.json", help="The same, for programs.", show_default=False)] = None,
 ) -> None:
     """Tell what a fit will hold, send and take on so many workers, and what it assumes; nothing is started."""
     import json
 
     from gendist.config import load_spec
     from gendist.planning import plan_of
+    from gendist.storage import path_here
 
+    path = None if out is None else path_here(out, "--out")
     planned = plan_of(
         load_spec(spec, overrides or ()),
         workers,
@@ -340,8 +405,8 @@ def plan(
         num_rows=rows,
         num_features=features,
     )
-    if out is not None:
-        out.write_text(json.dumps(planned.facts, indent=2, allow_nan=False) + "\n")
+    if path is not None:
+        path.write_text(json.dumps(planned.facts, indent=2, allow_nan=False) + "\n")
     planned.show()
 
 
@@ -370,11 +435,12 @@ def _fit(spec: Any, run_dir: str, address: str | None) -> Any:
 
     from gendist import fitting
     from gendist.launch.progress import fit_progress, log_to
-    from gendist.storage import is_url
+    from gendist.storage import place_of
 
     console = Console(stderr=True, quiet=not is_first())
     log_to(console)
-    with _interruptible(None if is_url(run_dir) else Path(run_dir) / "spec.yaml"), fit_progress(console, spec.fit) as watch:
+    place = place_of(run_dir)
+    with _interruptible(place / "spec.yaml" if isinstance(place, Path) else None), fit_progress(console, spec.fit) as watch:
         run = fitting.fit(spec, run_dir=run_dir, address=address, watch=watch)
     if is_first():
         _tell(spec, run)

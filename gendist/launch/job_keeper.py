@@ -60,7 +60,7 @@ def after_end(code: int, was_told_to_stop: bool, num_ends: int) -> AfterEnd:
     """
     if code in (0, 2):  # 2 is a mistake of the user's, which would be made again
         return AfterEnd.DONE
-    if was_told_to_stop or code == INTERRUPTED:
+    if was_told_to_stop:  # which Ray tells this process before that one; whatever else ended that one alone is no wish to stop
         return AfterEnd.STOPPED
     return AfterEnd.GO_ON if num_ends < MAX_ENDS else AfterEnd.GIVE_UP
 
@@ -145,6 +145,8 @@ class Keeper:
 
 
 def _how(code: int) -> str:
+    if code == INTERRUPTED:
+        return "was told to stop by something else than this job"
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
 
 

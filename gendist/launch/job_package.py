@@ -8,6 +8,7 @@ folder where it is unpacked, on every node.
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -39,6 +40,14 @@ class Package:
 
     job: Mapping[str, Any]
     files: tuple[str, ...]
+
+    def digest(self) -> str:
+        """Of the files and their names."""
+        found = hashlib.sha256()
+        for name in self.files:
+            with open(name, "rb") as file:
+                found.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return found.hexdigest()
 
     def write(self, folder: Path, here: Path) -> None:
         """As a folder that can be packed: links to the files. `here` is where they are."""
@@ -124,7 +133,7 @@ def _inside(folder: str, field: str) -> Iterator[str]:
 def _name(path: str, field: str) -> str:
     """The place of a file in this folder."""
     name = os.path.relpath(path)
-    if name.startswith(os.pardir):
+    if name.partition(os.sep)[0] == os.pardir:
         raise UserError(
             f"{field}: {name}: outside of this folder, and only what is in it is sent; call the command in a folder above it, "
             "or give an absolute path or a URL that every node can read"

@@ -8,7 +8,7 @@ import typer
 
 from gendist.launch.arguments import JobsAddress, Overrides, SpecArgument
 
-JobArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name of the spec, or the id of a job.")]
+JobArgument = Annotated[str, typer.Argument(metavar="NAME", help="The name of the spec, or the id of a run or of a job.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,8 +40,9 @@ def submit(
     resolved = load_spec(spec, overrides or ())
     if dry_run:
         from gendist.launch.job_package import package
-        from gendist.launch.submission import kept_in, run_id
+        from gendist.launch.submission import kept_in, require_workers, run_id
 
+        require_workers(resolved)
         kept = kept_in(resolved, run_dir)
         print(resolved.to_yaml(), end="")
         print(f"# {run_id(resolved, kept)}, which would be kept in {kept}")

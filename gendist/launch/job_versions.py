@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gendist.errors import UserError
+from gendist.machine import NOT_INSTALLED
 
 # To so many places; those of the tested packages that a result depends on.
 COMPARED = {"ray": 3, "python": 2, "torch": 2, "numpy": 2, "pyarrow": 2}
 
 
 def check_versions(here: Mapping[str, str], there: Mapping[str, str]) -> None:
-    """UserError where they differ, with both; what either does not know is passed over. The build ("+cpu") may differ."""
+    """UserError where they differ, with both. What is not installed here is no matter; nor what nothing is said of there, as a
+    head says nothing of torch. The build ("+cpu") may differ."""
     different = [
         f"{package} is {here[package]} here and {there[package]} there"
         for package, places in COMPARED.items()
-        if package in here and package in there and _places(here[package], places) != _places(there[package], places)
+        if here.get(package, NOT_INSTALLED) != NOT_INSTALLED
+        and package in there
+        and _places(here[package], places) != _places(there[package], places)
     ]
     if different:
         raise UserError(

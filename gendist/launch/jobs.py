@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
-from gendist.config import Spec
+from gendist.config import Spec, flat
 from gendist.launch.arguments import command
 from gendist.launch.job_keeper import INTERRUPTED, MAX_ENDS
 from gendist.launch.job_lines import Message, Progress, heard, reached
@@ -37,7 +37,9 @@ from gendist.launch.submission import (
     find,
     kept_in,
     newest_attempts,
+    require_workers,
     run_id,
+    state_of,
 )
 from gendist.launch.summary import next_steps
 from gendist.machine import versions
@@ -89,11 +91,7 @@ class Submission:
     @classmethod
     def of(cls, spec: Spec, run_dir: str | None, address: str | None, tell: Tell) -> Submission:
         """UserError where it could not be done on any cluster, or not on this one."""
-        if spec.cluster.num_workers == 0:
-            raise UserError(
-                "cluster.num_workers is 0, which computes in one process; say how many workers of the cluster are to do it, "
-                "such as cluster.num_workers=4"
-            )
+        require_workers(spec)
         submission = cls(spec, kept_in(spec, run_dir), RayJobs.at(address), tell)
         submission._package()
         check_versions(versions(), submission.jobs.versions())
@@ -105,16 +103,16 @@ class Submission:
         for _ in range(RACES):
             match decide(run, self.jobs.attempts(), again):
                 case Attach(attempt):
-                    self.tell(f"{attempt.submission_id} is {attempt.state.value}; attached{self._other_workers(attempt)}")
+                    self.tell(f"{attempt.submission_id} is {attempt.state.value}; attached{self._differing(attempt)}")
                     return attempt
                 case Finished(attempt):
                     self.tell(
                         f"{attempt.submission_id} is finished, in {self.run_dir}; nothing to do (where it was removed, --again "
-                        "fits it once more)"
+                        f"fits it once more){self._other_files(attempt)}"
                     )
                     return attempt
                 case Resume(submission_id, broken):
-                    said = f"{broken.submission_id} was {broken.state.value}; {submission_id} goes on in {self.run_dir}"
+                    said = f"{broken.submission_id} was {state_of(broken)}; {submission_id} goes on in {self.run_dir}"
                 case Start(submission_id):
                     said = f"submitted {submission_id}, which is kept in {self.run_dir}"
             try:
@@ -125,16 +123,26 @@ class Submission:
             return Attempt(submission_id, State.PENDING)
         raise UserError(f"{run}: others submit and stop the same all the time; look at `{command()} status`")
 
-    def _other_workers(self, attempt: Attempt) -> str:
-        """What of the spec is no part of a run's identity, and other than what the job was submitted with."""
-        there, wanted = attempt.said("num_workers"), str(self.spec.cluster.num_workers)
-        if there in (None, wanted):
+    def _differing(self, attempt: Attempt) -> str:
+        """What is no part of a run's identity, and other than what the job was submitted with."""
+        there, wanted = json.loads(attempt.said("how") or "{}"), self._how()
+        other = [f"{key}={there[key]}, not {wanted[key]}" for key in wanted if key in there and there[key] != wanted[key]]
+        has = f" (it has {'; '.join(other)}; to change that, stop it and submit again)" if other else ""
+        return has + self._other_files(attempt)
+
+    def _how(self) -> dict[str, Any]:
+        """Where and how it computes, by dotted keys; but where the run is kept, which is told apart."""
+        return {key: value for key, value in flat(self.spec.surroundings()).items() if key != "cluster.storage"}
+
+    def _other_files(self, attempt: Attempt) -> str:
+        if attempt.said("files") in (None, self._package().digest()):
             return ""
-        return f" (it has cluster.num_workers={there}, not {wanted}; to change that, stop it and submit again)"
+        return "; the files of this folder that it was sent have changed since, and are not looked at"
 
     def _submit(self, submission_id: str) -> None:
         with tempfile.TemporaryDirectory(prefix="gendist-job-") as folder:
-            self._package().write(Path(folder), Path.cwd())
+            packed = self._package()
+            packed.write(Path(folder), Path.cwd())
             goal = getattr(self.spec.fit, "num_steps", None) or getattr(self.spec.fit, "max_iterations", "")
             try:
                 self.jobs.submit(
@@ -144,7 +152,8 @@ class Submission:
                         "gendist_name": self.spec.name,
                         "gendist_run_dir": self.run_dir,
                         "gendist_goal": str(goal),
-                        "gendist_num_workers": str(self.spec.cluster.num_workers),
+                        "gendist_how": json.dumps(self._how()),
+                        "gendist_files": packed.digest(),
                     },
                     {
                         "working_dir": folder,
@@ -327,11 +336,13 @@ def status(name_or_id: str | None, address: str | None) -> list[str]:
     attempts = jobs.attempts()
     if name_or_id is None:
         return (
-            _table([_row(jobs, attempt) for attempt in newest_attempts(attempts)]) if attempts else ["no jobs of gendist there"]
+            _table([_row(jobs, attempt, attempt.submission_id) for attempt in newest_attempts(attempts)])
+            if attempts
+            else ["no jobs of gendist there"]
         )
     meant = find(attempts, name_or_id)
     same = sorted((attempt for attempt in attempts if attempt.run_id == meant.run_id), key=lambda attempt: attempt.number)
-    lines = _table([_row(jobs, attempt) for attempt in same])
+    lines = _table([_row(jobs, attempt, attempt.name_alone) for attempt in same])
     said = [text for text, _ in map(heard, jobs.last_lines(meant, LAST_LINES)) if text.strip()]
     return [*lines, "", *said[-5:]] if said else lines
 
@@ -359,7 +370,7 @@ def stop(name_or_id: str, address: str | None, tell: Tell) -> int:
     jobs.versions()
     attempt = find(jobs.attempts(), name_or_id)
     if attempt.state.has_ended:
-        tell(f"{attempt.submission_id} is {attempt.state.value}; nothing to do")
+        tell(f"{attempt.submission_id} is {state_of(attempt)}; nothing to do")
         return 0
     jobs.stop(attempt.submission_id)
     tell(f"{attempt.submission_id} is told to leave a checkpoint and stop (within {STOP_WAIT_S} s)")
@@ -369,7 +380,7 @@ def stop(name_or_id: str, address: str | None, tell: Tell) -> int:
             attempt = jobs.attempt(attempt.submission_id)
         if attempt.state.has_ended:
             kept = "; submitted again, it goes on from where it was" if end_of(attempt) is not End.FINISHED else ""
-            tell(f"{attempt.submission_id} is {attempt.state.value}{kept}")
+            tell(f"{attempt.submission_id} is {state_of(attempt)}{kept}")
             return 0
         time.sleep(PAUSE_S)
         if attempt.state is State.PENDING:  # there was nobody yet to hear it
@@ -389,7 +400,7 @@ def shown(line: str) -> str:
     return text + (json.dumps(message.value) if message.kind == "record" else f"error: {message.value}")
 
 
-def _row(jobs: RayJobs, attempt: Attempt) -> tuple[str, ...]:
+def _row(jobs: RayJobs, attempt: Attempt, job: str) -> tuple[str, ...]:
     records = [
         message.value
         for _, message in map(heard, jobs.last_lines(attempt, LAST_LINES))
@@ -397,12 +408,12 @@ def _row(jobs: RayJobs, attempt: Attempt) -> tuple[str, ...]:
     ]
     return (
         attempt.name,
-        attempt.state.value,
+        state_of(attempt),
         str(attempt.number),
         datetime.fromtimestamp(attempt.started_s).strftime("%Y-%m-%d %H:%M"),
         reached(records[-1], attempt.said("goal")) if records else "-",
         attempt.said("run_dir") or "-",
-        attempt.submission_id,
+        job,
     )
 
 

@@ -27,6 +27,7 @@ LOG_TIMEOUT_S = 8.0  # for the end of a log, whose node may be gone without a wo
 UPLOAD_TIMEOUT_S = 300.0
 SILENCE_S = 3.0  # after which it is said that a log has nothing new
 HEARTBEAT_S = 20.0  # of a connection that waits for what a log will say
+LEFT_OUT = "RAY_OVERRIDE_RUNTIME_ENV_DEFAULT_EXCLUDES"  # folders that Ray does not pack: .git, .venv, venv, __pycache__
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 STATES = {
     "PENDING": State.PENDING,
@@ -205,13 +206,29 @@ class RayJobs:
 
 
 class _Client(JobSubmissionClient):
-    """Ray's own, which packs and uploads; with an address that the environment does not overrule, and bounded waits."""
+    """Ray's own, which packs and uploads; with an address that the environment does not overrule, and bounded waits. Of the
+    working folder all is packed, since all of it is named by the spec, and of modules all but what was compiled here."""
 
     def __init__(self, address: str, headers: dict[str, str]):
         self._client_ray_version = ray.__version__
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.ERROR)
         SubmissionClient.__init__(self, address, headers=headers)
+
+    def _upload_working_dir_if_needed(self, runtime_env: dict[str, Any]) -> None:
+        before = os.environ.get(LEFT_OUT)
+        os.environ[LEFT_OUT] = ""
+        try:
+            super()._upload_working_dir_if_needed(runtime_env)
+        finally:
+            del os.environ[LEFT_OUT]
+            if before is not None:
+                os.environ[LEFT_OUT] = before
+
+    def _upload_py_modules_if_needed(self, runtime_env: dict[str, Any]) -> None:
+        runtime_env["excludes"] = ["__pycache__"]
+        super()._upload_py_modules_if_needed(runtime_env)
+        del runtime_env["excludes"]
 
     def _do_request(self, method: str, endpoint: str, *, data: Any = None, json_data: Any = None, **others: Any) -> Any:
         with requests.Session() as session:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from gendist.config import Spec
+from gendist.launch.arguments import require_lasting
 from gendist.launch.job_keeper import INTERRUPTED
 from gendist.protocols import UserError
 from gendist.storage import is_url, place_of
@@ -41,13 +44,24 @@ def kept_in(spec: Spec, run_dir: str | None) -> str:
             "no run directory: give --run-dir (a folder that all nodes of the cluster share, or a URL such as "
             "s3://bucket/runs/NAME), or cluster.storage in the spec"
         )
-    place = str(place_of(run_dir))
+    place = place_of(require_lasting(run_dir))
+    if isinstance(place, Path):
+        place = os.path.normpath(place)  # one folder is one run, however it is called
     if not is_of_the_cluster(place):
         raise UserError(
             f"{run_dir}: a relative path means nothing on a cluster; give the absolute path of a folder that all nodes share, "
             "or a URL such as s3://bucket/runs/NAME"
         )
     return place
+
+
+def require_workers(spec: Spec) -> None:
+    """UserError where the fit would compute in one process, which is not what a cluster is for."""
+    if spec.cluster.num_workers == 0:
+        raise UserError(
+            "cluster.num_workers is 0, which computes in one process; say how many workers of the cluster are to do it, "
+            "such as cluster.num_workers=4"
+        )
 
 
 def is_of_the_cluster(path: str) -> bool:
@@ -95,6 +109,11 @@ class Attempt:
     def number(self) -> int:
         later = re.search(r"-[0-9a-f]{12}-(\d+)$", self.submission_id)
         return int(later[1]) if later else 1
+
+    @property
+    def name_alone(self) -> str:
+        """That of no other attempt: of the first the id is that of the run, too, which stands for the newest."""
+        return f"{self.run_id}-{self.number}"
 
     def said(self, key: str) -> str | None:
         return (self.metadata or {}).get(f"gendist_{key}")
@@ -169,10 +188,15 @@ def end_of(attempt: Attempt) -> End:
     return End.LOST if is_killed or attempt.error_type in LOST else End.FAILED
 
 
+def state_of(attempt: Attempt) -> str:
+    """What people are told of it: where it has ended, what that means."""
+    return end_of(attempt).value if attempt.state.has_ended else attempt.state.value
+
+
 def find(attempts: Sequence[Attempt], name_or_id: str) -> Attempt:
     """The job that is meant: by its id, or by the name of its spec the newest attempt. UserError where it is not one."""
     for attempt in attempts:
-        if attempt.submission_id == name_or_id and name_or_id != attempt.run_id:
+        if attempt.name_alone == name_or_id:
             return attempt
     meant = newest_attempts(attempt for attempt in attempts if name_or_id in (attempt.name, attempt.run_id))
     at_work = [attempt for attempt in meant if not attempt.state.has_ended] or meant

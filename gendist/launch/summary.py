@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from gendist.config import Spec
@@ -39,5 +40,5 @@ def verbs(model: Any) -> list[str]:
 
 def next_steps(commands: list[str], program: str, run: Any) -> list[str]:
     """The same, as a person would type them."""
-    lines = [line.format(program=program, run=run) for line in commands]
+    lines = [line.format(program=program, run=shlex.quote(str(run))) for line in commands]
     return [f"next:  {lines[0]}", *(f"       {line}" for line in lines[1:])]

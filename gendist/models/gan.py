@@ -40,7 +40,7 @@ PENALTY = Phase("penalty", "discriminator")
 GENERATOR = Phase("generator", "generator")
 
 # What D judges in a phase, each with noise of its own: the ends of the names of its draws.
-OF_REAL, OF_FAKE, OF_OTHER = "", "_of_fake", "_of_other"
+OF_REAL, OF_FAKE, OF_OTHER, OF_AGAIN = "", "_of_fake", "_of_other", "_of_again"
 
 HAS_WON = 0.99  # D's accuracy, over many samples, from which G has nothing to learn from
 
@@ -305,7 +305,8 @@ class GenerativeAdversarialNetwork:
         of_real = [OF_REAL] if phase != GENERATOR or self._is_semi_supervised else []
         of_fake = [OF_FAKE] if phase != PENALTY else []
         of_other = [OF_OTHER] if "other_latent" in draws else []
-        for judged in (*of_real, *of_fake, *of_other):
+        of_again = [OF_AGAIN] if phase == DISCRIMINATOR and self.config.consistency_weight else []
+        for judged in (*of_real, *of_fake, *of_other, *of_again):
             if width := num_uniforms(self.config.augmentation):
                 draws[f"augmentation{judged}"] = Draw("uniform", width)
             if width := noise_width(self.discriminator):
@@ -332,6 +333,8 @@ class GenerativeAdversarialNetwork:
             counts |= {"real": total_weight(batch), "fake": self._num_samples(batch)}
             if self._is_semi_supervised:
                 counts["labelled"] = float((batch.is_labelled * batch.weights_or_ones()).sum())
+            if self.config.consistency_weight:
+                counts["consistency"] = total_weight(batch)
         return counts
 
     def _num_samples(self, batch: Block) -> float:
@@ -355,6 +358,9 @@ class GenerativeAdversarialNetwork:
                 labelled_B = batch.is_labelled.to(real.device)
                 evidence_BC = torch.zeros_like(outputs) if batch.evidence is None else batch.evidence
                 terms["labelled"] = weighted_sum(labelled_B * semi_supervised.cross_entropy(outputs, evidence_BC), batch)
+                if self.config.consistency_weight:
+                    inconsistency_B = semi_supervised.inconsistency(outputs, self._judged(real, noise, OF_AGAIN))
+                    terms["consistency"] = self.config.consistency_weight * weighted_sum(inconsistency_B, batch)
             terms |= {"real": weighted_sum(of_real_B, batch), "fake": self._sum_of_samples(of_fake_B, batch)}
             watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum()}
             if self.config.loss != "wasserstein":  # of which any number may be added to the logits

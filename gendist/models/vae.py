@@ -37,6 +37,7 @@ from gendist.protocols import Block, Draw, LabelCounts, Loss, Phase, SampleAddre
 TRAINING = Phase("autoencoder", "autoencoder")
 IS_ACTIVE = 0.01  # variance of a latent's mean over the data, from which it counts as active (IWAE section 5.2)
 COLLAPSED = 0.1  # nats, below which latents say nothing of a sample
+UNSCALED = 100.0  # nats a feature, above which a normal distribution of any width suits x better
 SAMPLES_AT_ONCE = 10  # importance samples of a tile
 NUMBERS_AT_ONCE = 2**24  # of the decoder's output, over all rows, classes and samples of a tile: 64 MB
 LOW, HIGH = -3.0, 3.0  # of a latent dimension that is moved, in standard deviations of the prior
@@ -348,21 +349,23 @@ class VariationalAutoencoder:
 
     # Samples
 
-    def sample(self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, mean: bool = True) -> Tensor:
+    def sample(
+        self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, mean: bool | None = None
+    ) -> Tensor:
         """(num_samples, D) rows offset.. of the endless sample that belongs to the seed; with labels of p(x | y) where y is
         given, one or one for each row, else of all classes, which are equally frequent.
 
         mean  whether a row is the mean of p(x | z), as is usual for images, or a draw from it, which has the noise of the
-              likelihood: then rows are samples of p(x)
+              likelihood: then rows are samples of p(x). None: as `model.samples` has it
         """
         z_NL, classes_N = self._drawn(SampleAddress(num_samples, seed, offset, given))
+        gives_means = self._samples_are_means if mean is None else mean
 
         def tile(first: int, z_TL: Tensor) -> Tensor:
             classes_T = None if classes_N is None else tile_of(classes_N, first - offset).to(z_TL.device)
-            if mean:
+            if gives_means:
                 return self._mean(z_TL, classes_T)
-            uniform_TD = Noise(seed, "sample.x").uniform(first, TILE, self.num_features).to(z_TL.device)
-            return self.autoencoder.likelihood.draw(self.autoencoder.decoded(z_TL, classes_T), uniform_TD)
+            return self._draw(z_TL, classes_T, self._uniform(seed, first, TILE))
 
         with evaluating(self.autoencoder):
             return map_in_tiles(tile, z_NL, self._device, offset)
@@ -371,9 +374,15 @@ class VariationalAutoencoder:
         """What `sample` makes of each address: rows of several share a tile."""
         z, classes = zip(*(self._drawn(address) for address in addresses), strict=True)
         classes_N = torch.cat(classes) if self.labels else None
+        uniform_ND = None
+        if not self._samples_are_means:
+            uniform_ND = torch.cat([self._uniform(each.seed, each.offset, max(each.num_samples, 0)) for each in addresses])
 
         def tile(first: int, z_TL: Tensor) -> Tensor:
-            return self._mean(z_TL, None if classes_N is None else tile_of(classes_N, first).to(z_TL.device))
+            classes_T = None if classes_N is None else tile_of(classes_N, first).to(z_TL.device)
+            return (
+                self._mean(z_TL, classes_T) if uniform_ND is None else self._draw(z_TL, classes_T, tile_of(uniform_ND, first))
+            )
 
         with evaluating(self.autoencoder):
             x_ND = map_in_tiles(tile, torch.cat(z), self._device)
@@ -401,8 +410,19 @@ class VariationalAutoencoder:
             raise UserError("sample_classes: it is fitted without labels")
         return draw_latents(torch.ones(len(self.labels), dtype=torch.float64), seed, "sample.class", offset, num_samples)
 
+    @property
+    def _samples_are_means(self) -> bool:
+        return self.layout.is_image if self.config.samples is None else self.config.samples == "means"
+
     def _mean(self, z_TL: Tensor, classes_T: Tensor | None) -> Tensor:
         return self.autoencoder.likelihood.mean(self.autoencoder.decoded(z_TL, classes_T))
+
+    def _draw(self, z_TL: Tensor, classes_T: Tensor | None, uniform_TD: Tensor) -> Tensor:
+        return self.autoencoder.likelihood.draw(self.autoencoder.decoded(z_TL, classes_T), uniform_TD.to(z_TL.device))
+
+    def _uniform(self, seed: int, first: int, num_rows: int) -> Tensor:
+        """(num_rows, D) what the draws of x of the rows first.. of a sample are made of."""
+        return Noise(seed, "sample.x").uniform(first, num_rows, self.num_features)
 
     # Ways through the latents
 
@@ -531,13 +551,23 @@ class VariationalAutoencoder:
 
     def remarks(self, results: Mapping[str, Any]) -> tuple[str, ...]:
         """What the last record of a fit says that nobody should overlook."""
-        kl = results.get("validation/kl", results.get("autoencoder/kl"))
-        if kl is None or kl > COLLAPSED:
-            return ()
-        return (
-            f"the posterior has collapsed: latents carry {kl:.2g} nats of a sample, and the decoder makes nothing of them; try "
-            "model.kl_warmup_steps, model.free_bits or a smaller model.beta",
+        kl, negative_elbo = (
+            results.get(f"validation/{name}", results.get(f"autoencoder/{name}")) for name in ("kl", "negative_elbo")
         )
+        remarks = []
+        if kl is not None and kl <= COLLAPSED:
+            remarks.append(
+                f"the posterior has collapsed: latents carry {kl:.2g} nats of a sample, and the decoder makes nothing of them; "
+                "try model.kl_warmup_steps, model.free_bits or a smaller model.beta"
+            )
+        # The scale is learned, and a normal distribution of any width beside the data's comes to a few nats.
+        is_learned = self.config.likelihood == "gaussian" and self.config.scale is None
+        if is_learned and negative_elbo is not None and negative_elbo > UNSCALED * self.num_features:
+            remarks.append(
+                f"a sample takes {negative_elbo:.2g} nats: columns are large for fresh networks; let them have mean 0 and "
+                "variance 1 (data.transforms: [standardize]), or train for longer"
+            )
+        return tuple(remarks)
 
     def needs_whole_batch(self, phase: Phase) -> str | None:
         return None

@@ -44,7 +44,27 @@ def place_of(given: str | Path) -> Path | str:
     for scheme in FOLDERS:
         if text.startswith(scheme):
             return Path(text.removeprefix(scheme))
-    return text.rstrip("/")
+    scheme = text[: text.index("://") + 3]
+    return scheme + text.removeprefix(scheme).rstrip("/")
+
+
+def below(given: str | Path, name: str) -> str:
+    """Where something of this name is kept that is in such a place."""
+    place = place_of(given)
+    return str(place / name) if isinstance(place, Path) else f"{place}{'' if place.endswith('/') else '/'}{name}"
+
+
+def path_here(given: str | Path, option: str) -> Path:
+    """The path of what is written in this machine's file system alone. UserError where a URL of a store is given."""
+    text = str(given)
+    if BROKEN_URL.match(text):
+        text = text.replace(":/", "://", 1)
+    if is_url(text):
+        raise UserError(
+            f"{option} {without_secrets(text)}: a URL, and only files and folders of this machine can be written; give a path, "
+            "and copy what is there to the store"
+        )
+    return Path(place_of(text))
 
 
 def absolute(given: str | Path) -> str:

@@ -50,6 +50,8 @@ class OptimizerConfig(_Block):
 class DeepConfig(_Block):
     """
     num_steps          optimizer steps
+    init               an artifact or run directory whose weights are the first ones, of the same networks; left out: weights
+                       that the seed tells. Optimizers begin anew
     global_batch_size  samples a step, over all processes
     labelled_batch_size  how many of them have a label, where few rows have one (data.label): these come up the more often, and
                        every micro-batch has its share. Left out: as they come
@@ -77,6 +79,7 @@ class DeepConfig(_Block):
     """What may be another when a run is resumed: it tells how fast and where a step is computed, and not which step it is."""
 
     num_steps: int = Field(default=1000, ge=1)
+    init: str | None = Field(default=None, min_length=1)
     global_batch_size: int = Field(default=128, ge=1)
     labelled_batch_size: int | None = Field(default=None, ge=1)
     micro_batch_size: int | None = Field(default=None, ge=1)

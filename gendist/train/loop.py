@@ -155,7 +155,10 @@ def _total_counts(
 
 def _explanation(step: int, phase: Phase, not_finite: Mapping[str, float], norm: float, config: DeepConfig) -> str:
     what = ", ".join(f"{phase.name}/{name} is {value}" for name, value in not_finite.items())
-    advice = "lower the learning rate, clip the gradient (fit.optimizer.gradient_clipping), or set fit.on_nan: skip_batch"
+    advice = (
+        "lower the learning rate, clip the gradient (fit.optimizer.gradient_clipping), scale columns that are large "
+        "(data.transforms), or set fit.on_nan: skip_batch"
+    )
     if config.on_nan == "skip_batch":
         advice = f"{MAX_SKIPPED_IN_A_ROW} batches in a row were skipped: lower the learning rate, or look at the data"
     return f"at the step with index {step}: {what or f'the gradient of {phase.name} has the norm {norm}'}; {advice}"

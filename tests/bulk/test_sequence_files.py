@@ -248,6 +248,22 @@ def test_samples_of_a_model_for_each_class_say_which(tmp_path):
     assert table["label"].tolist() == np.repeat(names, 3).tolist()
 
 
+def test_each_sequence_has_a_label(tmp_path):
+    y = ["even" if i % 2 else "odd" for i in range(len(SEQUENCES))]
+    model = {"num_states": 2, "labels": "classes"}
+    spec = {"name": "classes", "family": "hmm", "model": model, "fit": {"max_iterations": 1}, "data": {"label": "y"}}
+    gendist.fit(spec, data={"x": SEQUENCES, "y": y}, run_dir=tmp_path / "run")
+    rows = [{"id": s, "a": x[0], "b": x[1]} for s, sequence in enumerate(SEQUENCES) for x in np.asarray(sequence).tolist()]
+    pd.DataFrame(rows).to_parquet(tmp_path / "long.parquet", index=False)
+    data = DataConfig(path=str(tmp_path / "long.parquet"), sequence="id", columns=["a", "b"])
+    assert bulk.classify(tmp_path / "run", data, tmp_path / "parts").what == "sequences"
+    table = pd.read_parquet(tmp_path / "parts")
+    assert table["sequence"].tolist() == list(range(len(SEQUENCES)))
+    expected = gendist.load(tmp_path / "run").classify(SEQUENCES).exp().numpy()
+    np.testing.assert_allclose(table[["p_even", "p_odd"]], expected, rtol=1e-9, atol=1e-300)
+    assert table["label"].tolist() == np.array(["even", "odd"])[expected.argmax(1)].tolist()
+
+
 def test_pictures(chains, tmp_path):
     """Lines over time; of images, images, unless another length makes none of them."""
     artifact = load_artifact(chains / "run")

@@ -20,6 +20,7 @@ from gendist.bulk import work
 from gendist.config import ClusterConfig
 from gendist.data import DataConfig
 from gendist.evaluate.score import scores_of_rows
+from gendist.launch import cli
 from gendist.models.gmm import GaussianMixture
 from gendist.protocols import Block, UserError, as_matrix
 
@@ -235,3 +236,79 @@ def test_the_first_row_that_a_model_refuses_is_named(tmp_path, is_sparse):
         block = Block(as_matrix(scipy.sparse.csr_array(wrong)) if is_sparse else torch.from_numpy(wrong), rows)
         with pytest.raises(UserError, match=f"^row {1000 + row}: x has the entry -3; poisson columns hold 0 and more$"):
             scores_of_rows(fitted, [block])
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory) -> Path:
+    """run/, a naive Bayes of three kinds of columns, and people.parquet, rows for it of which some lack entries."""
+    folder, rng = tmp_path_factory.mktemp("people"), np.random.default_rng(0)
+    is_gold = rng.random(600) < 0.3
+    frame = pd.DataFrame(
+        {
+            "age": rng.normal(np.where(is_gold, 55.0, 30.0), 5.0),
+            "visits": rng.poisson(np.where(is_gold, 9.0, 2.0)).astype(float),
+            "country": np.where(rng.random(600) < np.where(is_gold, 0.8, 0.2), "FR", "DE"),
+            "plan": np.where(is_gold, "gold", "basic"),
+        }
+    )
+    spec = {"name": "people", "family": "naive_bayes", "model": {"kind": "mixed"}, "data": {"label": "plan"}}
+    gendist.fit(spec, data=frame, run_dir=folder / "run")
+    frame.loc[3, "age"] = frame.loc[500, "visits"] = np.nan
+    frame.loc[[7, 8], "country"] = None
+    frame.drop(columns="plan").to_parquet(folder / "people.parquet", index=False)
+    return folder
+
+
+def as_codes(frame: pd.DataFrame) -> np.ndarray:
+    codes = frame["country"].map({"DE": 0.0, "FR": 1.0})
+    return frame.assign(country=codes)[["age", "visits", "country"]].to_numpy(dtype=float)
+
+
+@pytest.mark.parametrize("name", ["parts", "all.parquet", "all.csv"])
+def test_labels_and_their_probabilities_are_those_of_the_model(people, tmp_path, name):
+    data = DataConfig(path=str(people / "people.parquet"))
+    assert bulk.classify(people / "run", data, tmp_path / name).num_rows == 600
+    frame = pyarrow.csv.read_csv(tmp_path / name).to_pandas() if name == "all.csv" else pd.read_parquet(tmp_path / name)
+    assert list(frame) == ["label", "p_basic", "p_gold"]
+    expected = gendist.load(people / "run").classify(as_codes(pd.read_parquet(people / "people.parquet"))).exp().numpy()
+    np.testing.assert_allclose(frame[["p_basic", "p_gold"]].to_numpy(), expected, rtol=1e-12, atol=1e-300)
+    assert frame["label"].tolist() == np.where(expected[:, 1] > expected[:, 0], "gold", "basic").tolist()
+
+
+@pytest.mark.parametrize("draw", [None, 3])
+def test_rows_are_filled_in_as_the_model_does_it_in_the_words_of_the_data(people, tmp_path, draw):
+    data, given = DataConfig(path=str(people / "people.parquet")), pd.read_parquet(people / "people.parquet")
+    bulk.impute(people / "run", data, tmp_path / "all.parquet", draw=draw)
+    bulk.impute(people / "run", data, tmp_path / "parts", draw=draw)
+    filled = pd.read_parquet(tmp_path / "all.parquet")
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "parts"), filled)
+    expected = gendist.load(people / "run").impute(as_codes(given), seed=draw).numpy()
+    np.testing.assert_allclose(as_codes(filled), expected, rtol=1e-12)
+    assert list(filled) == list(given)
+    assert not filled.isna().any().any()
+    has = given.notna()
+    assert (filled.where(has) == given.where(has)).where(has, True).all().all()
+
+
+@pytest.mark.parametrize(("verb", "reason"), [("classify", "components are not classes"), ("impute", "complete rows")])
+def test_a_verb_that_a_family_lacks_is_refused_with_its_reason(folder, tmp_path, verb, reason):
+    if verb == "impute":
+        spec = {"name": "v", "family": "vae", "model": {"latent_dim": 2, "likelihood": "gaussian"}, "fit": {"num_steps": 2}}
+        gendist.fit(spec, data=np.random.default_rng(0).normal(size=(200, 3)), run_dir=tmp_path / "run")
+    run = folder / "run" if verb == "classify" else tmp_path / "run"
+    with pytest.raises(UserError, match=f"^{verb}: .*{reason}"):
+        getattr(bulk, verb)(run, DataConfig(path=str(folder / "data.parquet")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_and_filled_rows_from_the_command_line(people, tmp_path, monkeypatch, capsys):
+    run, data = str(people / "run"), str(people / "people.parquet")
+    for arguments, said in (
+        (["classify", run, data], "600 rows classified"),
+        (["impute", run, data, "--draw", "3"], "600 rows, in"),
+    ):
+        out = tmp_path / f"{arguments[0]}.parquet"
+        monkeypatch.setattr("sys.argv", ["launch.py", *arguments, "--out", str(out)])
+        cli.main()
+        assert said in capsys.readouterr().out
+        assert pq.read_metadata(out).num_rows == 600

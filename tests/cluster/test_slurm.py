@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,22 @@ def test_without_a_spec_it_says_how_it_is_called(tmp_path):
     done = subprocess.run(["bash", SCRIPT], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode != 0
     assert "usage: sbatch" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["nowhere.yaml"], ["spec.yaml", "model.num_component=3"]])
+def test_a_mistake_in_the_spec_ends_the_job_before_any_node_is_asked_for_anything(tmp_path, arguments):
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({"name": "a", "family": "gmm", "model": {"num_components": 2}}))
+    slurm = fake_slurm.installed(tmp_path, {"node0": None})
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    environment = {**os.environ, **slurm, "RUNS": str(tmp_path / "runs"), "ENVIRONMENT": str(environment_of_python(tmp_path))}
+    done = subprocess.run(
+        ["bash", SCRIPT, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert not (tmp_path / "asked").exists()
+    assert not (tmp_path / "requeued").exists()
 
 
 @pytest.mark.ray

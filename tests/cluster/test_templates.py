@@ -4,8 +4,11 @@ KubeRay's reference where not. Nothing here calls a cloud, or a cluster. The Ser
 from __future__ import annotations
 
 import copy
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -119,6 +122,42 @@ def test_the_launcher_installs_what_there_is(name):
     extras = set(re.findall(r"\[([a-z,-]+)\]\"", " ".join(prepared(name)["setup_commands"]))) - {"default"}
     (ours,) = extras
     assert set(ours.split(",")) <= optional_dependencies()
+
+
+@pytest.mark.parametrize("name", LAUNCHER)
+def test_the_commands_of_the_launcher_are_whole(name):
+    """Of a line of YAML, what stands behind ` #` is no part."""
+    config = prepared(name)
+    for key in ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        for command in config.get(key, []):
+            subprocess.run(["bash", "-n", "-c", command], check=True, timeout=60)
+
+
+def test_nodes_on_aws_have_an_image_and_a_profile_which_are_marked_and_explained():
+    """Ray's own image has an older Python, and its own role may not hand the workers theirs."""
+    text, page = (CLUSTER / "aws.yaml").read_text(), (CLUSTER / "README.md").read_text()
+    nodes = {name: node["node_config"] for name, node in prepared("aws.yaml")["available_node_types"].items()}
+    (image,) = {node["ImageId"] for node in nodes.values()}  # one, since the Python of all nodes must be the same
+    assert image.startswith("ami-")
+    assert re.search(rf"ImageId: (&\w+ )?{image} # <-", text)
+    profiles = {name: node["IamInstanceProfile"]["Name"] for name, node in nodes.items()}
+    assert len(set(profiles.values())) == 2
+    for profile in profiles.values():
+        assert f"IamInstanceProfile: {{Name: {profile}}} # <-" in text
+        assert f"**`{profile}`**" in page
+    (policy,) = map(json.loads, re.findall(r"```json\n(.*?)```", page, re.DOTALL))
+    assert policy["Action"] == "iam:PassRole"
+    assert policy["Resource"].endswith(f":role/{profiles['gpu']}")
+
+
+def test_the_python_of_a_node_is_checked_before_anything_is_installed():
+    first = prepared("aws.yaml")["setup_commands"][0]
+    program = shlex.split(first)[2]
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0
+    older = program.replace("sys.version_info <", "(3, 10, 9) <")
+    assert older != program
+    done = subprocess.run([sys.executable, "-c", older], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, "choose another ImageId" in done.stderr) == (1, True)
 
 
 def test_cloud_workers_come_and_go_and_the_head_computes_nothing():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import testbed
+import testbed_network
 from testbed import Testbed, why_not
 
 pytestmark = [pytest.mark.ray, pytest.mark.multihost, pytest.mark.skipif(why_not() is not None, reason=why_not() or "")]
@@ -57,8 +58,8 @@ def test_what_a_killed_trial_has_left_is_gone_with_the_next():
     no_process = int(Path("/proc/sys/kernel/pid_max").read_text()) + 1
     subprocess.run(["ip", "link", "add", f"gdtrial{no_process}", "type", "bridge"], check=True)
     subprocess.run(["ip", "netns", "add", f"gdtrial{no_process}-a"], check=True)
-    assert testbed._packet_arrives()
-    left = [*testbed._links(), *testbed._namespaces()]
+    assert testbed_network.packet_arrives()
+    left = [*testbed_network.links(), *testbed_network.namespaces()]
     assert not [name for name in left if name.startswith(f"gdtrial{no_process}")]
 
 
@@ -123,8 +124,8 @@ def test_only_what_a_maker_has_marked_is_removed(monkeypatch, tmp_path):
 
 def test_a_subnet_is_free_where_no_route_but_the_default_goes_there(monkeypatch):
     routes = [{"dst": "default"}, {"dst": "10.77.0.0/23"}, {"dst": "10.77.2.9"}]
-    monkeypatch.setattr(testbed, "_ip", lambda *arguments: json.dumps(routes))
-    assert testbed._free_subnet() == "10.77.3"
+    monkeypatch.setattr(testbed_network, "ip", lambda *arguments: json.dumps(routes))
+    assert testbed_network.free_subnet() == "10.77.3"
     routes.append({"dst": "10.0.0.0/8"})
     with pytest.raises(testbed.NoTestbed, match="no subnet is free"):
-        testbed._free_subnet()
+        testbed_network.free_subnet()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sklearn.decomposition import PCA
 
 import gendist
 from gendist.launch import cli
+from gendist.launch.summary import next_steps
 
 ROOT = Path(__file__).parents[2]
 SPEC = {
@@ -241,6 +243,33 @@ def test_a_finished_run_says_so_and_changes_nothing(monkeypatch, capsys, folder)
         (["sample", "run", "-n", "0", "--out", "a.npy"], "greater than or equal to 1"),
         (["fit"], "Missing argument 'SPEC.yaml'"),
         (["nonsense"], "No such command 'nonsense'"),
+        (["sample", "run", "-n", "1", "--out", "s3://bucket/new"], "--out s3://bucket/new: a URL"),
+        (["sample", "run", "-n", "1", "--out", "s3://key:hush7Qx@bucket/new.png"], "--out s3://bucket/new.png: a URL"),
+        (["score", "run", "data.csv", "--out", "s3://key:hush7Qx@bucket/new"], "--out s3://bucket/new: a URL"),
+        (["encode", "run", "data.csv", "--out", "gs://bucket/new.parquet"], "--out gs://bucket/new.parquet: a URL"),
+        (["prior", "run", "--out", "s3://bucket/prior"], "--out s3://bucket/prior: a URL"),
+        (["plan", "spec.yaml", "--out", "s3://bucket/plan.json"], "--out s3://bucket/plan.json: a URL"),
+        (["fit", "spec.yaml", "--run-dir", "memory://runs/x"], "memory://runs/x: in the memory of this process"),
+        (["fit", "spec.yaml", "cluster.storage=memory://"], "memory://two: in the memory of this process"),
+        (
+            ["submit", "spec.yaml", "cluster.num_workers=1", "--run-dir", "memory://x", "--dry-run"],
+            "in the memory of this process",
+        ),
+        (
+            ["submit", "spec.yaml", "--run-dir", "/shared/x", "--dry-run"],
+            "cluster.num_workers is 0, which computes in one process",
+        ),
+        (["fit", "spec.yaml", "data.path=data #1/data.csv"], "data #1/data.csv: no such file"),
+        (["fit", "spec.yaml", "name=!!int foo"], "name: string should match pattern"),
+        (["fit", "s3://key:hush7Qx@bucket/x.yaml"], "s3://bucket/x.yaml: no such file"),
+        (["plan", "s3://key:hush7Qx@bucket/x.yaml"], "s3://bucket/x.yaml: no such file"),
+        (["score", "run", "https://hush7Qx@host/x.yaml", "--out", "a.npy"], "https://host/x.yaml: no such file"),
+        (
+            ["fit", "spec.yaml", "--address", "ray://u:hush7Qx@127.0.0.1:1"],
+            "--address ray://127.0.0.1:1: cluster.num_workers is 0",
+        ),
+        (["fit", "spec.yaml", "cluster.num_workers=1", "--address", "ray://u:hush7Qx@127.0.0.1:1"], "comes with a password"),
+        (["fit", "spec.yaml", "cluster.num_workers=1", "--address", "u:hush7Qx@127.0.0.1:1"], "--address 127.0.0.1:1: not an"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments, expected):
@@ -251,7 +280,9 @@ def test_a_mistake_is_one_line_and_code_2(monkeypatch, capsys, folder, arguments
     assert len(lines) == 1
     assert expected in lines[0]
     assert "Traceback" not in err
+    assert "hush7Qx" not in err
     assert not (folder / "a.npy").exists()
+    assert not list(folder.glob("*:*"))
     assert not list(folder.glob(".*unfinished"))
 
 
@@ -285,6 +316,28 @@ def check_told_to_end(folder: Path, tmp_path: Path, how: signal.Signals, *argume
     # No iteration is lost: the newest checkpoint is that of the last line of metrics.jsonl.
     num_iterations = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert max(path.name for path in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) == f"{num_iterations:08d}"
+
+
+@pytest.mark.parametrize("is_url", [False, True])
+def test_interrupted_it_says_what_is_kept_however_the_folder_is_called(monkeypatch, capsys, folder, tmp_path, is_url):
+    def interrupted(spec, run_dir, **_):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "spec.yaml").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gendist.fitting.fit", interrupted)
+    run_dir = f"{'file://' if is_url else ''}{tmp_path / 'run'}"
+    code, _, err = call(monkeypatch, capsys, folder, "fit", "spec.yaml", "--run-dir", run_dir)
+    assert code == 130
+    assert "error: interrupted; what was reached is kept: the same command goes on from there" in err
+
+
+def test_next_steps_can_be_typed_as_they_stand():
+    lines = next_steps(["{program} sample {run} -n 64", "{program} score {run} DATA"], "gendist", Path("/runs/my run"))
+    assert [shlex.split(line.removeprefix("next:"))[:3] for line in lines] == [
+        ["gendist", "sample", "/runs/my run"],
+        ["gendist", "score", "/runs/my run"],
+    ]
 
 
 def test_the_demo_draws_digits(monkeypatch, capsys, tmp_path):

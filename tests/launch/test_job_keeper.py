@@ -64,7 +64,10 @@ def has_gone(pid: int) -> bool:
         (0, False, 1, AfterEnd.DONE),
         (2, False, 1, AfterEnd.DONE),
         (2, True, 1, AfterEnd.DONE),
-        (130, False, 1, AfterEnd.STOPPED),
+        (130, True, 1, AfterEnd.STOPPED),
+        (130, False, 1, AfterEnd.GO_ON),
+        (130, False, MAX_ENDS, AfterEnd.GIVE_UP),
+        (-15, False, 1, AfterEnd.GO_ON),
         (-15, True, 1, AfterEnd.STOPPED),
         (-9, False, 1, AfterEnd.GO_ON),
         (1, False, MAX_ENDS - 1, AfterEnd.GO_ON),
@@ -159,6 +162,27 @@ time.sleep(60)
     keeper.communicate(timeout=30)
     assert keeper.returncode == 130
     assert (tmp_path / "left").exists()
+
+
+STOPS = "signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))\n"  # as the driver does, once it has left a checkpoint
+
+
+def test_a_process_that_alone_is_told_to_end_is_started_again(keep, tmp_path):
+    keeper = keep(STOPS + "if n == 1: os.kill(os.getpid(), signal.SIGTERM)\nprint('process', n, flush=True)\n")
+    out, _ = keeper.communicate(timeout=60)
+    assert keeper.returncode == 0
+    assert len(pids(tmp_path, 2)) == 2
+    assert "was told to stop by something else than this job; another one goes on from the newest checkpoint" in out
+    assert "process 2" in out
+
+
+def test_told_first_as_ray_tells_a_job_and_its_children_it_is_stopped(keep, tmp_path):
+    keeper = keep(
+        STOPS + "print('process', n, flush=True)\nos.kill(os.getppid(), signal.SIGTERM)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    out, _ = keeper.communicate(timeout=60)
+    assert keeper.returncode == 130
+    assert out.count("process ") == 1
 
 
 def test_the_driver_ends_with_its_keeper(keep, tmp_path):

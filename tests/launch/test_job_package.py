@@ -44,6 +44,23 @@ def test_relative_paths_of_data_are_packed_where_they_lie(here):
     assert packed("data.source=digits", "data.path=null") == ()
 
 
+def test_a_name_that_begins_with_dots_is_no_way_out_of_this_folder(here):
+    (here / "data" / "a.npy").rename(here / "..data.npy")
+    assert packed("data.path=..data.npy") == ("..data.npy",)
+
+
+def test_other_files_and_other_names_have_another_digest(here):
+    digest = package(load_spec(SPEC), "/shared/two", {}).digest()
+    assert package(load_spec(SPEC), "/shared/other", {"ray": "1.2.3"}).digest() == digest
+    content = (here / "data" / "a.npy").read_bytes()
+    (here / "data" / "a.npy").write_bytes(content[:-1] + b"x")
+    assert package(load_spec(SPEC), "/shared/two", {}).digest() != digest
+    (here / "data" / "a.npy").write_bytes(content)
+    assert package(load_spec(SPEC), "/shared/two", {}).digest() == digest
+    (here / "data" / "a.npy").rename(here / "data" / "c.npy")
+    assert package(load_spec(SPEC), "/shared/two", {}).digest() != digest
+
+
 def test_the_package_is_what_the_driver_reads(here, tmp_path):
     made = package(load_spec(SPEC), "/shared/two", {"ray": "1.2.3"})
     (tmp_path / "made").mkdir()
@@ -61,6 +78,7 @@ def test_the_package_is_what_the_driver_reads(here, tmp_path):
         ("nowhere.npy", "no such file here"),
         ("nowhere/*.npy", "no file matches"),
         ("../outside.npy", "outside of this folder"),
+        ("..", "outside of this folder"),
     ],
 )
 def test_what_cannot_be_packed_is_told(here, path, said):

@@ -195,13 +195,15 @@ def test_pressed_twice_at_once_it_is_one_job_with_the_bytes_of_a_local_fit(head,
 
 @pytest.mark.timeout(600)  # four processes one after the other, each of which has to import torch
 def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
-    overrides = ["name=long", "fit.max_iterations=500"]
+    overrides = ["name=long", "fit.max_iterations=1000"]
     command = submitted(here, *overrides)
     until(lambda: num_records(here / "run") > 15)
-    (driver,) = head.processes(of="gendist.launch.job_driver")
-    os.kill(driver, signal.SIGKILL)  # another one takes its place
-    until(lambda: head.processes(of="gendist.launch.job_driver") not in ([], [driver]))
-    until(lambda: num_records(here / "run") > 60)
+    for how in (signal.SIGKILL, signal.SIGTERM):  # as whoever ends processes where memory is short; it was not the user
+        (driver,) = head.processes(of="gendist.launch.job_driver")
+        os.kill(driver, how)  # another one takes its place
+        until(lambda: head.processes(of="gendist.launch.job_driver") not in ([], [driver]))  # noqa: B023
+        reached = num_records(here / "run")
+        until(lambda: num_records(here / "run") > reached + 20)  # noqa: B023
     (keeper,) = head.processes(of="gendist.launch.job_keeper")
     os.kill(keeper, signal.SIGKILL)  # as with its node: the command that waits for it submits another attempt
     until(lambda: head.processes(of="gendist.launch.job_keeper") not in ([], [keeper]))
@@ -211,6 +213,7 @@ def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
     assert "is stopped; submitted again, it goes on" in capsys.readouterr().out
     out, err = ended(command, 130)
     assert "was ended by SIGKILL; another one goes on from the newest checkpoint" in err
+    assert "was told to stop by something else than this job; another one goes on from the newest checkpoint" in err
     assert "was lost with its node or process" in err
     assert "-2 goes on in" in out
     assert "was stopped; what was reached is kept" in err
@@ -218,7 +221,7 @@ def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
 
     # No iteration is lost: told to stop, it left a checkpoint of the last one.
     checkpoints = [int(folder.name) for folder in (here / "run" / "checkpoints").glob("[0-9]*")]
-    assert max(checkpoints) == num_records(here / "run") < 500
+    assert max(checkpoints) == num_records(here / "run") < 1000
 
     spec = load_spec(here / "spec.yaml", overrides)
     assert jobs.submit(spec, str(here / "run"), None, False, False, print) == 0
@@ -227,7 +230,7 @@ def test_killed_and_stopped_it_ends_in_the_same_bytes(head, here, capsys):
     assert "-3 goes on in" in out
     check_same_as_here(here, *overrides)
     assert [line.split()[1:3] for line in jobs.status("long", None)[1:4]] == [
-        ["failed", "1"],
+        ["lost", "1"],
         ["stopped", "2"],
         ["finished", "3"],
     ]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import socket
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
 from gendist.config import load_spec
 from gendist.launch import jobs, ray_jobs
+from gendist.launch.job_lines import JOB_FILE
 from gendist.launch.ray_jobs import RayJobs, Unknown, Unreachable
 from gendist.launch.submission import State
 from gendist.protocols import UserError
@@ -23,6 +28,7 @@ class Head(BaseHTTPRequestHandler):
     """Answers as a head with a token does; whatever is said in `answers` instead of that."""
 
     answers: dict[str, tuple[int, str]] = {}  # noqa: RUF012
+    sent: dict[str, bytes] = {}  # noqa: RUF012
 
     def do_GET(self) -> None:
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -32,6 +38,15 @@ class Head(BaseHTTPRequestHandler):
         self.send_response(code)
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_PUT(self) -> None:
+        self.sent[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.do_PUT()
+        self.wfile.write(json.dumps({"job_id": "x", "submission_id": "x"}).encode())
 
     def log_message(self, *_: object) -> None:
         pass
@@ -49,6 +64,7 @@ def head(monkeypatch, tmp_path) -> Iterator[str]:
         "/api/version": (200, json.dumps({"version": "4", "ray_version": "2.60.0"})),
         "/api/v0/cluster_metadata": (200, json.dumps({"data": {"pythonVersion": "3.11.7"}})),
     }
+    Head.sent = {}
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -184,15 +200,99 @@ def submission(head: str, told: list[str]) -> jobs.Submission:
     return jobs.Submission(spec, "/shared/run", RayJobs.at(head), told.append)
 
 
-@pytest.mark.parametrize(("there", "is_told"), [("2", True), ("4", False), (None, False)])
-def test_whoever_attaches_is_told_what_differs(head, there, is_told):
+def submitted() -> dict[str, Any]:
+    """The job that the head was sent."""
+    job = json.loads(Head.sent["/api/jobs/"])
+    return {"submission_id": job["submission_id"], "metadata": job["metadata"]}
+
+
+def test_whoever_attaches_is_told_what_differs(head):
     told = []
-    one = submission(head, told)
-    metadata = {"gendist_name": "two"} | ({} if there is None else {"gendist_num_workers": there})
-    job = {"submission_id": jobs.run_id(one.spec, one.run_dir), "status": "RUNNING", "metadata": metadata}
+    spec = {"name": "two", "family": "vae", "model": {"latent_dim": 2, "encoder": {"hidden_sizes": [2]}}}
+    spec["model"]["decoder"] = {"hidden_sizes": [2]}
+
+    def submission(*overrides: str) -> jobs.Submission:
+        return jobs.Submission(load_spec(spec, overrides), "/shared/run", RayJobs.at(head), told.append)
+
+    Head.answers |= {"/api/jobs/": (200, "[]")}
+    submission("cluster.num_workers=2", "cluster.storage=/shared").begin()
+    job = submitted() | {"status": "RUNNING"}
     Head.answers |= {"/api/jobs/": (200, json.dumps([job]))}
-    assert one.begin().submission_id == job["submission_id"]
-    assert ("it has cluster.num_workers=2, not 4" in told[0]) is is_told
+    submission("cluster.num_workers=2").begin()
+    assert told[-1] == f"{job['submission_id']} is running; attached"
+    submission(
+        "cluster.num_workers=[1,4]", "cluster.use_gpu=true", "fit.engine.kind=deepspeed", "fit.micro_batch_size=8"
+    ).begin()
+    for said in (
+        " (it has ",
+        "cluster.num_workers=2, not [1, 4]",
+        "cluster.use_gpu=False, not True",
+        "fit.engine.kind=ddp, not deepspeed",
+        "fit.micro_batch_size=None, not 8",
+        "stop it and submit again",
+    ):
+        assert said in told[-1]
+    Head.answers |= {"/api/jobs/": (200, json.dumps([job | {"metadata": {"gendist_name": "two"}}]))}
+    submission("cluster.num_workers=4").begin()
+    assert told[-1].endswith("; attached")  # what it was submitted with is not known
+
+
+@pytest.mark.parametrize("status", ["SUCCEEDED", "RUNNING"])
+def test_files_that_have_changed_since_they_were_sent_are_told(head, tmp_path, monkeypatch, status):
+    told = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.csv").write_text("a,b\n1,2\n")
+    spec = load_spec({"name": "two", "family": "gmm", "model": {"num_components": 2}, "data": {"path": "data.csv"}})
+    one = jobs.Submission(spec, "/shared/run", RayJobs.at(head), told.append)
+    Head.answers |= {"/api/jobs/": (200, "[]")}
+    one.begin()
+    Head.answers |= {"/api/jobs/": (200, json.dumps([submitted() | {"status": status}]))}
+    one.begin()
+    assert "have changed since" not in told[-1]
+    (tmp_path / "data.csv").write_text("a,b\n1,3\n")
+    one.begin()
+    assert "the files of this folder that it was sent have changed since, and are not looked at" in told[-1]
+
+
+def test_all_that_the_spec_names_is_sent_whatever_its_folder_is_called(head, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = ("venv", ".venv", ".git", "__pycache__", "plain")
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        (tmp_path / "data" / folder / "a.csv").write_text("a,b\n1,2\n")
+    module = tmp_path / "gendist"
+    (module / "launch" / "__pycache__").mkdir(parents=True)
+    (module / "launch" / "__pycache__" / "cli.pyc").write_text("")
+    (module / "launch" / "cli.py").write_text("")
+    monkeypatch.setattr(jobs, "PACKAGE", module)
+    monkeypatch.setenv(ray_jobs.LEFT_OUT, "kept,as,it,was")
+    paths = [f"data/{folder}/a.csv" for folder in folders]
+    spec = load_spec({"name": "two", "family": "gmm", "model": {"num_components": 2}, "data": {"path": paths}})
+    Head.answers |= {"/api/jobs/": (200, "[]")}
+    jobs.Submission(spec, "/shared/run", RayJobs.at(head), print).begin()
+    packages = [zipfile.ZipFile(io.BytesIO(body)) for path, body in Head.sent.items() if path.startswith("/api/packages/")]
+    sent = [{name for name in package.namelist() if not name.endswith("/")} for package in packages]
+    assert sorted(sent, key=len) == [{"gendist/launch/cli.py"}, {*paths, JOB_FILE}]
+    assert "excludes" not in json.loads(Head.sent["/api/jobs/"])["runtime_env"]
+    assert os.environ[ray_jobs.LEFT_OUT] == "kept,as,it,was"
+
+
+def test_every_attempt_at_a_run_can_be_named_and_is_called_what_its_end_means(head, capsys):
+    run = "gendist-two-0123456789ab"
+    first = {"submission_id": run, "status": "FAILED", "driver_exit_code": 130, "metadata": {"gendist_name": "two"}}
+    second = first | {"submission_id": f"{run}-2", "driver_exit_code": 1}
+    Head.answers |= {
+        "/api/jobs/": (200, json.dumps([first, second])),
+        f"/api/jobs/{run}/logs": (200, json.dumps({"logs": "of the first"})),
+        f"/api/jobs/{run}-2/logs": (200, json.dumps({"logs": "of the second"})),
+    }
+    rows = [line.split() for line in jobs.status("two", head)[1:]]
+    assert [(row[1], row[-1]) for row in rows] == [("stopped", f"{run}-1"), ("failed", f"{run}-2")]
+    for name, said in ((f"{run}-1", "of the first"), (f"{run}-2", "of the second"), (run, "of the second")):
+        assert jobs.logs(name, head, False, print) == 0
+        assert capsys.readouterr().out == f"{said}\n"
+    assert jobs.stop(f"{run}-1", head, print) == 0
+    assert capsys.readouterr().out == f"{run} is stopped; nothing to do\n"
 
 
 def test_interrupted_while_it_submits_one_is_told_where_to_look(head, monkeypatch, capsys):

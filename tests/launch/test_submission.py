@@ -19,7 +19,9 @@ from gendist.launch.submission import (
     find,
     kept_in,
     newest_attempts,
+    require_workers,
     run_id,
+    state_of,
 )
 from gendist.protocols import UserError
 
@@ -44,11 +46,13 @@ def test_the_same_spec_in_the_same_directory_is_the_same_run():
 def test_where_a_run_is_kept():
     spec = load_spec(SPEC)
     assert kept_in(spec, "/shared/two/") == kept_in(spec, "file:///shared/two") == "/shared/two"
+    assert kept_in(spec, "/shared/../shared/./two") == kept_in(spec, "file:///shared//two/.") == "/shared/two"
     assert kept_in(load_spec(spec.model_dump(), ["cluster.storage=s3://bucket/runs/"]), None) == "s3://bucket/runs/two"
     assert kept_in(load_spec(spec.model_dump(), ["cluster.storage=s3://bucket/runs"]), "/else") == "/else"
     for run_dir, said in (
         (None, "give --run-dir"),
         ("runs/two", "a relative path means nothing on a cluster"),
+        ("memory://two", "in the memory of this process"),
         ("file://runs/two", "a relative path means nothing on a cluster"),
         ("s3://key:secret@bucket/two", "comes with a password before the host"),
     ):
@@ -98,6 +102,21 @@ def test_what_it_means_that_a_job_has_ended(ended, expected):
     assert end_of(ended) is expected
 
 
+def test_one_computes_on_a_cluster_with_workers():
+    with pytest.raises(UserError, match=r"cluster\.num_workers is 0"):
+        require_workers(load_spec(SPEC))
+    require_workers(load_spec(SPEC, ["cluster.num_workers=1"]))
+
+
+def test_people_are_told_of_a_job_what_its_end_means():
+    assert state_of(attempt(1, State.RUNNING)) == "running"
+    assert state_of(attempt(1, State.FAILED, exit_code=130)) == state_of(attempt(1, State.STOPPED)) == "stopped"
+    assert state_of(attempt(1, State.FAILED, exit_code=2)) == "refused"
+    assert state_of(attempt(1, State.FAILED, exit_code=-9)) == "lost"
+    assert state_of(attempt(1, State.FAILED, exit_code=1)) == "failed"
+    assert state_of(attempt(1, State.FINISHED, exit_code=0)) == "finished"
+
+
 def test_jobs_are_found_by_name_and_by_id():
     old, running = attempt(1, State.FAILED, started_s=1.0), attempt(2, State.RUNNING, started_s=2.0)
     other = attempt(1, State.FINISHED, "gendist-two-ffffffffffff", started_s=3.0)
@@ -105,6 +124,7 @@ def test_jobs_are_found_by_name_and_by_id():
     assert find(attempts, "two") == running  # of several runs of this name the one at work
     assert find(attempts, RUN) == running  # a run is its newest attempt
     assert find(attempts, f"{RUN}-2") == running
+    assert find(attempts, f"{RUN}-1") == old
     assert find([old, other], "gendist-two-ffffffffffff") == other
     with pytest.raises(UserError, match="name of several runs"):
         find([old, other], "two")
@@ -119,5 +139,6 @@ def test_other_versions_are_refused_with_both():
     check_versions(here, {"ray": "2.60.0"})
     with pytest.raises(UserError, match=r"ray is 2\.60\.0 here and 2\.59\.1 there, python is 3\.11\.7 here and 3\.12\.1 there"):
         check_versions(here, {"ray": "2.59.1", "python": "3.12.1"})
+    check_versions({**here, "pyarrow": "not installed"}, {"pyarrow": "25.0.0"})
     with pytest.raises(UserError, match=r"torch is 2\.13\.0\+cpu here and not installed there"):
         check_versions(here, {"torch": "not installed"})

@@ -14,6 +14,7 @@ from torch import nn
 import gendist
 from gendist.models.gan import DISCRIMINATOR, GENERATOR, PENALTY, GenerativeAdversarialNetwork
 from gendist.models.ops import adversarial, semi_supervised
+from gendist.models.ops.augmentation import augment
 from gendist.models.ops.latent_paths import NUM_PATHS, NUM_STEPS
 from gendist.noise import Noise
 from gendist.protocols import Block, LabelCounts, Phase, UserError
@@ -284,6 +285,22 @@ def test_few_labels_and_many_rows_lead_to_the_classes(feature_matching):
     assert torch.equal(model.classify(x[60:70]), log_probs[10:20])
 
 
+def test_the_classes_of_a_row_seen_twice_are_compared():
+    model = small(**SEMI, augmentation=["translation"], consistency_weight=3.0)
+    batch = batch_of([0, -1, 1, -1], weights=torch.tensor([1.0, 2.0, 0.0, 0.5]))
+    noise = noise_of(model, DISCRIMINATOR, 4)
+    once, twice = (
+        model.discriminator(augment(model._seen(batch.x), ("translation",), noise[name])).softmax(1)
+        for name in ("augmentation", "augmentation_of_again")
+    )
+    expected = 3.0 * (batch.weights * (once - twice).square().sum(1)).sum()
+    assert bool(expected > 0.0)
+    torch.testing.assert_close(model.loss(DISCRIMINATOR, batch, noise, 0).terms["consistency"], expected)
+    assert model.counts(DISCRIMINATOR, batch)["consistency"] == 3.5
+    same = {**noise, "augmentation_of_again": noise["augmentation"]}
+    assert bool(model.loss(DISCRIMINATOR, batch, same, 0).terms["consistency"] == 0.0)
+
+
 def test_validation_counts_the_errors_of_rows_with_a_label():
     model, batch = small(**SEMI), batch_of([0, -1, 1, 2, 0], weights=torch.tensor([1.0, 1.0, 2.0, 1.0, 3.0]))
     wrong = model.classify(batch.x).argmax(1) != torch.tensor([0, -1, 1, 2, 0])
@@ -302,6 +319,12 @@ CASES = {
     "pairs": {"labels": "semi_supervised", "feature_matching": "pairs", "augmentation": ["cutout", "translation"]},
     "noise": {"penalty_every": 2, "discriminator": NOISY},
     "weight norm": {"penalty_every": 2, "discriminator": {**NOISY, "weight_norm": True}},
+    "pairs, consistent": {
+        "labels": "semi_supervised",
+        "feature_matching": "pairs",
+        "augmentation": ["translation"],
+        "consistency_weight": 3.0,
+    },
     "pairs and noise": {"labels": "semi_supervised", "feature_matching": "pairs", "discriminator": NOISY},
 }
 
@@ -487,6 +510,8 @@ def test_classify_is_offered_where_classes_are_learned():
     [
         ({"labels": "semi_supervised", "loss": "hinge"}, "loss hinge"),
         ({"feature_matching": "pairs"}, "semi_supervised alone"),
+        ({"consistency_weight": 1.0, "augmentation": ["color"]}, "semi_supervised alone"),
+        ({"labels": "semi_supervised", "consistency_weight": 1.0}, "the same row twice"),
         ({"discriminator": {"channels": [8], "hidden_noise": 0.5}}, "hidden_noise is of fully connected layers"),
         ({"discriminator": {"channels": [8], "weight_norm": True}}, "weight_norm is of fully connected layers"),
         ({"discriminator": {"weight_norm": True, "spectral_norm": True}}, "weight_norm and spectral_norm are given"),

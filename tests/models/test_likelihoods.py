@@ -70,6 +70,18 @@ def test_a_probability_far_out_is_finite_and_has_a_gradient():
     assert float(y.grad[0, 1]) > 0.0
 
 
+@pytest.mark.parametrize("log_scale", [-1e3, 50.0, 1e3])
+def test_scales_beyond_all_measure_have_probabilities_means_and_gradients(log_scale):
+    likelihood = DiscretizedLogisticMixture(num_mixtures=1, num_levels=256)
+    y = torch.tensor([[0.0] * 3 + [0.1] * 3 + [log_scale] * 3], requires_grad=True)
+    log_prob = likelihood(torch.tensor([[0.0, 128 / 255, 1.0]]), y)
+    log_prob.sum().backward()
+    for found in (log_prob, y.grad):
+        assert bool(found.isfinite().all())
+    # The logistic's mean where it is narrow, the middle of all levels where it is wide.
+    np.testing.assert_allclose(likelihood.mean(y).detach(), 0.55 if log_scale < 0 else 0.5, atol=0.02)
+
+
 def test_draws_have_the_probabilities_of_the_levels():
     likelihood, y = DiscretizedLogisticMixture(NUM_MIXTURES, 17), output(1)
     uniform = torch.rand(40_000, NUM_FEATURES, generator=torch.Generator().manual_seed(2))

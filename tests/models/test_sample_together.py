@@ -58,6 +58,7 @@ MODELS = {
     "vae with a prior": vae().with_prior(prior()),
     "labelled vae with a prior": vae(LABELS).with_prior(prior()),
     "vae of images": vae(likelihood="bernoulli"),
+    "vae of draws": vae(LABELS, samples="draws"),
     "conditional gan": gan(LABELS, labels="condition"),
     "semi-supervised gan": gan(LABELS, labels="semi_supervised"),
     "transformed vae": behind_transforms(vae(LABELS)),

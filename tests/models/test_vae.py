@@ -122,7 +122,7 @@ def test_over_a_mixture_of_latents_bounds_come_to_the_density_which_is_a_mixture
 def test_over_a_mixture_of_latents_samples_are_its_decoded_samples_and_clusters_its_components():
     model = linear()[0].with_prior(mixture())
     latents = mixture().sample(70, seed=derived_seed(3, "sample.prior"), offset=5)
-    torch.testing.assert_close(model.sample(70, seed=3, offset=5), model.decode(latents))
+    torch.testing.assert_close(model.sample(70, seed=3, offset=5, mean=True), model.decode(latents))
     assert torch.equal(model.sample(70, seed=3)[40:], model.sample(30, seed=3, offset=40))
     x = model.sample(20, seed=1)
     assert torch.equal(model.cluster(x), mixture().encode(model.encode(x)))
@@ -220,7 +220,8 @@ def test_samples_have_the_moments_of_the_density():
     x = model.sample(40_000, seed=1, mean=False).double()
     np.testing.assert_allclose(x.mean(0), exact.mean, atol=0.03)
     np.testing.assert_allclose(torch.cov(x.T), exact.covariance_matrix, atol=0.03)
-    means = model.sample(40_000, seed=1).double()
+    assert torch.equal(model.sample(50, seed=1), model.sample(50, seed=1, mean=False))  # x is no image
+    means = model.sample(40_000, seed=1, mean=True).double()
     without_noise = exact.covariance_matrix - SCALE**2 * torch.eye(NUM_FEATURES, dtype=torch.float64)
     np.testing.assert_allclose(torch.cov(means.T), without_noise, atol=0.03)
 
@@ -228,10 +229,38 @@ def test_samples_have_the_moments_of_the_density():
 def test_samples_of_a_bernoulli_are_binary_and_have_its_mean():
     model = small()
     x, means = model.sample(20_000, seed=1, mean=False), model.sample(20_000, seed=1)
+    assert torch.equal(means, model.sample(20_000, seed=1, mean=True))  # x is an image
     assert set(x.unique().tolist()) == {0.0, 1.0}
     np.testing.assert_allclose(x.mean(0), means.mean(0), atol=0.02)
     parts = [model.sample(40, mean=False), model.sample(60, offset=40, mean=False)]
     assert torch.equal(torch.cat(parts), model.sample(100, mean=False))
+
+
+def test_a_configuration_says_whether_samples_are_means():
+    draws, means = small(samples="draws"), small((12,), likelihood="gaussian", samples="means")
+    assert torch.equal(draws.sample(30, seed=2), draws.sample(30, seed=2, mean=False))
+    assert torch.equal(means.sample(30, seed=2), means.sample(30, seed=2, mean=True))
+
+
+def test_x_far_from_all_that_was_seen_has_finite_bounds_and_latents():
+    for seed in range(3):
+        model = small((4,), seed=seed, likelihood="gaussian")
+        x = 1e6 * drawn(200, 4, seed)
+        assert float(model.autoencoder.encoder(x.view(-1, 4)).detach().max()) > 1e3  # whose exponential is infinite
+        for found in (model.elbo(x), model.log_prob_bound(x, num_samples=3), model.draw_latents(x), model.encode(x)):
+            assert bool(found.isfinite().all())
+        loss = model.loss(model.phases(0)[0], batch_of(x), {"latent": drawn(200, 3)}, 0)
+        sum(loss.terms.values()).backward()
+        gradients = [p.grad for p in model.autoencoder.parameters() if p.grad is not None]
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def test_columns_that_are_large_for_fresh_networks_are_remarked_on():
+    model = small((4,), likelihood="gaussian")
+    assert any("standardize" in line for line in model.remarks({"validation/kl": 3.0, "validation/negative_elbo": 4e5}))
+    assert not model.remarks({"validation/kl": 3.0, "validation/negative_elbo": 9.0})
+    with_scale = small((4,), likelihood="gaussian", scale=1e-3)
+    assert not with_scale.remarks({"validation/kl": 3.0, "validation/negative_elbo": 4e5})
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])

@@ -19,7 +19,7 @@ from gendist.storage import check as storage_check
 from gendist.storage import lease, patience
 from gendist.storage.check import Marks
 from gendist.storage.lease import Holder, Lease, Taken
-from gendist.storage.objects import Storage, explained, is_url, place_of
+from gendist.storage.objects import Storage, below, explained, is_url, path_here, place_of
 from gendist.storage.patience import PATIENCE_S, StorageError, first_whole, next_pause, patiently
 
 
@@ -53,11 +53,30 @@ def test_what_may_pass_is_tried_again_and_nothing_else(monkeypatch):
         patiently("x", act)
 
 
+def test_what_is_written_here_alone_has_a_path():
+    assert path_here("out/x.npy", "--out") == Path("out/x.npy")
+    assert path_here("file:///out/x.npy", "--out") == Path("/out/x.npy")
+    for url in (
+        "s3://bucket/x",
+        Path("s3://bucket/x"),
+        "s3:/bucket/x",
+        "s3://key:hush@bucket/x",
+        "https://hush@bucket/x?sig=hush",
+    ):
+        with pytest.raises(UserError, match=r"^--out (s3|https)://bucket/x: a URL, and only files and folders") as told:
+            path_here(url, "--out")
+        assert "hush" not in str(told.value)
+
+
 def test_a_place_is_a_path_or_a_url():
     assert place_of("runs/x") == Path("runs/x")
     assert place_of("file:///shared/runs/x") == Path("/shared/runs/x")
     assert place_of("s3://bucket/runs/x/") == "s3://bucket/runs/x"
     assert place_of("sftp://me@host/runs") == "sftp://me@host/runs"
+    assert place_of("memory://") == "memory://"  # its root, and no path `memory:`
+    assert place_of("file:///") == Path("/")
+    assert below("memory://", "x") == "memory://x"
+    assert below("s3://bucket/", "x") == "s3://bucket/x"
     assert [is_url(place) for place in ("runs/x", "file:///x", "gs://b/x", Path("x"))] == [False, False, True, False]
     with pytest.raises(UserError, match="a URL that was made a path") as told:
         place_of(Path("s3://key:secret@bucket/runs"))

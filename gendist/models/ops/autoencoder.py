@@ -19,6 +19,10 @@ from gendist.models.ops.layout import Layout
 from gendist.models.ops.likelihoods import Likelihood
 from gendist.models.ops.networks import NetworkConfig
 
+# Of q(z | x): beyond it a log variance grows with the logarithm of what the encoder gives, since its exponential would
+# overflow for x far from all that it was trained on, and any q gives a bound. Beside a prior of variance 1, no q is so wide.
+WIDE_LOG_VARIANCE = 10.0
+
 
 class Terms(NamedTuple):
     """Of each sample.
@@ -103,7 +107,8 @@ class Autoencoder(nn.Module):
     def posterior(self, x_BD: Tensor, classes_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of q(z | x), or q(z | x, y), (B, L) each (AEVB eq. 9)."""
         mean_BL, log_variance_BL = self.encoder(self._seen(x_BD, classes_B)).float().chunk(2, dim=1)
-        return mean_BL, log_variance_BL
+        excess_BL = functional.relu(log_variance_BL - WIDE_LOG_VARIANCE)
+        return mean_BL, log_variance_BL.clamp(max=WIDE_LOG_VARIANCE) + torch.log1p(excess_BL)
 
     def decoded(self, z_BL: Tensor, classes_B: Tensor | None = None) -> Tensor:
         """(B, P D) what the likelihood makes p(x | z), or p(x | z, y), of: the first number of all features, then the next."""

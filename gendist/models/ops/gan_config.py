@@ -38,6 +38,10 @@ class DiscriminatorConfig(NetworkConfig):
         return self
 
     @property
+    def has_noise(self) -> bool:
+        return self.input_noise > 0.0 or self.hidden_noise > 0.0
+
+    @property
     def layer_kinds(self) -> LayerKinds:
         return replace(
             super().layer_kinds, input_noise=self.input_noise, hidden_noise=self.hidden_noise, weight_norm=self.weight_norm
@@ -65,6 +69,9 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
     feature_matching  of semi_supervised: batch: of means over a global batch, which then is one micro-batch of one process.
                       pairs: of two samples with each row; for any number of processes, at twice the work for G
     augmentation      of images, of data and samples alike, in this order: color, translation, cutout
+    consistency_weight  of semi_supervised: of the squared difference between the class probabilities that D gives two
+                      augmentations of a row, with noise of their own (Laine & Aila 2017, the Pi-model, whose target has a
+                      gradient here, too): classes then are what augmentation does not change, of rows without a label as well
     num_critic_steps  steps of the discriminator for one of the generator, each on a global batch of its own
     """
 
@@ -81,6 +88,7 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
     penalty_every: int = Field(default=1, ge=1)
     feature_matching: Literal["batch", "pairs"] = "batch"
     augmentation: tuple[AugmentationName, ...] = ()
+    consistency_weight: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     num_critic_steps: int = Field(default=1, ge=1)
 
     @model_validator(mode="after")
@@ -89,6 +97,12 @@ class GenerativeAdversarialNetworkConfig(BaseModel):
             raise ValueError(f"loss {self.loss}: labels semi_supervised has its own, which is that of non_saturating")
         if self.labels != "semi_supervised" and self.feature_matching != "batch":
             raise ValueError(f"feature_matching {self.feature_matching}: it is of labels semi_supervised alone")
+        if self.consistency_weight and self.labels != "semi_supervised":
+            raise ValueError(f"consistency_weight {self.consistency_weight:g}: it is of labels semi_supervised alone")
+        if self.consistency_weight and not self.augmentation and not self.discriminator.has_noise:
+            raise ValueError(
+                "consistency_weight: without augmentation, or noise in the discriminator, D sees the same row twice"
+            )
         return self
 
     @model_validator(mode="after")

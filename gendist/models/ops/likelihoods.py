@@ -26,6 +26,7 @@ FIRST_SCALE, SPEED = 0.1, 10.0
 LikelihoodName = Literal["bernoulli", "gaussian", "discretized_logistic_mixture"]
 NUM_MIXTURES, NUM_LEVELS = 10, 256  # of a discretized logistic mixture, unless said otherwise (Salimans et al. 2017)
 LEAST_LOG_SCALE = -7.0  # of a logistic, in the units of -1 to 1: an eighth of the 256 levels' distance (as in their code)
+MOST_LOG_SCALE = 7.0  # of one that tells levels apart no more, and whose mean still has digits
 OFF_LEVEL = 1e-3  # by how much of the levels' distance x may miss one
 
 
@@ -155,7 +156,7 @@ class DiscretizedLogisticMixture(nn.Module):
     def _components(self, y_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., M, D) each: log weights, means and log scales."""
         logits_BMD, means_BMD, log_scales_BMD = y_BD.float().unflatten(-1, (3, self.num_mixtures, -1)).unbind(-3)
-        return torch.log_softmax(logits_BMD, -2), means_BMD, log_scales_BMD.clamp_min(LEAST_LOG_SCALE)
+        return torch.log_softmax(logits_BMD, -2), means_BMD, log_scales_BMD.clamp(LEAST_LOG_SCALE, MOST_LOG_SCALE)
 
 
 Likelihood = Bernoulli | Gaussian | DiscretizedLogisticMixture

@@ -52,6 +52,12 @@ def cross_entropy(logits_BK: Tensor, evidence_BK: Tensor) -> Tensor:
     return -(evidence_BK.softmax(1).to(logits_BK) * logits_BK.log_softmax(1)).sum(1)
 
 
+def inconsistency(logits_BK: Tensor, again_BK: Tensor) -> Tensor:
+    """(B,) squared difference between the class probabilities of one row seen twice (Laine & Aila 2017, section 2.1, there a
+    mean over the classes)."""
+    return (logits_BK.softmax(1) - again_BK.softmax(1)).square().sum(1)
+
+
 def feature_matching(real_BF: Tensor, fake_BF: Tensor, weights_B: Tensor) -> Tensor:
     """() |E f(x) - E f(G(z))|^2, means over the batch, of weight over the data; 0 where no row has weight."""
     total = weights_B.sum()

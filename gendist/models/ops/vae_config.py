@@ -23,14 +23,17 @@ class VariationalAutoencoderConfig(BaseModel):
     classifier             with labels: of q(y | x), one number a class; rows then may lack their label (Kingma et al. 2014, M2)
     classification_weight  of the classifier's cross-entropy, as a mean over labelled rows, beside the bound, as a mean over
                            all rows: alpha / N of Kingma et al. 2014, eq. 9, whose alpha = 0.1 N is 0.1 here
-    likelihood             bernoulli: x from 0 to 1; gaussian: any x, with one standard deviation for all features;
-                           discretized_logistic_mixture: x of evenly spaced levels from 0 to 1 (Salimans et al. 2017)
+    likelihood             bernoulli: x from 0 to 1; gaussian: any x, with one standard deviation for all features, which had
+                           best have mean 0 and variance 1 (data.transforms: [standardize]); discretized_logistic_mixture:
+                           x of evenly spaced levels from 0 to 1 (Salimans et al. 2017)
     scale                  of gaussian: that standard deviation, in units of x; learned where left out
     num_mixtures           of discretized_logistic_mixture: logistics a feature, 10 where left out; the decoder then gives 3 for
                            each, beside the feature's others
     num_levels             of discretized_logistic_mixture: 256 where left out, as of bytes
     binarize               with bernoulli: x is the probability of a 1, and drawn anew each time that a row is seen (IWAE
                            section 5), so that bounds are those of binary x; encode, classify and reconstruct take x as it is
+    samples                means of p(x | z), as is usual for images, or draws from it, which are samples of p(x): where left
+                           out, means of images and draws of other rows
     objective              elbo, or iwae: the importance-weighted bound of num_importance_samples, 5 or 50 in the paper
     beta                   weight of the KL divergence in the training loss (Higgins et al. 2017); 1 is the ELBO
     kl_warmup_steps        steps over which that weight rises from 0, in a straight line (Bowman et al. 2016)
@@ -50,6 +53,7 @@ class VariationalAutoencoderConfig(BaseModel):
     num_mixtures: int | None = Field(default=None, ge=1)
     num_levels: int | None = Field(default=None, ge=2)
     binarize: bool = False
+    samples: Literal["means", "draws"] | None = None
     objective: Literal["elbo", "iwae"] = "elbo"
     num_importance_samples: int | None = Field(default=None, ge=1)
     beta: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
