@@ -488,7 +488,8 @@ class Loss:
 
     terms    sums over its samples, differentiable; what is minimised is the sum over the terms of
              (sum over the global batch) / (count over the global batch), with the counts of `DeepModel.counts`
-    watched  sums over its samples that are only recorded, as means over the samples of the global batch
+    watched  sums over its samples, by the weights of the rows that they stand beside, which are only recorded: as means over
+             the global batch, by its total weight
     """
 
     terms: Mapping[str, Tensor]

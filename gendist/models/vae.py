@@ -503,7 +503,7 @@ class VariationalAutoencoder:
         terms, watched = self._losses(batch, noise, min(1.0, step / warmup) if warmup else 1.0)
         return Loss(
             {name: weighted_sum(value_B, batch) for name, value_B in terms.items()},
-            {name: value_B.detach().sum() for name, value_B in watched.items()},
+            {name: weighted_sum(value_B.detach(), batch) for name, value_B in watched.items()},
         )
 
     def validation_draws(self) -> Mapping[str, Draw]:
