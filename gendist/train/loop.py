@@ -70,9 +70,9 @@ def train(
     asked  called before every step; where one process, and no more, is asked to stop, all end with a report to go on from. What
            is stopped between two records has one record more than an unbroken run; nothing else is changed
 
-    A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples by weight, and PHASE/loss, what is minimised;
-    PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out rows;
-    skipped, a list of {step (its index), phase} of which nothing was applied; seconds and samples_per_s of these steps;
+    A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples by weight, and PHASE/loss, what is
+    minimised; PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out
+    rows; skipped, a list of {step (its index), phase} of which nothing was applied; seconds and samples_per_s of these steps;
     `stopped`, the reason, in the last one. A mean that is not finite is None.
 
     UserError before the first step where the model cannot be trained exactly this way; NotFinite where `on_nan` is stop.
