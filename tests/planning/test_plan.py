@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,6 +117,16 @@ def test_a_thousand_million_parameters_are_planned_in_seconds(large):
 
 def test_it_fits_as_the_comment_of_its_spec_says(large):
     facts, _ = large
+    comment = " ".join(line.lstrip("# ") for line in Path(LARGE).read_text().splitlines() if line.startswith("#"))
+    stages = facts["stages"]
+    for said, num_bytes in (
+        (r"a sample takes ([\d.]+) GB", facts["phases"][0]["activation_bytes"]),
+        (r"weights in bfloat16, ([\d.]+) GB", facts["step"]["activation_bytes"]),
+        (r"([\d.]+) GB on every card by ddp", stages["ddp"]["memory_bytes"]),
+        (r"([\d.]+) GB at stage 3,", stages["ZeRO 3"]["memory_bytes"]),
+    ):
+        (number,) = re.findall(said, comment)
+        assert float(number) == round(num_bytes / 1e9, len(number.partition(".")[2]))
     in_order = [facts["stages"][name]["memory_bytes"] for name in ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")]
     assert in_order[0] > GPUS["h100"].memory_bytes > in_order[3]
     assert facts["step"]["state"]["on_host"] > 0
