@@ -155,7 +155,7 @@ class Block:
     weights          (N,) float64 >= 0, or None: every row weighs 1
     evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
                      log p for a soft label
-    missing          (N, D) bool, True where the entry is missing, or None: nothing is missing
+    missing          (N, D) bool, True where the entry of a row that weighs anything is missing, or None: nothing is missing
     sequence_bounds  (S + 1,) int64 offsets into the rows, from 0 to N, or None: the rows are independent. Else a row is a step
                      in time of one of S sequences; one may be empty
     open_ends        how many rows of the first sequence lie in earlier blocks, and how many of the last in later ones

@@ -391,8 +391,8 @@ def _encode(
 
 
 def _labels_of(model: Any, block: Block) -> list[Any]:
-    """UserError, with its number, where a row has none."""
-    known_N = block.has_one_latent
+    """UserError, with its number, where a row of any weight has none; of weight 0, for which any will do, it has the first."""
+    known_N = block.has_one_latent | (block.weights_or_ones() == 0)
     if not bool(known_N.all()):
         raise UserError(f"row {int(block.rows[int((~known_N).nonzero()[0])])}: no label, which the encoder is to be given")
     assert block.evidence is not None
