@@ -149,8 +149,8 @@ def score(
     work = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "score"})
     written = work.write(Path(out), cluster, address, watch)
     described = [
-        getattr(loaded.model, "density", None),
         "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
+        getattr(loaded.model, "density", None),
     ]
     return replace(written, density="; ".join(filter(None, described)), what="sequences" if is_sequence else "rows")
 

@@ -1,4 +1,4 @@
-"""Rows of weight 0 count for nothing, whatever they hold or lack: a fill value such as 1e20 or -999 must reach no arithmetic."""
+"""Rows of weight 0 count for nothing, whatever they hold or lack: a fill value such as 1e20 or -999 reaches no arithmetic."""
 
 from __future__ import annotations
 
