@@ -81,7 +81,7 @@ def deep_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, work
     speed = speed_of(spec, sizes, networks, machine)
     step_of = partial(step, networks, machine=machine, speed=speed, network=network)
     chosen = step_of(config, workers)
-    curve, not_trained = list[Step](), dict[int, str]()
+    curve, not_trained = list[OnWorkers](), dict[int, str]()
     for count in counts:
         try:
             curve.append(step_of(config, count))
