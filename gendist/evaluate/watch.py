@@ -67,7 +67,7 @@ def watch_samples(
             parts += _sampled(model, addresses)
             alive()
         samples_ND = torch.cat(parts)
-        num_finite = int(samples_ND.isfinite().all(1).sum())
+        num_finite = int(samples_ND.flatten(1).isfinite().all(1).sum())
         if num_finite < len(samples_ND):
             warnings.append(f"{len(samples_ND) - num_finite} of {len(samples_ND)} samples are not finite: {NOT_FINITE}")
         else:
