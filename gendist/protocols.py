@@ -155,7 +155,7 @@ class Block:
     weights          (N,) float64 >= 0, or None: every row weighs 1
     evidence         (N, L) float64, or None: what is known of each row's latent; 0 unknown, -inf excluded,
                      log p for a soft label
-    missing          (N, D) bool, True where the entry is missing, or None: nothing is missing
+    missing          (N, D) bool, True where the entry of a row that weighs anything is missing, or None: nothing is missing
     sequence_bounds  (S + 1,) int64 offsets into the rows, from 0 to N, or None: the rows are independent. Else a row is a step
                      in time of one of S sequences; one may be empty
     open_ends        how many rows of the first sequence lie in earlier blocks, and how many of the last in later ones
@@ -488,7 +488,8 @@ class Loss:
 
     terms    sums over its samples, differentiable; what is minimised is the sum over the terms of
              (sum over the global batch) / (count over the global batch), with the counts of `DeepModel.counts`
-    watched  sums over its samples that are only recorded, as means over the samples of the global batch
+    watched  sums over its samples, by the weights of the rows that they stand beside, which are only recorded: as means over
+             the global batch, by its total weight
     """
 
     terms: Mapping[str, Tensor]

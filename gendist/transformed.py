@@ -18,8 +18,8 @@ from gendist.figures import Figure, ToData
 from gendist.models.ops.offered import Offered
 from gendist.protocols import sequences_of
 
-# What families offer beside the verbs of all, of rows or of sequences as the data hold them.
-FURTHER_VERBS = (
+# What families have beside the verbs of all, of rows or of sequences as the data hold them.
+FURTHER = (
     "active_units",
     "cluster",
     "draw_latents",
@@ -28,6 +28,7 @@ FURTHER_VERBS = (
     "forecast_states",
     "interpolate",
     "most_likely_states",
+    "prior",
     "sample_classes",
     "sample_posterior_states",
     "sample_states",
@@ -83,9 +84,10 @@ class Transformed:
 
     @property
     def density(self) -> str:
-        """What log_prob is the density of, in words; empty where it is that of x."""
+        """What log_prob, or a bound of it, is the density of, in words; empty where it is that of x."""
         kept = self.transforms.num_kept
-        return "" if kept is None else f"density of the {kept} principal coordinates that pca keeps: x itself has none"
+        of_pca = "" if kept is None else f"density of the {kept} principal coordinates that pca keeps: x itself has none"
+        return "; ".join(filter(None, [of_pca, getattr(self.model, "density", "")]))
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's and the transforms'."""
@@ -116,24 +118,24 @@ class Transformed:
         return self._density(self.model.log_prob, x_ND)
 
     @Offered
-    def elbo(self, x_ND: Any, **options: Any) -> Tensor:
+    def elbo(self, x_ND: Any, *rest: Any, **options: Any) -> Tensor:
         """(N,) a lower bound of log_prob."""
-        return self._density(self.model.elbo, x_ND, **options)
+        return self._density(self.model.elbo, x_ND, *rest, **options)
 
     @Offered
-    def log_prob_bound(self, x_ND: Any, **options: Any) -> Tensor:
+    def log_prob_bound(self, x_ND: Any, *rest: Any, **options: Any) -> Tensor:
         """(N,) a tighter bound of log_prob."""
-        return self._density(self.model.log_prob_bound, x_ND, **options)
+        return self._density(self.model.log_prob_bound, x_ND, *rest, **options)
 
     @Offered
-    def encode(self, x_ND: Any, **options: Any) -> Tensor:
+    def encode(self, x_ND: Any, *rest: Any, **options: Any) -> Tensor:
         """The model's representation of the transformed rows."""
-        return self.model.encode(self._forward(x_ND), **options)
+        return self.model.encode(self._forward(x_ND), *rest, **options)
 
     @Offered
-    def decode(self, latents: Any, **options: Any) -> Tensor:
+    def decode(self, latents: Any, *rest: Any, **options: Any) -> Tensor:
         """(N, D) the image in x of the model's mean of z: the mean of x where the transforms are linear, without log1p."""
-        return self.transforms.inverse(self.model.decode(latents, **options))
+        return self.transforms.inverse(self.model.decode(latents, *rest, **options))
 
     @Offered
     def classify(self, x_ND: Any) -> Tensor:
@@ -141,15 +143,15 @@ class Transformed:
         return self.model.classify(self._forward(x_ND))
 
     @Offered
-    def impute(self, x_ND: Any, **options: Any) -> Any:
+    def impute(self, x_ND: Any, *rest: Any, **options: Any) -> Any:
         """(N, D) x with the missing entries filled in, as the image of what the model fills in."""
-        filled = self.model.impute(self._forward(x_ND), **options)
+        filled = self.model.impute(self._forward(x_ND), *rest, **options)
         return [self.transforms.inverse(z) for z in filled] if isinstance(filled, list) else self.transforms.inverse(filled)
 
     @Offered
-    def reconstruct(self, x_ND: Any, **options: Any) -> Any:
+    def reconstruct(self, x_ND: Any, *rest: Any, **options: Any) -> Any:
         """(N, D) the image of the model's reconstruction."""
-        return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), **options))
+        return self.transforms.inverse(self.model.reconstruct(self.transforms.forward(x_ND), *rest, **options))
 
     def check_rows(self, x: Any) -> None:
         """UserError where x cannot be transformed, or cannot be of the model then."""
@@ -164,14 +166,14 @@ class Transformed:
         return {name: figure.to_data(to_data) for name, figure in figures.items()}
 
     def __getattr__(self, name: str) -> Any:
-        """One of `FURTHER_VERBS`, where the model within has it."""
+        """One of `FURTHER`, where the model within has it."""
         model = self.__dict__.get("model")  # not there yet while it is unpickled
         if reason := getattr(model, "not_offered", {}).get(name):
             raise AttributeError(f"{name} is not offered: {reason}")
-        if name not in FURTHER_VERBS or not hasattr(model, name):
+        if name not in FURTHER or not hasattr(model, name):
             raise AttributeError(f"a {type(model).__name__} behind transforms has no {name}; `model.model` is the one within")
         verb = getattr(model, name)
-        if name in ("sample_classes", "sample_states"):
+        if name in ("prior", "sample_classes", "sample_states"):
             return verb
         if name == "sample_together":
             return lambda addresses: [self._inverse(z) for z in verb(addresses)]
@@ -197,15 +199,15 @@ class Transformed:
             return self.transforms.forward(x)
         return [self.transforms.forward(x_TD) for x_TD in sequences_of(x)]
 
-    def _density(self, of_z: Callable[..., Tensor], x_ND: Any, **options: Any) -> Tensor:
+    def _density(self, of_z: Callable[..., Tensor], x_ND: Any, *rest: Any, **options: Any) -> Tensor:
         if getattr(self.model, "takes_sequences", False):
             mapped = [self.transforms.map(x_TD) for x_TD in sequences_of(x_ND)]
             if not mapped:
                 return torch.zeros(0, dtype=torch.float64)
             log_abs_det_S = torch.stack([log_abs_det_T.sum() for _, log_abs_det_T in mapped])
-            return of_z([z_TE for z_TE, _ in mapped], **options) + log_abs_det_S
+            return of_z([z_TE for z_TE, _ in mapped], *rest, **options) + log_abs_det_S
         z_NE, log_abs_det_N = self.transforms.map(x_ND)
-        return of_z(z_NE, **options) + log_abs_det_N
+        return of_z(z_NE, *rest, **options) + log_abs_det_N
 
 
 def transformed(model: Any, transforms: Transforms | None) -> Any:

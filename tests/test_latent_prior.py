@@ -127,6 +127,33 @@ def test_a_model_of_known_classes_encodes_rows_with_their_labels(blobs, tmp_path
         bulk.encode(tmp_path / "run", DataConfig(**data), tmp_path / "again.npy")
 
 
+def test_a_row_of_weight_0_needs_no_label_nor_entries(blobs, tmp_path):
+    """It changes nothing in what is trained, and the mixture is of the latents of the others."""
+    weights, frame = np.ones(len(blobs)), pd.DataFrame(blobs, columns=["a", "b", "c"])
+    weights[[3, 40]] = 0.0
+    frame = frame.assign(w=weights, y=np.where(blobs[:, 0] > 3.0, "right", "left"))
+    lacking = frame.copy()
+    lacking.loc[3, ["a", "b"]] = np.nan
+    lacking.loc[40, "y"] = None
+    models = []
+    for name, each in (("whole", frame), ("lacking", lacking)):
+        (tmp_path / name).mkdir()
+        each.to_parquet(tmp_path / name / "data.parquet")
+        spec = {
+            "name": "known",
+            "family": "vae",
+            "model": {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK, "likelihood": "gaussian"},
+            "data": {"path": str(tmp_path / name / "data.parquet"), "label": "y", "weight": "w"},
+            "fit": {"num_steps": 5, "global_batch_size": 64},
+        }
+        gendist.fit(spec, run_dir=tmp_path / name / "run")
+        prior = fitted(tmp_path / name, tmp_path / name / "prior", ["model.num_components=1"])
+        models.append(gendist.load(prior.path))
+    for name, tensor in models[0].tensors().items():
+        assert torch.equal(models[1].tensors()[name], tensor)
+    torch.testing.assert_close(models[1].prior.means, models[0].prior.means, rtol=0.0, atol=0.0)
+
+
 def test_latents_are_as_wide_as_the_data_tell(tmp_path):
     """Means of levels are none, so that a model of levels does not take its own samples."""
     levels = np.random.default_rng(0).integers(0, 5, (80, 3)) / 4.0

@@ -136,6 +136,29 @@ def test_results_are_of_the_rows_as_they_are(unbroken):
     np.testing.assert_allclose(gendist.load(unbroken).transforms.steps[1].mean, logs.mean(0), atol=1e-12)
 
 
+def test_verbs_take_what_those_of_the_model_take(blobs):
+    network = {"hidden_sizes": [8], "activation": "tanh"}
+    spec = {
+        "name": "blobs",
+        "family": "vae",
+        "model": {"latent_dim": 2, "encoder": network, "decoder": network, "likelihood": "gaussian"},
+        "data": {"label": "y", "transforms": ["standardize"]},
+        "fit": {"num_steps": 5},
+    }
+    labels = np.where(blobs[:, 0] > 3.0, "right", "left").tolist()
+    model = gendist.fit(spec, data={**dict(zip("abc", blobs.T, strict=True)), "y": labels}).model
+    assert isinstance(model, Transformed)
+    for verb, name, value in (("elbo", "seed", 1), ("log_prob_bound", "num_samples", 7)):
+        assert torch.equal(getattr(model, verb)(blobs, value), getattr(model, verb)(blobs, **{name: value})), verb
+    for verb in ("encode", "reconstruct"):
+        assert torch.equal(getattr(model, verb)(blobs, labels), getattr(model, verb)(blobs, given=labels)), verb
+    z = model.encode(blobs, labels)
+    assert torch.equal(model.decode(z, "left"), model.decode(z, given="left"))
+    assert model.prior is None
+    mixture = gendist.fit({"name": "z", "family": "gmm", "model": {"num_components": 2}}, data=z.double().numpy()).model
+    assert model.with_prior(mixture).prior is mixture
+
+
 # Runs
 
 

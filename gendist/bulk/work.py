@@ -152,8 +152,8 @@ def score(
     work = _of_data(artifact, loaded, data, out, layout, compute, {"verb": "score"})
     written = work.write(out, cluster, address, watch)
     described = [
-        getattr(loaded.model, "density", None),
         "" if verb == "log_prob" else f"{verb}: a lower bound of the log density",
+        getattr(loaded.model, "density", None),
     ]
     return replace(written, density="; ".join(filter(None, described)), what="sequences" if is_sequence else "rows")
 
@@ -475,8 +475,8 @@ def _impute(draw: int | None, model: Any, blocks: Sequence[Block]) -> tuple[int,
 
 
 def _labels_of(model: Any, block: Block) -> list[Any]:
-    """UserError, with its number, where a row has none."""
-    known_N = block.has_one_latent
+    """UserError, with its number, where a row of any weight has none; of weight 0, for which any will do, it has the first."""
+    known_N = block.has_one_latent | (block.weights_or_ones() == 0)
     if not bool(known_N.all()):
         raise UserError(f"row {int(block.rows[int((~known_N).nonzero()[0])])}: no label, which the encoder is to be given")
     assert block.evidence is not None

@@ -247,17 +247,15 @@ class _BlockLoader:
             return Block(as_matrix(counted), rows, weights, evidence)
         x = torch.from_numpy(np.array(matrix[index]))
         missing = x.isnan()
-        any_missing = bool(missing.any())
-        if any_missing:
-            x.masked_fill_(missing, 0.0)
+        x.masked_fill_(missing, 0.0)
         if weights is not None:
-            x = silenced(x, weights, missing if any_missing else None)
+            x, missing = silenced(x, weights, missing)
         block = Block(
             x=x,
             rows=rows,
             weights=weights,
             evidence=evidence,
-            missing=missing if any_missing else None,
+            missing=missing if bool(missing.any()) else None,
             sequence_bounds=None if sequences is None else torch.from_numpy(sequences.bounds),
             open_ends=(0, 0) if sequences is None else sequences.open_ends,
         )

@@ -21,7 +21,7 @@ class Summary:
     minimum, maximum, all_integers   (D,) of the entries of rows of positive weight
     mean            (D,) weighted, over these rows
     scatter         (D,) weighted sum of squares about the mean
-    num_missing     (D,)
+    num_missing     (D,) entries, of rows of positive weight
     fingerprint     SHA-256 of the content of the leaves, combined as the tree of the reduction combines them
     features        what the columns are, where it is known
     num_sequences   that begin in these rows; 0 where the rows are independent

@@ -1,4 +1,4 @@
-"""Rows of weight 0 count for nothing, whatever they hold: a fill value such as 1e20 or -999 must reach no arithmetic."""
+"""Rows of weight 0 count for nothing, whatever they hold or lack: a fill value such as 1e20 or -999 reaches no arithmetic."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def first_that_counts(x_ND: Tensor, weights_ND: Tensor) -> Tensor:
     return torch.where((weights_ND > 0).any(0), x_ND.gather(0, first_1D)[0], 0.0)
 
 
-def silenced(x_ND: Tensor, weights_N: Tensor, missing_ND: Tensor | None) -> Tensor:
-    """x with entries that count in place of those of rows of weight 0; missing ones stay."""
-    weightless_N = weights_N == 0
-    if not bool(weightless_N.any()):
-        return x_ND
-    counted_ND = ~weightless_N[:, None] if missing_ND is None else ~(weightless_N[:, None] | missing_ND)
-    return torch.where(weightless_N[:, None], first_that_counts(x_ND, counted_ND), x_ND)
+def silenced(x_ND: Tensor, weights_N: Tensor, missing_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """x with entries that count in place of those of rows of weight 0, and what is missing of the others."""
+    weightless_N1 = weights_N[:, None] == 0
+    if not bool(weightless_N1.any()):
+        return x_ND, missing_ND
+    filler_D = first_that_counts(x_ND, ~(weightless_N1 | missing_ND))
+    return torch.where(weightless_N1, filler_D, x_ND), missing_ND & ~weightless_N1

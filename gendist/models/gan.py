@@ -362,10 +362,10 @@ class GenerativeAdversarialNetwork:
                     inconsistency_B = semi_supervised.inconsistency(outputs, self._judged(real, noise, OF_AGAIN))
                     terms["consistency"] = self.config.consistency_weight * weighted_sum(inconsistency_B, batch)
             terms |= {"real": weighted_sum(of_real_B, batch), "fake": self._sum_of_samples(of_fake_B, batch)}
-            watched = {"real_logit": real_B.detach().sum(), "fake_logit": fake_B.detach().sum()}
+            watched = {"real_logit": real_B, "fake_logit": fake_B}
             if self.config.loss != "wasserstein":  # of which any number may be added to the logits
                 # D is right about all at 1, and no better than a coin at 0.5.
-                watched["accuracy"] = 0.5 * ((real_B > 0).float() + (fake_B < 0).float()).sum()
+                watched["accuracy"] = 0.5 * ((real_B > 0).float() + (fake_B < 0).float())
         if self._has_penalty(phase):
 
             def discriminator(x: Tensor) -> Tensor:
@@ -380,7 +380,7 @@ class GenerativeAdversarialNetwork:
             # A penalty that comes with every n-th step counts n times (Karras et al. 2020, appendix B).
             weight = self.config.penalty_weight * self.config.penalty_every
             terms["penalty"] = weight * weighted_sum(penalty_B, batch)
-        return Loss(terms, watched)
+        return Loss(terms, {name: weighted_sum(value_B.detach(), batch) for name, value_B in watched.items()})
 
     def _of_generator(self, batch: Block, noise: Mapping[str, Tensor]) -> Tensor:
         """() what G minimises, summed over the samples."""

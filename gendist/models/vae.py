@@ -80,6 +80,13 @@ class VariationalAutoencoder:
         return reasons
 
     @property
+    def density(self) -> str:
+        """What bounds are of, in words, where that is not always the density of x."""
+        if self.config.likelihood != "bernoulli" or self.config.binarize:
+            return ""
+        return "of x that is 0 or 1; where it lies between, cross-entropies stand for log p(x | z), which are no density of x"
+
+    @property
     def encodes_given(self) -> bool:
         """Whether `encode` must be given the class of a row, which nothing here would guess."""
         return bool(self.labels) and self.config.classifier is None
@@ -523,7 +530,7 @@ class VariationalAutoencoder:
         terms, watched = self._losses(batch, noise, min(1.0, step / warmup) if warmup else 1.0)
         return Loss(
             {name: weighted_sum(value_B, batch) for name, value_B in terms.items()},
-            {name: value_B.detach().sum() for name, value_B in watched.items()},
+            {name: weighted_sum(value_B.detach(), batch) for name, value_B in watched.items()},
         )
 
     def validation_draws(self) -> Mapping[str, Draw]:

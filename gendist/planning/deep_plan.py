@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,8 +41,10 @@ COLUMNS = ("engine", "params", "grads", "optim.", "EMA", "transit", "activ.", "t
 
 
 class Networks(NamedTuple):
-    """What is known of a model before it is made: the entries of each parameter of each network, and what phases cost."""
+    """What is known of a model before it is made: its networks as shapes, the entries of each of their parameters, and what
+    phases cost."""
 
+    model: Any
     sizes: Mapping[str, list[int]]
     phases: list[PhaseCost]
 
@@ -75,10 +77,16 @@ class Step(OnWorkers):
 def deep_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, workers: int, counts: list[int]) -> Plan:
     config, room, labels = spec.fit, machine.memory_bytes, sizes.labels
     assert isinstance(config, DeepConfig)
-    networks = networks_of(spec, sizes, workers)
+    networks = networks_of(spec, sizes, workers, machine)
     speed = speed_of(spec, sizes, networks, machine)
     step_of = partial(step, networks, machine=machine, speed=speed, network=network)
     chosen = step_of(config, workers)
+    curve, not_trained = list[OnWorkers](), dict[int, str]()
+    for count in counts:
+        try:
+            curve.append(step_of(config, count))
+        except UserError as error:
+            not_trained[count] = str(error)
     stages, refused = dict[str, Step](), dict[str, str]()
     for name, engine in ENGINES.items():
         try:
@@ -86,10 +94,12 @@ def deep_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, work
         except UserError as error:
             refused[name] = str(error)
     stages[AS_SAID] = chosen
-    largest = {
-        name: largest_micro_batch(networks.phases, config.global_batch_size, workers, room - each.state.on_device)
-        for name, each in stages.items()
-    }
+    largest = dict[str, int]()
+    for name, each in stages.items():
+        there = config.model_copy(update={"engine": ENGINES.get(name, config.engine)})
+        allowed = partial(_allows, networks.model, there, workers, machine)
+        left = room - each.state.on_device
+        largest[name] = largest_micro_batch(networks.phases, config.global_batch_size, workers, left, allowed)
 
     summary = [
         f"{networks.num_parameters:,} parameters; a step of {workers} workers x {chosen.num_micro_batches} micro-batches of "
@@ -125,17 +135,21 @@ def deep_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, work
         assumptions.append("no sample has a label, which a loss that sums over the classes takes the longest for")
     if len(networks.sizes) > 1 and config.engine.stage == 3:
         assumptions.append("what frozen networks are gathered for in the phases of others is not counted")
+    advice = _advice(networks, config, stages, largest, room)
+    if not_trained:
+        advice.append(f"a fit refuses {', '.join(map(str, not_trained))} workers: {next(iter(not_trained.values()))}")
     return Plan(
         chosen=chosen,
-        curve=[step_of(config, count) for count in counts if count <= config.global_batch_size],
+        curve=curve,
         summary=summary,
         tables=[by_engine],
-        advice=_advice(networks, config, stages, largest, room),
+        advice=advice,
         assumptions=assumptions,
         facts={
             "num_parameters": networks.num_parameters,
             "phases": [asdict(cost) for cost in networks.phases],
             "step": chosen.as_dict(),
+            "not_trained": not_trained,
             "stages": refused | {name: each.as_dict() for name, each in stages.items()},
             "largest_micro_batch": largest,
         },
@@ -166,7 +180,24 @@ def _advice(
     return lines
 
 
-def networks_of(spec: Spec, sizes: Sizes, workers: int) -> Networks:
+def check(model: Any, config: DeepConfig, num_workers: int, machine: Machine) -> None:
+    """UserError where a fit would refuse so many workers."""
+    workers = max(1, num_workers)
+    division = Division(config.global_batch_size, workers, config.micro_batch_size)
+    restrictions.check(model, 0, config, division, num_rows=1)
+    device = torch.device("cuda" if machine.is_gpu else "cpu")
+    engine_class(config).check(Processes(0, workers, device), config)
+
+
+def _allows(model: Any, config: DeepConfig, num_workers: int, machine: Machine, micro_batch_size: int) -> bool:
+    try:
+        check(model, config.model_copy(update={"micro_batch_size": micro_batch_size}), num_workers, machine)
+    except UserError:
+        return False
+    return True
+
+
+def networks_of(spec: Spec, sizes: Sizes, workers: int, machine: Machine) -> Networks:
     """UserError where the configuration does not fit such data, or so many workers."""
     assert isinstance(spec.fit, DeepConfig)
     try:
@@ -175,16 +206,16 @@ def networks_of(spec: Spec, sizes: Sizes, workers: int) -> Networks:
     except (RuntimeError, NotImplementedError) as error:  # of a family that looks at values of tensors
         why = str(error).strip().splitlines()[0]
         raise UserError(f"the family {spec.family} cannot be made of shapes alone, as a plan has to ({why})") from error
-    division = Division(spec.fit.global_batch_size, max(1, workers), spec.fit.micro_batch_size)
     for network in model.networks().values():
         network.train()
-    restrictions.check(model, 0, spec.fit, division, max(1, sizes.num_rows))
+    check(model, spec.fit, workers, machine)
     entries = {name: [p.numel() for p in network.parameters()] for name, network in model.networks().items()}
-    return Networks(entries, count_phases(model, spec.fit, len(sizes.labels)))
+    return Networks(model, entries, count_phases(model, spec.fit, len(sizes.labels)))
 
 
 def step(networks: Networks, config: DeepConfig, num_workers: int, machine: Machine, speed: Speed, network: Network) -> Step:
-    """UserError where the engine, or the global batch, cannot do with so many."""
+    """UserError where a fit would refuse so many."""
+    check(networks.model, config, num_workers, machine)
     workers, engine = max(1, num_workers), engine_class(config)
     mine = Division(config.global_batch_size, workers, config.micro_batch_size).micro_batches(0)
     largest = max(map(len, mine))
@@ -215,14 +246,21 @@ def step(networks: Networks, config: DeepConfig, num_workers: int, machine: Mach
     )
 
 
-def largest_micro_batch(phases: Sequence[PhaseCost], global_batch_size: int, num_workers: int, room: float) -> int:
-    """Whose activations fit into `room`, and which divides the global batch; 0 where not even one sample does."""
+def largest_micro_batch(
+    phases: Sequence[PhaseCost],
+    global_batch_size: int,
+    num_workers: int,
+    room: float,
+    allowed: Callable[[int], bool] = lambda number: True,
+) -> int:
+    """Whose activations fit into `room`, which divides the global batch and is allowed; 0 where there is none."""
 
     def fits(number: int) -> bool:
         return all(number * cost.activation_bytes + cost.fixed_bytes <= room for cost in phases)
 
     numbers = range(1, -(-global_batch_size // max(1, num_workers)) + 1)
-    return max((number for number in numbers if global_batch_size % number == 0 and fits(number)), default=0)
+    suitable = (number for number in reversed(numbers) if global_batch_size % number == 0 and fits(number) and allowed(number))
+    return next(suitable, 0)
 
 
 def speed_of(spec: Spec, sizes: Sizes, networks: Networks, machine: Machine) -> Speed:

@@ -35,13 +35,18 @@ def plan_of(
     num_rows: int | None = None,
     num_features: int | None = None,
 ) -> Plan:
-    """gpus_per_node 0: workers are cores of this machine's kind, workers_per_node to a node.
+    """gpus_per_node 0: workers are cores of this machine's kind, workers_per_node to a node; else each has a GPU of its own.
 
     UserError where the spec could not be fitted so, or too little is known of its data.
     """
     family = family_class(spec.family)
     if gpus_per_node and gpu not in GPUS:
         raise UserError(f"--gpu {gpu}: not in the table; there are {', '.join(GPUS)}")
+    if gpus_per_node and workers_per_node not in (0, gpus_per_node):
+        raise UserError(
+            f"--workers-per-node {workers_per_node} beside --gpus-per-node {gpus_per_node}: each worker has a GPU of its own; "
+            "leave one of them out"
+        )
     sizes = sizes_of(spec, family, num_rows, num_features)
     if spec.data.label is not None and not sizes.labels:
         raise UserError("what this takes depends on the number of classes: say them, such as data.labels=[0,1,2,3,4,5,6,7,8,9]")
@@ -63,10 +68,11 @@ def plan_of(
         rows.append((f"{each.num_workers}", *times, held, f"{share:.0%}{bends}"))
     parts = [name.replace("m_step", "M-step") for name in found.chosen.parts_s]
     columns = ("workers", "total", *parts, "a worker holds", "efficiency")
-    pays = "so many workers and twice as many pay"
+    advice = list(found.advice)
     if bend is not None:
-        pays = f"beyond {bend} workers, twice as many are less than {BEND:g} times as fast"
-    advice = [*found.advice, pays]
+        advice.append(f"beyond {bend} workers, twice as many are less than {BEND:g} times as fast")
+    elif len(numbers) > 1:
+        advice.append(f"up to {numbers[-1]} workers, twice as many pay")
     inside = f"inside {wires.inside_bytes_per_s / 1e9:g} GB/s and {wires.inside_latency_s * 1e6:g} us a message"
     between = f"between nodes {wires.between_bytes_per_s / 1e9:g} GB/s and {wires.between_latency_s * 1e6:g} us"
     assumptions = [

@@ -59,7 +59,7 @@ class DdpEngine:
 
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
-        # Gradients lie in the buckets that they travel in.
+        # Gradients are added up in the buckets that they travel in.
         return state_bytes(config, network, sum(sizes), num_processes)
 
     @classmethod
@@ -243,9 +243,9 @@ class _Trained:
 class Gradients:
     """The gradients of one network, summed over the processes.
 
-    One process alone leaves them where autograd puts them. Of several, each gradient moves into its bucket when the last
-    backward pass has completed it, and a bucket sets out when all of it is there and all before it have: the same order on
-    every process, one whose last micro-batch does not reach some parameter included.
+    One process alone leaves them where autograd puts them. Of several, autograd adds those of every micro-batch up within their
+    buckets, and a bucket sets out when the last backward pass has completed all of it and all before it have: the same order
+    on every process, one whose last micro-batch does not reach some parameter included.
     """
 
     def __init__(self, parameters: list[torch.nn.Parameter], world_size: int) -> None:
@@ -264,7 +264,7 @@ class Gradients:
 
     def _completed(self, bucket: _Bucket, parameter: Tensor) -> None:
         if self._is_last:
-            bucket.fill(parameter)
+            bucket.complete(parameter)
             self._send(lambda bucket: not bucket.missing)
 
     def _send(self, is_ready: Any) -> None:
@@ -274,9 +274,6 @@ class Gradients:
 
     def reduced(self) -> list[Tensor]:
         """The gradient of every parameter, zeros where no process has one."""
-        for bucket in self._buckets[self._num_begun :]:
-            for parameter in list(bucket.missing):
-                bucket.fill(parameter)
         self._send(lambda bucket: True)
         for bucket in self._buckets:
             bucket.wait()
@@ -286,8 +283,9 @@ class Gradients:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        if not self._buckets:
+            for parameter in self._parameters:
+                parameter.grad = None
         for bucket in self._buckets:
             bucket.clear()
         self._num_begun, self._is_last = 0, False
@@ -298,7 +296,7 @@ class _Bucket:
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         first = parameters[0]
-        self.memory = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self.memory = torch.empty(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
         self.views: dict[Tensor, Tensor] = {}
         start = 0
         for parameter in parameters:
@@ -308,21 +306,18 @@ class _Bucket:
         self.clear()
 
     def clear(self) -> None:
+        self.memory.zero_()
+        for parameter, view in self.views.items():
+            parameter.grad = view
         self.missing = dict.fromkeys(self.views)
         self._work: Any = None
 
-    def fill(self, parameter: Tensor) -> None:
+    def complete(self, parameter: Tensor) -> None:
         if self._work is not None:
             raise UserError(
                 "a backward pass reached a parameter twice, such as by torch.utils.checkpoint with use_reentrant=True; set it "
                 "to False"
             )
-        view = self.views[parameter]
-        if parameter.grad is None:
-            view.zero_()
-        else:
-            view.copy_(parameter.grad)
-        parameter.grad = view
         self.missing.pop(parameter, None)
 
     def begin(self) -> None:

@@ -70,9 +70,9 @@ def train(
     asked  called before every step; where one process, and no more, is asked to stop, all end with a report to go on from. What
            is stopped between two records has one record more than an unbroken run; nothing else is changed
 
-    A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples, and PHASE/loss, what is minimised;
-    PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out rows;
-    skipped, a list of {step (its index), phase} of which nothing was applied; seconds and samples_per_s of these steps;
+    A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples by weight, and PHASE/loss, what is
+    minimised; PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out
+    rows; skipped, a list of {step (its index), phase} of which nothing was applied; seconds and samples_per_s of these steps;
     `stopped`, the reason, in the last one. A mean that is not finite is None.
 
     UserError before the first step where the model cannot be trained exactly this way; NotFinite where `on_nan` is stop.
@@ -89,13 +89,13 @@ def train(
         step = progress.step
         batches = training_batches(rows, order, step, division, engine.rank)
         phases = model.phases(step)
-        counts, request = _total_counts(model, engine, phases, [batch for _, batch in batches], asked())
+        counts, total_weight, request = _total_counts(model, engine, phases, [batch for _, batch in batches], asked())
         if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
             yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
             return
         batches = [(start, moved(batch, engine.device)) for start, batch in batches]
         for phase in phases:
-            sums = Sums(counts[phase], config.global_batch_size)
+            sums = Sums(counts[phase], total_weight)
             engine.begin_phase(phase.network)
             for number, (start, batch) in enumerate(batches, 1):
                 engine.begin_micro_batch(phase.network, is_last=number == len(batches))
@@ -139,18 +139,19 @@ def train(
 
 def _total_counts(
     model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block], asked: Asked
-) -> tuple[dict[Phase, dict[str, float]], float]:
-    """Of each term of each phase, over how many samples of the global batch it is a sum; and what is asked, over all processes,
-    which costs no exchange of its own."""
+) -> tuple[dict[Phase, dict[str, float]], float, float]:
+    """Of each term of each phase, over how many samples of the global batch it is a sum; the weight of that batch; and what is
+    asked, over all processes, which costs no exchange of its own."""
     mine = {phase: Counter[str]() for phase in phases}
     for phase, counts in mine.items():
         for batch in batches:
             counts.update(model.counts(phase, batch))
     names = [(phase, name) for phase, counts in mine.items() for name in counts]
-    values = [*(mine[phase][name] for phase, name in names), float(asked)]
-    *totals, request = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
+    weight = sum(float(batch.weights_or_ones().sum()) for batch in batches)
+    values = [*(mine[phase][name] for phase, name in names), weight, float(asked)]
+    *totals, weight, request = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
     total_of = dict(zip(names, totals, strict=True))
-    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, request
+    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, weight, request
 
 
 def _explanation(step: int, phase: Phase, not_finite: Mapping[str, float], norm: float, config: DeepConfig) -> str:

@@ -18,9 +18,9 @@ from gendist.train.engine import Engine
 class Sums:
     """Of one phase at one step: what this process adds to the means over the global batch, by name."""
 
-    def __init__(self, counts: Mapping[str, float], num_samples: int) -> None:
-        """counts: of each term, over the whole global batch."""
-        self._counts, self._num_samples = counts, num_samples
+    def __init__(self, counts: Mapping[str, float], total_weight: float) -> None:
+        """counts: of each term, over the whole global batch. total_weight: of its rows."""
+        self._counts, self._total_weight = counts, total_weight
         self.shares: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def add(self, loss: Loss) -> Tensor:
@@ -35,7 +35,7 @@ class Sums:
         for name, share in (*terms.items(), ("loss", total)):
             self.shares[name].append(share.detach())
         for name, value in loss.watched.items():
-            self.shares[name].append(value.detach().float() / self._num_samples)
+            self.shares[name].append(value.detach().float() / (self._total_weight or math.inf))
         return total * torch.where(torch.isfinite(total.detach()), 1.0, torch.nan)
 
     def not_finite(self, engine: Engine) -> dict[str, float]:

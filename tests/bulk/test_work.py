@@ -200,6 +200,26 @@ def test_a_row_without_a_density_is_named(folder, tmp_path):
         assert (tmp_path / str(row)).exists() == left
 
 
+@pytest.mark.parametrize(
+    ("model", "is_said"),
+    [
+        ({"likelihood": "bernoulli"}, True),
+        ({"likelihood": "bernoulli", "binarize": True}, False),
+        ({"likelihood": "gaussian"}, False),
+    ],
+)
+def test_what_is_no_density_is_not_called_one(tmp_path, model, is_said):
+    """The Bernoulli log p(x | z) of x between 0 and 1 integrates to no 1."""
+    x = np.random.default_rng(0).random((60, 3))
+    np.save(tmp_path / "x.npy", x)
+    network = {"hidden_sizes": [4]}
+    model = {"latent_dim": 2, "encoder": network, "decoder": network, **model}
+    gendist.fit({"name": "x", "family": "vae", "model": model, "fit": {"num_steps": 1}}, data=x, run_dir=tmp_path / "run")
+    done = bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / "x.npy")), tmp_path / "scores.npy")
+    assert "log_prob_bound: a lower bound of the log density" in done.density
+    assert ("no density of x" in done.density) == is_said
+
+
 @pytest.mark.parametrize("name", ["parts", "all.parquet", "all.csv"])
 def test_samples_of_a_model_with_classes_have_a_column_of_labels(tmp_path, name):
     rng = np.random.default_rng(0)

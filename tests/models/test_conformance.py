@@ -392,16 +392,36 @@ def test_weights_of_one_change_nothing_and_double_weights_double(deep_case):
     plain = micro_batch(deep_case, 0, 9)
     for phase in all_phases(model):
         noise = noise_of(model.draws(phase), 9)
-        losses = [
-            model.loss(phase, replace(plain, weights=weights), noise, 0).terms
+        all_losses = [
+            model.loss(phase, replace(plain, weights=weights), noise, 0)
             for weights in (None, torch.ones(9), torch.full((9,), 2.0))
         ]
+        losses = [loss.terms for loss in all_losses]
         counts = [model.counts(phase, replace(plain, weights=w)) for w in (None, torch.ones(9), torch.full((9,), 2.0))]
         assert counts[0] == counts[1]
         for name, value in losses[0].items():
             torch.testing.assert_close(losses[1][name], value)
             # Terms that do not hang on the rows of the data count every sample once, whatever the weights.
             torch.testing.assert_close(losses[2][name] / counts[2][name], value / counts[0][name])
+        for name, value in all_losses[0].watched.items():
+            torch.testing.assert_close(all_losses[1].watched[name], value)
+            torch.testing.assert_close(all_losses[2].watched[name], 2.0 * value)
+
+
+def test_what_is_watched_weighs_what_its_row_does(deep_case):
+    model, batch = fresh(deep_case), micro_batch(deep_case, 0, 4)
+    weights = torch.tensor([0.0, 0.5, 3.0, 1.0], dtype=torch.float64)
+    for phase in all_phases(model):
+        noise = noise_of(model.draws(phase), 4)
+        if model.needs_whole_batch(phase):
+            continue
+        alone = [
+            model.loss(phase, micro_batch(deep_case, i, i + 1), {name: value[i : i + 1] for name, value in noise.items()}, 0)
+            for i in range(4)
+        ]
+        for name, value in model.loss(phase, replace(batch, weights=weights), noise, 0).watched.items():
+            expected = sum(float(weight) * each.watched[name] for weight, each in zip(weights, alone, strict=True))
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_in_half_precision_sums_stay_in_float32(deep_case):

@@ -12,6 +12,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import gendist
+from gendist.data.rows import RowSet
+from gendist.evaluate.coverage import likeness
+from gendist.evaluate.watch import watch_samples
 from gendist.models.gan import DISCRIMINATOR, GENERATOR, PENALTY, GenerativeAdversarialNetwork
 from gendist.models.ops import adversarial, semi_supervised
 from gendist.models.ops.augmentation import augment
@@ -108,6 +111,21 @@ def test_a_sample_of_a_class_is_a_window_on_its_endless_one():
     assert bool((of_class.sum(0) == 1).all())  # the same latents, each of one class
     np.testing.assert_allclose(of_class.double().mean(1), 1 / 3, atol=0.03)
     torch.testing.assert_close(model.decode(torch.zeros(2, 3), given="c"), model.decode(torch.zeros(3, 3), given="c")[:2])
+
+
+def test_samples_that_are_held_beside_data_are_of_the_rows_classes():
+    classes = torch.tensor([0] * 40 + [2] * 8)
+    x = torch.rand(48, 24, generator=torch.Generator().manual_seed(0))
+    rows = RowSet(x.numpy(), np.arange(48), evidence=evidence_of(classes).numpy())
+    model = small()
+    samples = torch.cat([model.sample(40, seed=3, given="a"), model.sample(8, seed=3, offset=40, given="c")])
+    expected = vars(likeness(x, samples))
+    found = watch_samples(model, rows, 3, {})
+    assert {name: found[f"samples/{name}"] for name in expected} == expected
+    without = small(**SEMI)
+    expected = vars(likeness(x, without.sample(48, seed=3)))
+    found = watch_samples(without, rows, 3, {})
+    assert {name: found[f"samples/{name}"] for name in expected} == expected
 
 
 def test_the_classes_of_samples_are_told_where_they_have_one():

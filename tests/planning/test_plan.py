@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gendist.blocks import Leaves
 from gendist.blocks.reduction import _merge_siblings, _Node
-from gendist.config import load_spec
+from gendist.config import Spec, load_spec
 from gendist.cost import PassCost, StateBytes, Traffic
 from gendist.launch.cli import main
 from gendist.planning import plan_of
+from gendist.planning.answer import Plan
 from gendist.planning.counting import PhaseCost
 from gendist.planning.deep_plan import largest_micro_batch
 from gendist.planning.machines import GPUS, Machine, Network, network, this_machine
 from gendist.planning.passes import Work, iteration, num_nodes
 from gendist.planning.plan import bend_of, efficiency
+from gendist.protocols import Phase
 
 WIRES = Network(8, 1e9, 50e-6, 1e9, 100e-6)
 
@@ -112,6 +117,16 @@ def test_a_thousand_million_parameters_are_planned_in_seconds(large):
 
 def test_it_fits_as_the_comment_of_its_spec_says(large):
     facts, _ = large
+    comment = " ".join(line.lstrip("# ") for line in Path(LARGE).read_text().splitlines() if line.startswith("#"))
+    stages = facts["stages"]
+    for said, num_bytes in (
+        (r"a sample takes ([\d.]+) GB", facts["phases"][0]["activation_bytes"]),
+        (r"weights in bfloat16, ([\d.]+) GB", facts["step"]["activation_bytes"]),
+        (r"([\d.]+) GB on every card by ddp", stages["ddp"]["memory_bytes"]),
+        (r"([\d.]+) GB at stage 3,", stages["ZeRO 3"]["memory_bytes"]),
+    ):
+        (number,) = re.findall(said, comment)
+        assert float(number) == round(num_bytes / 1e9, len(number.partition(".")[2]))
     in_order = [facts["stages"][name]["memory_bytes"] for name in ("ddp", "ZeRO 1", "ZeRO 2", "ZeRO 3")]
     assert in_order[0] > GPUS["h100"].memory_bytes > in_order[3]
     assert facts["step"]["state"]["on_host"] > 0
@@ -155,6 +170,7 @@ def test_the_command_prints_within_100_columns_and_writes_the_same_for_programs(
         (("configs/vae_digits.yaml", "--workers", "4096"), "fit.global_batch_size"),
         (("configs/nothing.yaml",), "no such file"),
         (("configs/gmm_digits.yaml", "--workers", "-1"), "workers"),
+        (("configs/gmm_digits.yaml", "--gpus-per-node", "8", "--workers-per-node", "4"), "leave one of them out"),
         (
             ("configs/gmm_parquet.yaml", "data.path=nowhere.parquet", "data.label=y", "--rows", "9", "--features", "2"),
             "data.labels=",
@@ -186,6 +202,75 @@ def test_one_line_says_what_stage_3_holds_of_smaller_networks():
     assert sum("stage3_max_live_parameters" in line for line in small.advice) == 1
     alone = plan_of(spec, 1, gpus_per_node=8)
     assert not any("stage3_max_live_parameters" in line for line in alone.advice)
+
+
+NETWORK = {"hidden_sizes": [16]}
+
+
+def small(family: str, model: dict, fit: dict, data: dict | None = None) -> Spec:
+    content = {
+        "name": "x",
+        "family": family,
+        "model": model,
+        "data": {"path": "/nowhere/x.parquet", **(data or {})},
+        "fit": fit,
+    }
+    return load_spec(content)
+
+
+def autoencoder(zero_stage: int | None, **fit: Any) -> Spec:
+    engine = {"kind": "ddp"} if zero_stage is None else {"kind": "deepspeed", "zero_stage": zero_stage}
+    return small("vae", {"latent_dim": 2, "encoder": NETWORK, "decoder": NETWORK}, {"engine": engine, **fit})
+
+
+def numbers_of(plan: Plan) -> list[int]:
+    return [each["num_workers"] for each in plan.facts["curve"]]
+
+
+def test_what_a_fit_refuses_is_refused():
+    """Of 10 samples one by one, stage 2 needs as many on each process: of 8, some have one and some two."""
+    with pytest.raises(ValueError, match="a sample in every micro-batch of every process"):
+        plan_of(autoencoder(2, global_batch_size=10, micro_batch_size=1), 8, num_rows=1000, num_features=20)
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        plan_of(autoencoder(None, precision="float16"), 2, num_rows=1000, num_features=20)
+    spec = autoencoder(None, precision="float16")
+    assert plan_of(spec, 2, gpus_per_node=8, num_rows=1000, num_features=20).facts["step"]["num_workers"] == 2
+
+
+def test_an_engine_that_cannot_train_so_is_refused_in_its_row(capsys):
+    plan = plan_of(autoencoder(None, global_batch_size=10, micro_batch_size=1), 8, num_rows=1000, num_features=20)
+    for name, stage in plan.facts["stages"].items():
+        assert isinstance(stage, str) == (name in ("ZeRO 2", "ZeRO 3")), name
+        assert (name in plan.facts["largest_micro_batch"]) == isinstance(stage, dict)
+    plan.show()
+    assert capsys.readouterr().out.count("refused") == 2
+    with_channels_last = plan_of(autoencoder(None, channels_last=True), 2, num_rows=1000, num_features=20).facts["stages"]
+    assert [name for name, stage in with_channels_last.items() if isinstance(stage, str)] == ["ZeRO 1", "ZeRO 2", "ZeRO 3"]
+
+
+def test_the_curve_has_the_numbers_of_workers_that_a_fit_takes_and_says_why_it_ends():
+    plan = plan_of(autoencoder(2, global_batch_size=10, micro_batch_size=1), 5, num_rows=1000, num_features=20)
+    assert numbers_of(plan) == [1, 2, 5]
+    assert sorted(plan.facts["not_trained"]) == [4, 8, 16]
+    assert any("refuses 4, 8, 16 workers: fit.engine.zero_stage" in line for line in plan.advice)
+    labels = {"label": "y", "labels": [0, 1]}
+    for matching, expected in (("batch", [1]), ("pairs", [1, 2, 4, 8, 16])):
+        model = {"latent_dim": 2, "labels": "semi_supervised", "feature_matching": matching, "penalty": "none"}
+        spec = small("gan", {**model, "generator": NETWORK, "discriminator": NETWORK}, {"global_batch_size": 64}, labels)
+        plan = plan_of(spec, 1, num_rows=1000, num_features=20)
+        assert numbers_of(plan) == expected
+        assert any("refuses" in line and "feature matching" in line for line in plan.advice) == (matching == "batch")
+        assert any("twice as many" in line for line in plan.advice) == (matching == "pairs")
+    beyond = plan_of(autoencoder(None, global_batch_size=8), 4, num_rows=1000, num_features=20)
+    assert numbers_of(beyond) == [1, 2, 4, 8]
+    assert any("refuses 16 workers: fit.global_batch_size 8" in line for line in beyond.advice)
+
+
+def test_a_micro_batch_that_a_fit_refuses_is_not_advised():
+    (phase,) = [PhaseCost(Phase("p", "p"), flops=1.0, activation_bytes=1.0, fixed_bytes=0.0, often=1.0)]
+    assert largest_micro_batch([phase], 12, 1, 6.5) == 6
+    assert largest_micro_batch([phase], 12, 1, 6.5, lambda number: number < 6) == 4
+    assert largest_micro_batch([phase], 12, 1, 6.5, lambda number: number > 6) == 0
 
 
 def test_pieces_of_a_long_sequence_are_tried_as_pieces():

@@ -73,6 +73,23 @@ def reached_twice(processes: Processes) -> str:
     return "no error"
 
 
+def held_between_passes(processes: Processes) -> tuple[int, float]:
+    """Bytes of gradients and buckets after the first of two backward passes, and what the engine says of them."""
+    layer, this = torch.nn.Linear(30, 20), config(micro_batch_size=1)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    engine = DdpEngine(processes, this)
+    engine.prepare({"layer": layer})
+    engine.begin_phase("layer")
+    engine.begin_micro_batch("layer", is_last=False)
+    engine.backward("layer", layer(torch.ones(1, 30)).sum())
+    buckets = [bucket.memory for bucket in engine._trained["layer"].gradients._buckets]
+    memory = [value.untyped_storage() for value in (*(p.grad for p in layer.parameters()), *buckets)]
+    held = sum({each.data_ptr(): each.nbytes() for each in memory}.values())
+    sizes = [parameter.numel() for parameter in layer.parameters()]
+    return held, engine.memory(this, "layer", sizes, processes.world_size).gradients
+
+
 def group_of_another(processes: Processes) -> tuple[int, int, bool]:
     with joined(use_gpu=False) as found:
         pass
@@ -86,6 +103,7 @@ def results() -> dict:
         worlds.Job("few samples", 3, trained, (FEW_SAMPLES, 100)),
         worlds.Job("refused", 2, refused),
         worlds.Job("reached twice", 2, reached_twice),
+        worlds.Job("held between passes", 2, held_between_passes),
         worlds.Job("group of another", 3, group_of_another),
     ]
     return worlds.run(jobs, timeout_s=150.0)
@@ -110,6 +128,11 @@ def test_processes_that_begin_with_other_networks_are_refused(results):
 def test_a_gradient_in_two_parts_is_refused(results):
     for message in results["reached twice"]:
         assert "use_reentrant" in message
+
+
+def test_gradients_of_several_micro_batches_take_no_more_memory_than_is_said(results):
+    for held, said in results["held between passes"]:
+        assert held == said == 4 * (30 * 20 + 20)
 
 
 def test_a_group_that_somebody_made_is_joined_and_left_as_it_is(results):

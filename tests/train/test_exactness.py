@@ -262,6 +262,13 @@ def test_the_records_are_those_of_one_process(case, outcomes, alone):
         assert {key: record[key] for key in numbers} == pytest.approx(numbers, abs=1e-4)
 
 
+@each([case for case in CASES if case.model == "vae"])
+def test_what_is_watched_is_weighed_as_the_loss_is(case, outcomes):
+    """With the plain ELBO the loss is the negative ELBO."""
+    for record in outcomes[case][0].records:
+        assert record["autoencoder/negative_elbo"] == pytest.approx(record["autoencoder/loss"], rel=1e-5)
+
+
 @pytest.mark.parametrize("more", STARTED_ALONE, ids=str)
 def test_more_processes_go_on_from_the_checkpoint_of_one(more, outcomes, alone):
     assert_close(outcomes[more, "started alone"][0].state, alone[more.model][1][-1], 1e-5)

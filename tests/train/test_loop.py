@@ -177,7 +177,7 @@ def test_a_record_tells_the_loss_that_is_minimised():
     assert report.record["denoise/squared_error"] == pytest.approx(means["squared_error"])
     assert report.record["denoise/label"] == pytest.approx(means["label"])
     assert report.record["denoise/loss"] == pytest.approx(sum(means.values()))
-    assert report.record["denoise/output"] == pytest.approx(float(loss.watched["output"].detach()) / 12)
+    assert report.record["denoise/output"] == pytest.approx(float(loss.watched["output"].detach() / batch.weights.sum()))
     (loss.terms["squared_error"] / counts["squared_error"] + loss.terms["label"] / counts["label"]).backward()
     gradients = [parameter.grad for parameter in model.network.parameters() if parameter.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
@@ -189,6 +189,12 @@ def test_a_term_without_a_sample_counts_for_nothing():
     reports, state = trained(Regression(), config(num_steps=3), data=data)
     assert reports[-1].record["denoise/label"] == 0.0
     assert all(bool(value.isfinite().all()) for value in state.values())
+
+
+def test_a_batch_without_weight_has_means_of_0():
+    data = TensorRows(rows().x, torch.zeros(50, dtype=torch.float64), rows().evidence)
+    (report,), _ = trained(Regression(), config(num_steps=1), data=data)
+    assert report.record["denoise/output"] == report.record["denoise/squared_error"] == 0.0
 
 
 def bad_rows(value: float) -> TensorRows:

@@ -86,10 +86,11 @@ class Regression:
 
     def loss(self, phase: Phase, batch: Block, noise: Mapping[str, Tensor], step: int) -> Loss:
         output = self.network(batch.x + noise["shift"] * noise["keep"])
-        squared_error = (output[:, :4] - batch.x).square().sum(1) * batch.weights_or_ones().float()
+        weights = batch.weights_or_ones().float()
+        squared_error = (output[:, :4] - batch.x).square().sum(1) * weights
         is_known = known(batch.evidence)
         label = cross_entropy(output[is_known, 4:], batch.evidence[is_known].argmax(1), reduction="sum")
-        return Loss({"squared_error": squared_error.sum(), "label": label}, {"output": output.sum()})
+        return Loss({"squared_error": squared_error.sum(), "label": label}, {"output": weights @ output.sum(1)})
 
     def validation_draws(self) -> dict[str, Draw]:
         return {"shift": Draw("normal", 4)}
@@ -139,7 +140,8 @@ class Adversarial:
         fake = self.discriminator(self.generator(noise["latent"]))
         if phase.name == "generator":
             return Loss({"logistic": softplus(-fake).sum()})
-        return Loss({"logistic": (softplus(fake) + softplus(-self.discriminator(batch.x))).sum()}, {"fake": fake.sum()})
+        logistic = softplus(fake) + softplus(-self.discriminator(batch.x))
+        return Loss({"logistic": logistic.sum()}, {"fake": batch.weights_or_ones().float() @ fake[:, 0]})
 
     def validation_draws(self) -> dict[str, Draw]:
         return {}
