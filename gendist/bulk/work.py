@@ -138,7 +138,7 @@ def score(
     watch: Watch = lambda done, num_rows: None,
 ) -> Written:
     """Write the log density of every row of the data, or of every sequence, in nats, in their order; `sums` has the
-    log-likelihood.
+    log-likelihood, and of sequences how many steps they have.
 
     Where a family has no more than a bound of it, that is what is written, under its own name. The arguments are those of
     `sample`.
@@ -439,7 +439,11 @@ def _score(model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[st
 def _score_sequences(model: Any, part: tuple[int, Sequence[Block]]) -> tuple[int, Values, Mapping[str, float]]:
     first, blocks = part
     scores_S = scores_of_sequences(model, blocks, first).numpy()
-    return first, scores_S, {"log_likelihood": float(scores_S.sum())}
+    return (
+        first,
+        scores_S,
+        {"log_likelihood": float(scores_S.sum()), "num_steps": float(sum(block.num_rows for block in blocks))},
+    )
 
 
 def _encode(

@@ -192,8 +192,9 @@ def score(
         written = bulk.score(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
     if written.was_finished:
         print(f"{out} is finished; nothing to do")
-    mean = written.sums["log_likelihood"] / written.num_rows
-    print(f"{written.num_rows:,} {written.what} scored, mean log density {mean:.6f} nats, in {out}")
+    total = written.sums["log_likelihood"]
+    a_step = f", {total / num_steps:.6f} a step" if (num_steps := written.sums.get("num_steps")) else ""
+    print(f"{written.num_rows:,} {written.what} scored, mean log density {total / written.num_rows:.6f} nats{a_step}, in {out}")
     if written.density:
         print(f"  ({written.density})")
 

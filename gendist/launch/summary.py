@@ -7,6 +7,7 @@ from typing import Any
 
 from gendist.config import Spec
 from gendist.run import Run
+from gendist.transformed import taken_apart
 
 
 def summary(spec: Spec, run: Run) -> list[str]:
@@ -17,7 +18,9 @@ def summary(spec: Spec, run: Run) -> list[str]:
         "  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)),
     ]
     if "log_likelihood" in results:
-        lines.append("  (of the fitted model; a log-likelihood is the mean a row, in nats)")
+        one = "step" if getattr(type(taken_apart(run.model)[0]), "takes_sequences", False) else "row"
+        known = "with its label, " if spec.data.label else ""
+        lines.append(f"  (of the fitted model; a log-likelihood is the mean a {one}, {known}in nats)")
     lines += [f"  {line}" for line in results.get("description", ())]
     if density := getattr(run.model, "density", None):
         lines.append(f"  ({density})")

@@ -102,6 +102,7 @@ def test_the_mean_over_steps_is_what_the_fit_says(chains, tmp_path):
     """The log-likelihood of the fit, by another way through the data."""
     done = bulk.score(chains / "run", DataConfig(path=str(chains / "long.parquet")), tmp_path / "all.npy")
     log_likelihood = gendist.artifact.json.loads((chains / "run/manifest.json").read_text())["results"]["log_likelihood"]
+    assert done.sums["num_steps"] == len(LONG)
     assert done.sums["log_likelihood"] / len(LONG) == pytest.approx(log_likelihood, rel=1e-9)
 
 
@@ -227,6 +228,7 @@ def test_the_command_line_speaks_of_sequences(chains, tmp_path, monkeypatch, cap
 
     said = call("score", chains / "run", chains / "long.parquet", "--out", tmp_path / "scores.csv")
     assert said.startswith("84 sequences scored, mean log density -")
+    assert " a step, in " in said
     call("sample", chains / "run", "-n", 3, "--length", 4, "--out", tmp_path / "all.npy")
     assert np.load(tmp_path / "all.npy").shape == (3, 4, 2)
     call("sample", chains / "run", "-n", 3, "--length", 4, "--out", tmp_path / "all.png")
