@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from gendist.data.picture_files import with_files
 from gendist.data.sparse import sparse_column
 from gendist.protocols import UserError
 
@@ -38,8 +40,12 @@ def _column(values: Any, name: str) -> tuple[pa.Field, pa.Array]:
     column = array_column(array, name)
     shape = array.shape[1:]
     # A list of lists of numbers may be sequences of them; an array of two axes is rows of numbers.
-    of_array = {ARRAY_SHAPE: ",".join(map(str, shape))} if len(shape) > is_listed else None
-    return pa.field("", column.type, metadata=of_array), column
+    return array_field("", column.type, shape if len(shape) > is_listed else ()), column
+
+
+def array_field(name: str, type_: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
+    """Of a column that was made of an array, whose entries have this shape."""
+    return pa.field(name, type_, metadata={ARRAY_SHAPE: ",".join(map(str, shape))} if shape else None)
 
 
 def array_shape_of(field: pa.Field) -> tuple[int, ...] | None:
@@ -126,9 +132,10 @@ class TableSource:
         self.image_shape = image_shape
         self.is_list_of_sequences = is_list_of_sequences
         self.name = name
+        self._folder = os.getcwd()
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        return self.table.select(list(columns)).slice(start, stop - start)
+        return with_files(self.table.select(list(columns)).slice(start, stop - start), self._folder, self.name)
 
 
 class HuggingFaceSource:
@@ -145,9 +152,10 @@ class HuggingFaceSource:
         self.dataset = dataset.with_format("arrow")
         self.num_rows: int = len(dataset)
         self.schema: pa.Schema = dataset.features.arrow_schema
+        self._folder = os.path.dirname(self.paths[0]) if self.paths else os.getcwd()
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        return self.dataset.select_columns(list(columns))[start:stop]
+        return with_files(self.dataset.select_columns(list(columns))[start:stop], self._folder, self.name)
 
 
 def source_of(data: Any) -> TableSource | HuggingFaceSource:

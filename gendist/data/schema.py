@@ -14,6 +14,8 @@ from gendist.blocks import Leaves
 from gendist.data.column_types import is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
+from gendist.data.memory import array_shape_of
+from gendist.data.npz import NpzFiles
 from gendist.data.sequence_source import NestedSequences, SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.sparse import width_of
@@ -171,7 +173,11 @@ class Schema(BaseModel):
             raise UserError(f"{source.name}: column '{columns[0]}' holds empty lists; there is nothing to fit")
         image_shape = None
         if len(columns) == 1:
-            image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
+            field = source.schema.field(columns[0])
+            image_shape = shapes[0] if is_image(field.type) else source.image_shape
+            array_shape = array_shape_of(field)
+            if image_shape is None and not is_sequence and array_shape is not None and len(array_shape) in (2, 3):
+                image_shape = array_shape
             if image_shape is not None and prod(image_shape[1:] if is_sequence else image_shape) != len(names):
                 image_shape = None
         if config.image_shape is not None:
@@ -290,11 +296,15 @@ def _check_name(source: Source, known: Schema) -> None:
 
 
 def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:
-    """Every column but label and weight; the column of images, or of sparse rows, alone where there is one."""
+    """Every column but label and weight; the column of images, of sparse rows, or of a .npz file's one array of more than one
+    axis, alone where there is one."""
     names = [name for name in source.schema.names if name not in (*config.label_columns, config.weight)]
     images = [name for name in names if is_image(source.schema.field(name).type)]
     if source.image_shape is not None:
         images = names[:1]
+    opened = source.source if isinstance(source, SequenceSource) else source
+    if isinstance(opened, NpzFiles) and opened.matrix is not None and opened.matrix in names:
+        return (opened.matrix,)
     images = images or [name for name in names if is_sparse(source.schema.field(name).type)]
     if len(images) == 1:
         return (images[0],)
