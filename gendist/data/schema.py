@@ -157,10 +157,9 @@ class Schema(BaseModel):
             takes_text = name in categories or (takes.categories and known is None)
             if is_text(source.schema.field(name).type) and not takes_text:
                 raise UserError(_not_numeric(source, name, columns))
-            if is_text(source.schema.field(name).type) and config.transforms:
-                raise UserError(
-                    f"{source.name}: column '{name}' holds texts, which data.transforms cannot transform; leave one of both out"
-                )
+            if is_text(source.schema.field(name).type):
+                for obstacle in filter(None, (step.obstacle_to_texts(name) for step in config.transforms)):
+                    raise UserError(f"{source.name}: data.transforms: column '{name}' holds texts, which {obstacle}")
         first_row = source.read(0, 1, columns)
         names: list[str] = []
         shapes = [entry_shape(first_row, name, source.name) for name in columns]
