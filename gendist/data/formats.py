@@ -17,6 +17,7 @@ from gendist.data.files import Files
 from gendist.data.json import JsonFiles
 from gendist.data.npy import NpyFiles
 from gendist.data.npz import NpzFiles
+from gendist.data.opening import obstacle
 from gendist.data.parquet import ParquetFiles
 from gendist.data.picture_files import PictureFiles
 from gendist.protocols import UserError
@@ -102,6 +103,20 @@ def _expand_url(url: str, format_: str | None) -> list[str]:
     if not found:
         raise UserError(f"{url}: no file {'matches' if glob.has_magic(inside) else 'of data is there'}")
     return [system.unstrip_protocol(file) for file in sorted(found)]
+
+
+def check_readable(path: str) -> None:
+    """UserError where a local file is none, or may not be read."""
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: {obstacle(path, error)}") from error
+
+
+def is_quick_to_open(path: str, format_: str | None) -> bool:
+    """Whether a file says which columns it has without being read from its beginning to its end."""
+    return (format_ or SUFFIXES.get(Path(path).suffix.lower())) in ("parquet", "arrow", "npy", "npz")
 
 
 def _data_among(files: Sequence[str], folder: str, format_: str | None) -> list[str]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from gendist.data.csv import CsvFiles
 from gendist.data.embedded import EMBEDDED
 from gendist.data.evidence import normal_label
-from gendist.data.formats import open_files
+from gendist.data.formats import check_readable, expand, is_quick_to_open, open_files
 from gendist.data.huggingface import open_huggingface
 from gendist.data.tokens import TextConfig
 from gendist.data.transforms import Steps
@@ -182,6 +182,25 @@ def open_source(config: DataConfig) -> Source:
     if config.delimiter is not None and not isinstance(source, CsvFiles):
         raise UserError("data.delimiter: of CSV files alone; leave it out")
     return source
+
+
+def missing_data(config: DataConfig) -> str:
+    """What is wrong with the local files that the `data:` block names, so far as it is told without reading rows: one that is
+    not there, or a column that the first of them lacks. Empty where nothing is."""
+    if config.source in EMBEDDED or config.source == "huggingface":
+        return ""
+    paths = (config.path,) if isinstance(config.path, str) else config.path or ()
+    try:
+        files = [expand(path, config.source)[0] for path in paths if "://" not in path]
+        for file in files:
+            check_readable(file)
+        if files and is_quick_to_open(files[0], config.source):
+            source = open_source(config.model_copy(update={"path": files[0]}))
+            if source.num_rows:
+                check_columns(source, config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def check_columns(source: Source, config: DataConfig) -> None:
