@@ -186,11 +186,24 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         array = _as_array(data, "the array")
         return TableSource(_table({"x": _column(array, "the array")}), "the array", image_shape_of(array))
     if isinstance(data, list | tuple):
+        if _are_rows_and_labels(data):
+            raise UserError(
+                "data: a pair of rows and labels; call them by names, data={'x': x, 'label': y}, and say `label: label` in the "
+                "spec's data: block"
+            )
         return TableSource(pa.table({"x": _sequences_column(data)}), "the list", is_list_of_sequences=True)
     raise UserError(
         f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a list of sequences, a DataFrame, "
         "an Arrow table or a datasets.Dataset"
     )
+
+
+def _are_rows_and_labels(data: Sequence[Any]) -> bool:
+    """Whether these are (x, y), as other libraries take them: as sequences they would have different widths."""
+    if len(data) != 2 or not all(hasattr(each, "shape") for each in data):
+        return False
+    x, y = (tuple(each.shape) for each in data)
+    return len(x) > 1 and y in ((x[0],), (x[0], 1)) and x != y
 
 
 def _sequences_column(data: Sequence[Any]) -> pa.Array:

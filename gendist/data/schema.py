@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gendist.blocks import Leaves
-from gendist.data.column_types import is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
+from gendist.data.column_types import as_texts, is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
 from gendist.data.memory import array_shape_of
@@ -41,6 +41,8 @@ class Takes:
 
 
 NUMBERS_ALONE = Takes()
+ROWS_TO_LOOK_AT = 1000  # of texts that might have been numbers
+MAX_OTHERS = 3  # different texts among these that stand for what is missing
 
 
 class Schema(BaseModel):
@@ -332,4 +334,26 @@ def _said_image_shape(
 def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:
     numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
     hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
-    return f"{source.name}: column '{name}' is not numeric ({source.schema.field(name).type}); choose columns that are, {hint}"
+    type_ = source.schema.field(name).type
+    almost = _almost_numbers(source, name) if is_text(type_) else ""
+    return f"{source.name}: column '{name}' is not numeric ({type_}{almost}); choose columns that are, {hint}"
+
+
+def _almost_numbers(source: Source, name: str) -> str:
+    """What keeps the first texts of a column from being numbers, where that is little."""
+    first = source.read(0, min(source.num_rows, ROWS_TO_LOOK_AT), [name]).column(name)
+    texts = [text for text in as_texts(first).unique().to_pylist() if text is not None]
+    others = [text for text in texts if not _is_number(text)]
+    if len(others) <= MAX_OTHERS < len(texts):
+        return f": numbers but for {listing(others)}; what is missing is left empty"
+    if any("," in text for text in others) and all(_is_number(text.replace(",", ".")) for text in texts):
+        return f": numbers with a comma, such as {others[0]}; decimals begin with a point"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -53,10 +53,10 @@ def rows_of(source, **config) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def fingerprint(run_dir: Path, data=None, **config) -> str:
+def fingerprint(run_dir: Path, data=None, num_workers: int = 0, **config) -> str:
     model = {"num_components": 2, "covariance_type": "diag", "covariance_regularization": 1e-3}
     spec = {"name": "a", "family": "gmm", "model": model, "data": config, "fit": {"max_iterations": 1}}
-    gendist.fit(spec, data=data, run_dir=run_dir)
+    gendist.fit({**spec, "cluster": {"num_workers": num_workers}}, data=data, run_dir=run_dir)
     return json.loads((run_dir / "manifest.json").read_text())["data"]["fingerprint"]
 
 
@@ -117,6 +117,16 @@ def test_the_same_pictures_are_the_same_model_in_whatever_container(folder, tmp_
     assert fingerprint(tmp_path / "4", source="huggingface", path=str(folder), columns=["image"]) == expected
     assert fingerprint(tmp_path / "5", data=loaded, columns=["image"]) == expected
     assert fingerprint(tmp_path / "6", data=loaded.data.table, columns=["image"]) == expected
+
+
+@pytest.mark.ray
+def test_a_fit_on_ray_finds_the_same_pictures(cluster, folder, tmp_path):
+    loaded = datasets.load_dataset(str(folder), split="train")
+    expected = fingerprint(tmp_path / "0", path=str(folder))
+    assert fingerprint(tmp_path / "1", path=str(folder), num_workers=3) == expected
+    assert fingerprint(tmp_path / "2", data=loaded, columns=["image"], num_workers=3) == expected
+    np.savez_compressed(tmp_path / "x.npz", x=PIXELS)
+    assert fingerprint(tmp_path / "3", path=str(tmp_path / "x.npz"), num_workers=3) == expected
 
 
 def test_a_fit_by_gradient_opens_each_file_once_more_than_it_decodes_it(folder, monkeypatch):
