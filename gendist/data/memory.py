@@ -175,7 +175,7 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         return HuggingFaceSource(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
         try:
-            table = pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+            table = _of_frame(data)
         except AttributeError as error:
             kind = f"{type(data).__name__} of {type(data).__module__.partition('.')[0]}"
             raise UserError(f"data: a {kind}, which is none of pandas; give its Arrow table, as data.to_arrow() is") from error
@@ -196,6 +196,18 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a list of sequences, a DataFrame, "
         "an Arrow table or a datasets.Dataset"
     )
+
+
+def _of_frame(frame: Any) -> pa.Table:
+    """Columns whose entries are arrays of several axes, such as images, are each taken for one array: Arrow takes none."""
+    positions = range(len(frame.columns))
+    arrays = [at for at in positions if any(getattr(entry, "ndim", 0) > 1 for entry in frame.iloc[:1, at])]
+    others = [at for at in positions if at not in arrays]
+    table = pa.Table.from_pandas(frame.iloc[:, others], preserve_index=False)
+    columns = {at: (table.field(i), table.column(i)) for i, at in enumerate(others)}
+    columns |= {at: _column(np.stack(list(frame.iloc[:, at])), f"column '{frame.columns[at]}'") for at in arrays}
+    in_order = [columns[at] for at in positions]
+    return pa.table([column for _, column in in_order], schema=pa.schema([field for field, _ in in_order]))
 
 
 def _are_rows_and_labels(data: Sequence[Any]) -> bool:

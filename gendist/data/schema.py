@@ -344,7 +344,7 @@ def _almost_numbers(source: Source, name: str) -> str:
     first = source.read(0, min(source.num_rows, ROWS_TO_LOOK_AT), [name]).column(name)
     texts = [text for text in as_texts(first).unique().to_pylist() if text is not None]
     others = [text for text in texts if not _is_number(text)]
-    if len(others) <= MAX_OTHERS < len(texts):
+    if 0 < len(others) <= MAX_OTHERS and 2 * len(others) < len(texts):
         return f": numbers but for {listing(others)}; what is missing is left empty"
     if any("," in text for text in others) and all(_is_number(text.replace(",", ".")) for text in texts):
         return f": numbers with a comma, such as {others[0]}; decimals begin with a point"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import gendist
@@ -141,6 +142,21 @@ def test_a_damaged_file_is_told_in_one_line(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"a\.npz: cannot be read as \.npz"):
         open_source(DataConfig(path=str(tmp_path / "a.npz")))
+
+
+def test_a_frame_of_images_keeps_their_shape():
+    frame = pd.DataFrame({"label": LABELS, "image": list(IMAGES), "text": ["a"] * 300})
+    source = source_of(frame)
+    assert source.schema.names == ["label", "image", "text"]
+    schema = Schema.of(source, config := DataConfig(label="label", columns=("image",)))
+    assert (schema.columns, schema.image_shape) == (config.columns, (4, 5))
+    np.testing.assert_array_equal(
+        to_matrix(source.read(7, 9, ["image"]), ["image"], 7, source.name), IMAGES.reshape(300, -1)[7:9] / 255.0
+    )
+    assert Schema.of(source_of(frame[["image"]]), DataConfig()).image_shape == (4, 5)
+    frame.at[3, "image"] = IMAGES[3, :2]
+    with pytest.raises(UserError, match=r"the data frame cannot be read .*same shape"):
+        source_of(frame)
 
 
 def test_a_mapping_of_images_keeps_their_shape():
