@@ -8,15 +8,29 @@ from math import prod
 import torch
 
 from gendist.config import Spec, family_class
+from gendist.data.sources import missing_data
+from gendist.protocols import UserError
 from gendist.train.config import DeepConfig
 from gendist.train.memory import bytes_per_parameter
 
 
 def sizes(spec: Spec) -> Iterator[str]:
-    """A line for each network of a family that is trained by gradient, where the spec says what a sample is.
+    """A line for each network of a family that is trained by gradient, where the spec says what a sample is; and one about data
+    that are not here.
 
-    Networks are made as shapes alone, which take no memory. UserError where they do not suit such samples.
+    UserError where networks do not suit such samples, or the data are not here and nothing says that they are elsewhere, as
+    data.image_shape does, with which networks are told without them.
     """
+    yield from _sizes_of_networks(spec)
+    missing = missing_data(spec.data)
+    if missing and spec.data.image_shape is None:
+        raise UserError(missing)
+    if missing:
+        yield f"a fit would fail here: {missing}"
+
+
+def _sizes_of_networks(spec: Spec) -> Iterator[str]:
+    """Networks are made as shapes alone, which take no memory."""
     shape = spec.data.image_shape
     if not isinstance(spec.fit, DeepConfig) or shape is None:
         return

@@ -13,6 +13,8 @@ from gendist.protocols import UserError
 SPARSE_ROWS = pa.struct(
     [("type", pa.int8()), ("size", pa.int64()), ("indices", pa.list_(pa.int64())), ("values", pa.list_(pa.float64()))]
 )
+# Images as files of different types are read in common: the layout of the Hugging Face hub.
+IMAGES = pa.struct([("bytes", pa.large_binary()), ("path", pa.large_string())])
 
 EXACT_INTEGERS = 2**53  # below it float64 holds each of them; larger ones that differ may be one number there
 
@@ -59,7 +61,7 @@ def common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     if is_sparse(one) and is_sparse(other):
         return SPARSE_ROWS
     if is_image(one) and is_image(other):
-        return pa.large_binary()
+        return IMAGES
     if pa.types.is_unsigned_integer(one) and pa.types.is_unsigned_integer(other):
         return pa.uint64()
     if pa.types.is_integer(one) and pa.types.is_integer(other) and pa.uint64() not in (one, other):
@@ -73,10 +75,8 @@ def to_type(column: pa.ChunkedArray, type_: pa.DataType) -> pa.ChunkedArray:
     """A column in the type that `common_type` found for it and others."""
     if column.type == type_:
         return column
-    if is_sparse(column.type):
-        return pa.chunked_array([_in_common(chunk) for chunk in column.chunks], SPARSE_ROWS)
-    if pa.types.is_struct(column.type):
-        column = pc.struct_field(column, "bytes")
+    if type_ in (SPARSE_ROWS, IMAGES):
+        return pa.chunked_array([_in_common(chunk, type_) for chunk in column.chunks], type_)
     if isinstance(column.type, pa.ExtensionType):
         column = column.cast(column.type.storage_type)
     return exactly(column).cast(type_, safe=False)
@@ -109,11 +109,14 @@ def is_sparse(type_: pa.DataType) -> bool:
     return bool(are_integers and is_numeric(values) and not is_list(entry_type(values)))
 
 
-def _in_common(rows: pa.StructArray) -> pa.StructArray:
-    """Sparse rows of whatever fields as `SPARSE_ROWS`; what they lack is missing."""
-    there = dict(zip((field.name for field in rows.type), rows.flatten(), strict=True))
-    parts = [there[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in SPARSE_ROWS]
-    return pa.StructArray.from_arrays(parts, fields=list(SPARSE_ROWS), mask=rows.is_null())
+def _in_common(rows: pa.Array, type_: pa.StructType) -> pa.StructArray:
+    """Sparse rows or images of whatever fields as `SPARSE_ROWS` or `IMAGES`; what they lack is missing."""
+    if pa.types.is_struct(rows.type):
+        there = dict(zip((field.name for field in rows.type), rows.flatten(), strict=True))
+    else:
+        there = {"bytes": rows}
+    parts = [there[f.name].cast(f.type) if f.name in there else pa.nulls(len(rows), f.type) for f in type_]
+    return pa.StructArray.from_arrays(parts, fields=list(type_), mask=rows.is_null())
 
 
 def is_text(type_: pa.DataType) -> bool:

@@ -133,6 +133,30 @@ class Standard(Coordinates):
 
 
 @dataclass(frozen=True, eq=False)
+class StandardOfSome(Standard):
+    """The same of the chosen features; chosen (D,) bool, mean 0 and scale 1 of the others, which stay as they are."""
+
+    chosen: Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.chosen.dtype != torch.bool or self.chosen.shape != self.mean.shape:
+            raise ValueError("standardize: one truth value a feature is needed")
+        if bool(((self.mean != 0.0) | (self.scale != 1.0))[~self.chosen].any()):
+            raise ValueError("standardize: a feature that is not chosen has a mean or a scale")
+
+    @property
+    def leaves(self) -> Tensor:
+        return ~self.chosen
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return torch.where(self.chosen, super().forward(x_ND), x_ND)
+
+    def inverse(self, z_NE: Tensor) -> Tensor:
+        return torch.where(self.chosen, super().inverse(z_NE), z_NE)
+
+
+@dataclass(frozen=True, eq=False)
 class PrincipalAxes(Coordinates):
     """z = V (x - mean) / scale, with V some of the principal axes.
 

@@ -187,22 +187,27 @@ class _BlockLoader:
         first = min(bounds[0], self.source.num_rows - 1)
         stop = max(bounds[-1], first + 1)
         extra = [name for name in (*self.config.label_columns, self.config.weight) if name is not None]
-        table = self.source.read(first, stop, list(dict.fromkeys([*self.schema.columns, *extra])))
+        pixels = None if self.decoded is None else self.decoded.get(first, stop)
+        columns = list(dict.fromkeys([*(self.schema.columns if pixels is None else ()), *extra]))
+        table = self.source.read(first, stop, columns) if columns else pa.table({})
         weights, evidence = self._weights(table, first), self._evidence(table, first)
         if weights is not None and isinstance(self.source, SequenceSource):
             self._check_one_weight_each(self.source.bounds, weights, first)
         if evidence is not None and self.unlabelled_weight != 1.0:
             factors = np.where(self._is_labelled(evidence, first), 1.0, self.unlabelled_weight)
             weights = factors if weights is None else weights * factors
-        matrix = self._sparse_matrix(table, first) if self.schema.is_sparse else self._matrix(table, first, stop)
-        columns = (matrix, weights, evidence)
+        if pixels is not None:
+            matrix: Any = as_intensities(pixels)
+        else:
+            matrix = self._sparse_matrix(table, first) if self.schema.is_sparse else self._matrix(table, first, stop)
+        values = (matrix, weights, evidence)
         leaves = zip(pairwise(bounds), sequences, strict=True)
-        return [self._leaf(start, stop, first, columns, own) for (start, stop), own in leaves]
+        return [self._leaf(start, stop, first, values, own) for (start, stop), own in leaves]
 
     def _matrix(self, table: pa.Table, start: int, stop: int) -> Array:
         image_shape = None if self.schema.is_sequence else self.schema.image_shape
         if self.decoded is not None:
-            return self._intensities(table.column(self.schema.columns[0]), start, stop, self.decoded)
+            return self._intensities(table.column(self.schema.columns[0]), start, self.decoded)
         matrix = to_matrix(table, self.schema.columns, start, self.source.name, self.schema.categories, image_shape)
         if matrix.shape[1] != self.schema.num_features:
             raise UserError(
@@ -211,14 +216,12 @@ class _BlockLoader:
             )
         return matrix
 
-    def _intensities(self, column: pa.ChunkedArray, start: int, stop: int, decoded: DecodedImages) -> Array:
-        """(N, D) 0..1, the pixels of images."""
-        pixels = decoded.get(start, stop)
-        if pixels is None:
-            where = f"{self.source.name}: column '{self.schema.columns[0]}'"
-            pixels = decode_images(column, where, start, self.schema.image_shape)
-            if pixels.dtype == np.uint8:
-                decoded.put(start, pixels)
+    def _intensities(self, column: pa.ChunkedArray, start: int, decoded: DecodedImages) -> Array:
+        """(N, D) 0..1, the pixels of images, which are kept."""
+        where = f"{self.source.name}: column '{self.schema.columns[0]}'"
+        pixels = decode_images(column, where, start, self.schema.image_shape)
+        if pixels.dtype == np.uint8:
+            decoded.put(start, pixels)
         return as_intensities(pixels)
 
     def _sparse_matrix(self, table: pa.Table, first_row: int) -> Any:

@@ -6,7 +6,6 @@ A file is looked into once, when it is opened; a task then finds any run of rows
 from __future__ import annotations
 
 import os
-import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,13 +15,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar, Generic, TypeVar
 
-import fsspec
 import pyarrow as pa
 
 from gendist.data.column_types import common_type, to_type
+from gendist.data.opening import obstacle, opened
+from gendist.data.picture_files import FILES_AT_ONCE, with_files
 from gendist.protocols import UserError
-
-FILES_AT_ONCE = 16  # looked into when they are opened: a disk over a network is slow to answer, not slow to read
 
 Index = TypeVar("Index")
 
@@ -80,7 +78,7 @@ class Files(ABC, Generic[Index]):
                 with self._opened(path, self._sizes[index]) as file:
                     rows = (max(start, first) - first, min(stop, end) - first)
                     table = self._rows(file, self._indexes[index], *rows, columns)
-                    tables.append(self._in_common_types(table, columns))
+                tables.append(self._in_common_types(with_files(table, os.path.dirname(path), path), columns))
         return pa.concat_tables(tables) if tables else pa.schema([self.schema.field(name) for name in columns]).empty_table()
 
     def _look_into(self, path: str) -> tuple[int, Contents[Index]]:
@@ -106,7 +104,7 @@ class Files(ABC, Generic[Index]):
         size   its length when it was looked into; UserError where it has another now, since its rows lie elsewhere then
         """
         try:
-            with _open(path, self.mapped) as file:
+            with opened(path, self.mapped) as file:
                 if size is not None and file.size() != size:
                     raise UserError(f"{path}: has changed: {size:,} bytes when it was opened, {file.size():,} now; restore it")
                 yield file
@@ -114,28 +112,11 @@ class Files(ABC, Generic[Index]):
             raise
         except FileNotFoundError as error:
             gone = "; it was there when the data were opened" if size is not None else ""
-            raise UserError(f"{path}: {_no_such_file(path)}{gone}") from error
+            raise UserError(f"{path}: {obstacle(path, error)}{gone}") from error
         except PermissionError as error:
-            raise UserError(f"{path}: cannot be read (permission denied)") from error
+            raise UserError(f"{path}: cannot be read ({obstacle(path, error)})") from error
         except Exception as error:  # whatever a parser or a file system raises over content that is not ours
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path}: cannot be read as {self.format} ({reason})") from error
-
-
-@contextmanager
-def _open(path: str, mapped: bool) -> Iterator[pa.NativeFile]:
-    if "://" not in path:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # what is none, such as a device, may have no end
-            raise OSError("neither a file nor a folder")
-        with pa.memory_map(path) if mapped else pa.OSFile(path) as file:
-            yield file
-    else:
-        with fsspec.open(path, "rb") as remote, pa.PythonFile(remote, mode="r") as file:
-            yield file
-
-
-def _no_such_file(path: str) -> str:
-    return f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else "no such file"
+            raise UserError(f"{path}: cannot be read as {self.format} ({obstacle(path, error)})") from error
 
 
 def _merged(files: Iterable[tuple[str, pa.Schema]], columns_may_lack: bool) -> tuple[pa.Schema, dict[str, str]]:

@@ -13,13 +13,16 @@ from typing import Any
 from gendist.data.files import Files
 from gendist.data.formats import FORMATS, SUFFIXES, open_files
 from gendist.data.memory import HuggingFaceSource
+from gendist.data.picture_files import PictureFiles
 from gendist.protocols import UserError
 
 HUB_TIMEOUT_S = 10.0
 NOT_OF_THE_FILES = ("name", "version", "data_dir", "data_files", "description", "features")  # fields of a configuration
 
 
-def open_huggingface(path: str, split: str | None, subset: str | None, streaming: bool) -> HuggingFaceSource | Files[Any]:
+def open_huggingface(
+    path: str, split: str | None, subset: str | None, streaming: bool
+) -> HuggingFaceSource | Files[Any] | PictureFiles:
     """One split of a data set.
 
     split      its name; "train" where None. Without streaming also a part of it, such as "train[:1000]"

@@ -119,7 +119,10 @@ def unlike(column: str, found: str, told: str) -> ValueError:
         return ValueError(
             f"column '{column}' holds {found}, but nothing in the rows its type is told from; put such a row first"
         )
-    return ValueError(f"column '{column}' holds {found}, but {told} in the rows its type is told from; write all of them alike")
+    return ValueError(
+        f"column '{column}' holds {found}, but {told} in the rows its type is told from; write all of them alike, and nothing "
+        "where an entry is missing"
+    )
 
 
 def integers_type(least: int, most: int) -> pa.DataType:

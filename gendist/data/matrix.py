@@ -104,7 +104,10 @@ def decode_images(column: pa.ChunkedArray, where: str, first_row: int, shape: tu
     known, row = (images[0].shape, first_row) if shape is None else (shape, 0)
     for i, image in enumerate(images):
         if image.shape != known:
-            raise UserError(f"{where}: images of mixed sizes: {image.shape} in row {first_row + i}, {known} in row {row}")
+            here = f"row {first_row + i}{_named(column[i].as_py())}"
+            raise UserError(
+                f"{where}: images of mixed sizes: {image.shape} in {here}, {known} in row {row}; make them one size"
+            )
     if any(image.dtype != np.uint8 for image in images):
         images = [as_intensities(image) for image in images]
     return np.stack(images).reshape(len(images), -1)
@@ -122,24 +125,31 @@ def _decoded(entry: pa.Scalar, where: str, row: int) -> np.ndarray[Any, Any]:
     from PIL import Image, UnidentifiedImageError
 
     content = entry.as_py()
+    where = f"{where} in row {row}{_named(content)}"
     content = content.get("bytes") if isinstance(content, dict) else content
     if content is None:
-        raise UserError(f"{where} has no image in row {row}")
+        raise UserError(f"{where} has no image, neither its bytes nor the path of a file; drop such rows")
     try:
         image: Image.Image = Image.open(io.BytesIO(content))
         if image.mode == "F":
-            raise UserError(f"{where} in row {row} is an image of decimals, whose white is not known; write them as lists")
+            raise UserError(f"{where} is an image of decimals, whose white is not known; write them as lists")
         if not image.mode.startswith("I") and image.mode not in ("L", "RGB"):
             image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
         return np.asarray(image)
     except UserError:
         raise
     except UnidentifiedImageError:
-        raise UserError(f"{where} in row {row} is not an image that can be decoded") from None
+        raise UserError(f"{where} is not an image that can be decoded") from None
     except Image.DecompressionBombError as error:
-        raise UserError(f"{where} in row {row} is too large an image ({error})") from error
+        raise UserError(f"{where} is too large an image ({error})") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{where} in row {row} is a damaged image ({error})") from error
+        raise UserError(f"{where} is a damaged image ({error})") from error
+
+
+def _named(content: Any) -> str:
+    """The file of an image, where it is known."""
+    path = content.get("path") if isinstance(content, dict) else None
+    return f" ({path})" if path else ""
 
 
 def _first(flags: Any) -> int:

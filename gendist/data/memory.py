@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from gendist.data.picture_files import with_files
 from gendist.data.sparse import sparse_column
 from gendist.protocols import UserError
 
@@ -38,8 +40,12 @@ def _column(values: Any, name: str) -> tuple[pa.Field, pa.Array]:
     column = array_column(array, name)
     shape = array.shape[1:]
     # A list of lists of numbers may be sequences of them; an array of two axes is rows of numbers.
-    of_array = {ARRAY_SHAPE: ",".join(map(str, shape))} if len(shape) > is_listed else None
-    return pa.field("", column.type, metadata=of_array), column
+    return array_field("", column.type, shape if len(shape) > is_listed else ()), column
+
+
+def array_field(name: str, type_: pa.DataType, shape: tuple[int, ...]) -> pa.Field:
+    """Of a column that was made of an array, whose entries have this shape."""
+    return pa.field(name, type_, metadata={ARRAY_SHAPE: ",".join(map(str, shape))} if shape else None)
 
 
 def array_shape_of(field: pa.Field) -> tuple[int, ...] | None:
@@ -126,9 +132,10 @@ class TableSource:
         self.image_shape = image_shape
         self.is_list_of_sequences = is_list_of_sequences
         self.name = name
+        self._folder = os.getcwd()
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        return self.table.select(list(columns)).slice(start, stop - start)
+        return with_files(self.table.select(list(columns)).slice(start, stop - start), self._folder, self.name)
 
 
 class HuggingFaceSource:
@@ -145,9 +152,10 @@ class HuggingFaceSource:
         self.dataset = dataset.with_format("arrow")
         self.num_rows: int = len(dataset)
         self.schema: pa.Schema = dataset.features.arrow_schema
+        self._folder = os.path.dirname(self.paths[0]) if self.paths else os.getcwd()
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
-        return self.dataset.select_columns(list(columns))[start:stop]
+        return with_files(self.dataset.select_columns(list(columns))[start:stop], self._folder, self.name)
 
 
 def source_of(data: Any) -> TableSource | HuggingFaceSource:
@@ -167,7 +175,7 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         return HuggingFaceSource(data)
     if hasattr(data, "columns") and hasattr(data, "dtypes"):
         try:
-            table = pa.Table.from_pandas(data, preserve_index=False).replace_schema_metadata(None)
+            table = _of_frame(data)
         except AttributeError as error:
             kind = f"{type(data).__name__} of {type(data).__module__.partition('.')[0]}"
             raise UserError(f"data: a {kind}, which is none of pandas; give its Arrow table, as data.to_arrow() is") from error
@@ -178,11 +186,36 @@ def source_of(data: Any) -> TableSource | HuggingFaceSource:
         array = _as_array(data, "the array")
         return TableSource(_table({"x": _column(array, "the array")}), "the array", image_shape_of(array))
     if isinstance(data, list | tuple):
+        if _are_rows_and_labels(data):
+            raise UserError(
+                "data: a pair of rows and labels; call them by names, data={'x': x, 'label': y}, and say `label: label` in the "
+                "spec's data: block"
+            )
         return TableSource(pa.table({"x": _sequences_column(data)}), "the list", is_list_of_sequences=True)
     raise UserError(
         f"data: a {type(data).__name__}; give an array, a sparse matrix, a mapping of these, a list of sequences, a DataFrame, "
         "an Arrow table or a datasets.Dataset"
     )
+
+
+def _of_frame(frame: Any) -> pa.Table:
+    """Columns whose entries are arrays of several axes, such as images, are each taken for one array: Arrow takes none."""
+    positions = range(len(frame.columns))
+    arrays = [at for at in positions if any(getattr(entry, "ndim", 0) > 1 for entry in frame.iloc[:1, at])]
+    others = [at for at in positions if at not in arrays]
+    table = pa.Table.from_pandas(frame.iloc[:, others], preserve_index=False)
+    columns = {at: (table.field(i), table.column(i)) for i, at in enumerate(others)}
+    columns |= {at: _column(np.stack(list(frame.iloc[:, at])), f"column '{frame.columns[at]}'") for at in arrays}
+    in_order = [columns[at] for at in positions]
+    return pa.table([column for _, column in in_order], schema=pa.schema([field for field, _ in in_order]))
+
+
+def _are_rows_and_labels(data: Sequence[Any]) -> bool:
+    """Whether these are (x, y), as other libraries take them: as sequences they would have different widths."""
+    if len(data) != 2 or not all(hasattr(each, "shape") for each in data):
+        return False
+    x, y = (tuple(each.shape) for each in data)
+    return len(x) > 1 and y in ((x[0],), (x[0], 1)) and x != y
 
 
 def _sequences_column(data: Sequence[Any]) -> pa.Array:

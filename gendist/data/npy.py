@@ -16,7 +16,7 @@ from gendist.protocols import UserError
 
 
 @dataclass(frozen=True)
-class _Array:
+class Array:
     """Where in the file its entries begin, and how they are to be read."""
 
     offset: int
@@ -35,7 +35,15 @@ class _Array:
         return entries.reshape(stop - start, *self.shape[1:])
 
 
-class NpyFiles(Files[_Array]):
+def array_at(file: Any) -> Array:
+    """The array whose header begins where the file stands."""
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, in_columns, dtype = read_header(file)
+    return Array(file.tell(), shape, in_columns, dtype)
+
+
+class NpyFiles(Files[Array]):
     """The one column of all arrays is called x."""
 
     format = ".npy"
@@ -51,17 +59,15 @@ class NpyFiles(Files[_Array]):
                 )
         self.image_shape = image_shape_of(np.empty((0, *first.shape[1:])))
 
-    def _contents(self, file: pa.NativeFile) -> Contents[_Array]:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, in_columns, dtype = read_header(file)
+    def _contents(self, file: pa.NativeFile) -> Contents[Array]:
+        array = array_at(file)
+        shape, dtype = array.shape, array.dtype
         if not shape or dtype.kind not in "buif":
             raise ValueError(f"an array of {dtype} of shape {shape}; rows of numbers are needed")
-        array = _Array(file.tell(), shape, in_columns, dtype)
         if file.size() < array.offset + dtype.itemsize * math.prod(shape):
             raise ValueError(f"{file.size():,} bytes do not hold an array of {dtype} of shape {shape}; the file is cut short")
         first_row = array_column(array.rows(file, 0, min(1, shape[0])), "the array")
         return Contents(shape[0], pa.schema([("x", first_row.type)]), array)
 
-    def _rows(self, file: pa.NativeFile, index: _Array, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
+    def _rows(self, file: pa.NativeFile, index: Array, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         return pa.table({"x": array_column(index.rows(file, start, stop), "the array")})

@@ -11,9 +11,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gendist.blocks import Leaves
-from gendist.data.column_types import is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
+from gendist.data.column_types import as_texts, is_image, is_list, is_numeric, is_sparse, is_text, type_of_entries
 from gendist.data.domains import Domains
 from gendist.data.matrix import entry_shape
+from gendist.data.memory import array_shape_of
+from gendist.data.npz import NpzFiles
 from gendist.data.sequence_source import NestedSequences, SequenceSource
 from gendist.data.sources import DataConfig, Source, check_columns, listing, require_column
 from gendist.data.sparse import width_of
@@ -39,6 +41,8 @@ class Takes:
 
 
 NUMBERS_ALONE = Takes()
+ROWS_TO_LOOK_AT = 1000  # of texts that might have been numbers
+MAX_OTHERS = 3  # different texts among these that stand for what is missing
 
 
 class Schema(BaseModel):
@@ -155,10 +159,9 @@ class Schema(BaseModel):
             takes_text = name in categories or (takes.categories and known is None)
             if is_text(source.schema.field(name).type) and not takes_text:
                 raise UserError(_not_numeric(source, name, columns))
-            if is_text(source.schema.field(name).type) and config.transforms:
-                raise UserError(
-                    f"{source.name}: column '{name}' holds texts, which data.transforms cannot transform; leave one of both out"
-                )
+            if is_text(source.schema.field(name).type):
+                for obstacle in filter(None, (step.obstacle_to_texts(name) for step in config.transforms)):
+                    raise UserError(f"{source.name}: data.transforms: column '{name}' holds texts, which {obstacle}")
         first_row = source.read(0, 1, columns)
         names: list[str] = []
         shapes = [entry_shape(first_row, name, source.name) for name in columns]
@@ -171,7 +174,11 @@ class Schema(BaseModel):
             raise UserError(f"{source.name}: column '{columns[0]}' holds empty lists; there is nothing to fit")
         image_shape = None
         if len(columns) == 1:
-            image_shape = source.image_shape if not is_image(source.schema.field(columns[0]).type) else shapes[0]
+            field = source.schema.field(columns[0])
+            image_shape = shapes[0] if is_image(field.type) else source.image_shape
+            array_shape = array_shape_of(field)
+            if image_shape is None and not is_sequence and array_shape is not None and len(array_shape) in (2, 3):
+                image_shape = array_shape
             if image_shape is not None and prod(image_shape[1:] if is_sequence else image_shape) != len(names):
                 image_shape = None
         if config.image_shape is not None:
@@ -290,11 +297,15 @@ def _check_name(source: Source, known: Schema) -> None:
 
 
 def _default_columns(source: Source, config: DataConfig, takes: Takes) -> tuple[str, ...]:
-    """Every column but label and weight; the column of images, or of sparse rows, alone where there is one."""
+    """Every column but label and weight; the column of images, of sparse rows, or of a .npz file's one array of more than one
+    axis, alone where there is one."""
     names = [name for name in source.schema.names if name not in (*config.label_columns, config.weight)]
     images = [name for name in names if is_image(source.schema.field(name).type)]
     if source.image_shape is not None:
         images = names[:1]
+    opened = source.source if isinstance(source, SequenceSource) else source
+    if isinstance(opened, NpzFiles) and opened.matrix is not None and opened.matrix in names:
+        return (opened.matrix,)
     images = images or [name for name in names if is_sparse(source.schema.field(name).type)]
     if len(images) == 1:
         return (images[0],)
@@ -323,4 +334,26 @@ def _said_image_shape(
 def _not_numeric(source: Source, name: str, names: Sequence[str]) -> str:
     numeric = [name for name in names if is_numeric(source.schema.field(name).type)]
     hint = f"such as data.columns=[{','.join(numeric[:12])}]" if numeric else "but none is"
-    return f"{source.name}: column '{name}' is not numeric ({source.schema.field(name).type}); choose columns that are, {hint}"
+    type_ = source.schema.field(name).type
+    almost = _almost_numbers(source, name) if is_text(type_) else ""
+    return f"{source.name}: column '{name}' is not numeric ({type_}{almost}); choose columns that are, {hint}"
+
+
+def _almost_numbers(source: Source, name: str) -> str:
+    """What keeps the first texts of a column from being numbers, where that is little."""
+    first = source.read(0, min(source.num_rows, ROWS_TO_LOOK_AT), [name]).column(name)
+    texts = [text for text in as_texts(first).unique().to_pylist() if text is not None]
+    others = [text for text in texts if not _is_number(text)]
+    if 0 < len(others) <= MAX_OTHERS and 2 * len(others) < len(texts):
+        return f": numbers but for {listing(others)}; what is missing is left empty"
+    if any("," in text for text in others) and all(_is_number(text.replace(",", ".")) for text in texts):
+        return f": numbers with a comma, such as {others[0]}; decimals begin with a point"
+    return ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -90,7 +90,10 @@ def as_rows(source: Source, config: DataConfig) -> Source:
         if getattr(config, field) is not None:
             raise UserError(f"data.{field}: of families of sequences alone; to this one rows are independent: leave it out")
     if isinstance(source, TableSource) and source.is_list_of_sequences:
-        raise UserError("data: a list of sequences, but to this family rows are independent; give an array (N, D) of them")
+        raise UserError(
+            "data: a list of sequences, but to this family rows are independent; give an array (N, D) of them, or columns by "
+            "their names, such as {'x': x, 'label': y}"
+        )
     return source
 
 

@@ -17,9 +17,10 @@ import fsspec
 import pyarrow as pa
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from gendist.data.csv import CsvFiles
 from gendist.data.embedded import EMBEDDED
 from gendist.data.evidence import normal_label
-from gendist.data.formats import open_files
+from gendist.data.formats import check_readable, expand, is_quick_to_open, open_files
 from gendist.data.huggingface import open_huggingface
 from gendist.data.tokens import TextConfig
 from gendist.data.transforms import Steps
@@ -45,6 +46,12 @@ def _distinct_labels(given: Any) -> Any:
     return tuple(labels)
 
 
+def _one_character(given: Any) -> Any:
+    if given is None or (isinstance(given, str) and len(given) == 1 and given.isascii() and given not in '"\r\n'):
+        return given
+    raise ValueError('one character is needed, such as ";" or "\\t"')
+
+
 Side = Annotated[int, Field(ge=1)]
 
 
@@ -57,6 +64,7 @@ class DataConfig(BaseModel):
     split                of source huggingface: which part of the data set; "train" where left out
     subset               of source huggingface: which of its configurations
     streaming            of source huggingface: read the files where they lie, without a copy on this machine
+    delimiter            of CSV: what separates columns; a comma, and in .tsv files a tab, where left out
     columns              the columns that are fitted; all but label and weight where left out, or the image column
     image_shape          [height, width] or [height, width, channels] of the images that rows are. Images that lie in the data
                          have theirs, and other data, of so many columns or lists of so many pixels, are taken for such; with it
@@ -79,11 +87,15 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: Literal["digits", "docstrings", "topics", "parquet", "csv", "json", "arrow", "npy", "huggingface"] | None = None
+    source: (
+        Literal["digits", "docstrings", "topics", "parquet", "csv", "json", "arrow", "npy", "npz", "pictures", "huggingface"]
+        | None
+    ) = None
     path: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     split: str | None = None
     subset: str | None = None
     streaming: bool = False
+    delimiter: Annotated[str | None, BeforeValidator(_one_character)] = None
     columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     image_shape: Annotated[tuple[Side, ...], Field(min_length=2, max_length=3)] | None = None
     label: Annotated[str | tuple[str, ...] | None, BeforeValidator(_name_or_names)] = None
@@ -152,6 +164,8 @@ def open_source(config: DataConfig) -> Source:
         for field in ("split", "subset", "streaming"):
             if getattr(config, field):
                 raise UserError(f"data.{field}: of source huggingface alone; leave it out, or say data.source=huggingface")
+    if config.delimiter is not None and config.source in (*EMBEDDED, "huggingface"):
+        raise UserError("data.delimiter: of CSV files alone; leave it out")
     if config.source in EMBEDDED:
         if config.path is not None:
             raise UserError(f"data.path: the {config.source} are embedded and have no path; leave it out")
@@ -162,7 +176,31 @@ def open_source(config: DataConfig) -> Source:
         if not isinstance(config.path, str):
             raise UserError(f"data.path: {len(config.path)} paths; of source huggingface it is one name or folder")
         return open_huggingface(config.path, config.split, config.subset, config.streaming)
-    return open_files([config.path] if isinstance(config.path, str) else config.path, config.source)
+    named = [name for name in (*config.label_columns, config.weight, *(config.columns or ())) if name is not None]
+    options: dict[str, dict[str, Any]] = {"csv": {"delimiter": config.delimiter}, "npz": {"named": named}}
+    source = open_files([config.path] if isinstance(config.path, str) else config.path, config.source, options)
+    if config.delimiter is not None and not isinstance(source, CsvFiles):
+        raise UserError("data.delimiter: of CSV files alone; leave it out")
+    return source
+
+
+def missing_data(config: DataConfig) -> str:
+    """What is wrong with the local files that the `data:` block names, so far as it is told without reading rows: one that is
+    not there, or a column that the first of them lacks. Empty where nothing is."""
+    if config.source in EMBEDDED or config.source == "huggingface":
+        return ""
+    paths = (config.path,) if isinstance(config.path, str) else config.path or ()
+    try:
+        files = [expand(path, config.source)[0] for path in paths if "://" not in path]
+        for file in files:
+            check_readable(file)
+        if files and is_quick_to_open(files[0], config.source):
+            source = open_source(config.model_copy(update={"path": files[0]}))
+            if source.num_rows:
+                check_columns(source, config)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def check_columns(source: Source, config: DataConfig) -> None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from torch import Tensor
 
 from gendist.blocks import Blocks, reduce
-from gendist.data.coordinates import Coordinates, LogPlusOne, Names, PrincipalAxes, Standard, Whitened
+from gendist.data.coordinates import Coordinates, LogPlusOne, Names, PrincipalAxes, Standard, StandardOfSome, Whitened
 from gendist.data.principal_axes import Spread
 from gendist.data.survey import Summary, summarize
 from gendist.one_thread import one_thread
@@ -52,35 +52,56 @@ class _Declaration(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+Columns = Annotated[tuple[str, ...], Field(min_length=1)] | None
+
+
 class Log1p(_Declaration):
     """columns: the features that are replaced by log(1 + x); all where left out."""
 
-    columns: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    columns: Columns = None
 
     coordinates: ClassVar[type[Coordinates]] = LogPlusOne
 
     def fit(self, rows: RowsSoFar) -> Coordinates:
-        names = rows.feature_names
-        for name in self.columns or ():
-            if name not in names:
-                shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
-                raise UserError(f"data.transforms: log1p.columns has '{name}'; the features there are {shown}")
-        return LogPlusOne(torch.tensor([self.columns is None or name in self.columns for name in names]))
+        return LogPlusOne(_chosen("log1p", self.columns, rows.feature_names))
 
 
 class Standardize(_Declaration):
-    """Mean 0 and variance 1 (biased, as scikit-learn's StandardScaler) of every column; a constant one is only centred."""
+    """Mean 0 and variance 1 (biased, as scikit-learn's StandardScaler); a constant column is only centred.
 
-    coordinates: ClassVar[type[Coordinates]] = Standard
+    columns: the features of which this is done; all where left out
+    """
+
+    columns: Columns = None
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {} if self.columns is None else {"columns": list(self.columns)}
+
+    @property
+    def coordinates(self) -> type[Coordinates]:
+        return Standard if self.columns is None else StandardOfSome
 
     def fit(self, rows: RowsSoFar) -> Coordinates:
+        chosen = _chosen("standardize", self.columns, rows.feature_names)
         moments = rows.summary()
-        constant = moments.variance == 0
+        constant = chosen & (moments.variance == 0)
         if bool(constant.any()):
             which = [name for name, is_constant in zip(rows.feature_names, constant, strict=True) if is_constant]
             logger.warning("standardize: %s constant, and only centred: %s%s", "1 column is" if len(which) == 1 else
                            f"{len(which)} columns are", ", ".join(which[:12]), ", ..." if len(which) > 12 else "")  # fmt: skip
-        return Standard(moments.mean, torch.where(constant, 1.0, moments.variance.sqrt()))
+        mean = torch.where(chosen, moments.mean, 0.0)
+        scale = torch.where(chosen & ~constant, moments.variance.sqrt(), 1.0)
+        return Standard(mean, scale) if self.columns is None else StandardOfSome(mean, scale, chosen)
+
+
+def _chosen(step: str, columns: Columns, names: Names) -> Tensor:
+    """(D,) bool: which of the features are named; all where none is."""
+    for name in columns or ():
+        if name not in names:
+            shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise UserError(f"data.transforms: {step}.columns has '{name}'; the features there are {shown}")
+    return torch.tensor([columns is None or name in columns for name in names])
 
 
 class Whiten(_Declaration):
@@ -175,6 +196,16 @@ class Step(_Declaration):
         (name,) = self.model_fields_set
         options = self.declaration.model_dump(mode="json")
         return {name: options} if options else name
+
+    def obstacle_to_texts(self, column: str) -> str:
+        """Why this cannot be done where a column of texts is among the features; empty where it leaves that as it is."""
+        (name,) = self.model_fields_set
+        if not hasattr(self.declaration, "columns"):
+            return f"{name} mixes with others; leave one of both out"
+        columns = self.declaration.columns
+        if columns is None:
+            return f"{name} cannot transform; name the columns of numbers that it is of, as in {{{name}: {{columns: [a, b]}}}}"
+        return f"{name} cannot transform; leave it out of {name}.columns" if column in columns else ""
 
     @property
     def declaration(self) -> Any:

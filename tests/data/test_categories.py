@@ -152,7 +152,11 @@ def test_a_fit_keeps_the_texts_and_goes_on_from_them(counter, tmp_path, monkeypa
             {},
             "'a' holds no text in any row; leave",
         ),
-        ({"a": ["x", "y"]}, {"transforms": ["standardize"]}, "column 'a' holds texts, which data.transforms cannot"),
+        (
+            {"a": ["x", "y"]},
+            {"transforms": ["standardize"]},
+            "column 'a' holds texts, which standardize cannot transform; name the columns",
+        ),
         (pa.table({"a": pa.array([0, 1], pa.timestamp("s"))}), {}, "column 'a' is not numeric .timestamp"),
     ],
 )

@@ -302,3 +302,92 @@ def test_bad_data_is_told_in_one_line(tmp_path, name, config, expected):
     with pytest.raises(UserError, match=expected) as caught:
         read()
     assert "\n" not in str(caught.value)
+
+
+# How CSV files separate columns
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "delimiter"),
+    [
+        ("a.csv", "a;b\n1;x\n2;y,z\n", ";"),
+        ("a.csv", "a\tb\n1\tx\n2\ty,z\n", "\t"),
+        ("a.csv", 'a,b\n1,x\n2,"y,z"\n', ","),
+        ("a.tsv", "a\tb\n1\tx\n2\ty,z\n", None),
+        ("a.tsv", "a|b\n1|x\n2|y,z\n", "|"),
+    ],
+)
+def test_csv_of_other_delimiters(tmp_path, monkeypatch, name, text, delimiter):
+    monkeypatch.setattr(lines_module, "LINES_PER_MARK", 1)
+    (tmp_path / name).write_text(text)
+    source = open_source(DataConfig(path=str(tmp_path), delimiter=delimiter))
+    assert source.read(0, 2, ["a", "b"]).to_pydict() == {"a": [1.0, 2.0], "b": ["x", "y,z"]}
+    assert source.read(1, 2, ["b"]).to_pydict() == {"b": ["y,z"]}
+
+
+@pytest.mark.parametrize(("text", "said"), [("a;b\n1,5;2\n", '";"'), ("a\tb\n1\t2\n", '"\\t"'), ("a|b\n1|2\n", '"|"')])
+def test_a_delimiter_that_is_another_is_told(tmp_path, text, said):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match=r"a.csv: cannot be read as CSV \(one column, '.*' separates columns, say ") as caught:
+        open_source(DataConfig(path=str(tmp_path / "a.csv")))
+    assert f"data.delimiter={said}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_may_hold_a_delimiter(tmp_path):
+    (tmp_path / "a.csv").write_text('"a;b"\n1\n')
+    assert open_source(DataConfig(path=str(tmp_path / "a.csv"), delimiter=",")).schema.names == ["a;b"]
+
+
+def test_what_a_delimiter_may_be(tmp_path):
+    write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"data\.delimiter: of CSV files alone"):
+        open_source(DataConfig(path=str(tmp_path / "a.parquet"), delimiter=";"))
+    with pytest.raises(UserError, match=r"data\.delimiter: of CSV files alone"):
+        open_source(DataConfig(source="digits", delimiter=";"))
+    for given in ("", ";;", '"', "\n", "ä", 3):
+        with pytest.raises(ValueError, match="one character is needed"):
+            DataConfig(delimiter=given)
+    (tmp_path / "a.parquet").unlink()
+    for name in ("a.csv", "b.tsv"):
+        (tmp_path / name).write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"files of .csv and .tsv together; say data.delimiter"):
+        open_source(DataConfig(path=str(tmp_path)))
+    assert open_source(DataConfig(path=str(tmp_path), delimiter=",")).num_rows == 2
+
+
+# Hints
+
+
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        (
+            ["1", "?", "3", "4.5", "6"],
+            "not numeric (string: numbers but for '?'; what is missing is left empty); choose columns",
+        ),
+        (["1,5", "2", "3,25"], "not numeric (string: numbers with a comma, such as 1,5; decimals begin with a point); choose"),
+        (["x", "y", "z", "1", "w"], "not numeric (string); choose columns"),
+    ],
+)
+def test_a_column_that_is_almost_of_numbers(tmp_path, entries, expected):
+    (tmp_path / "a.csv").write_text("a;b\n" + "".join(f"{entry};1\n" for entry in entries))
+    source = open_source(DataConfig(path=str(tmp_path / "a.csv"), delimiter=";"))
+    with pytest.raises(UserError) as caught:
+        Schema.of(source, DataConfig())
+    assert f"column 'a' is {expected}" in str(caught.value)
+
+
+def test_a_missing_entry_that_comes_late_is_told(tmp_path):
+    (tmp_path / "a.csv").write_text("a\n" + "1\n" * 600_000 + "?\n" + "1\n" * 600_000)
+    with pytest.raises(UserError, match=r"column 'a' holds '\?', but double .* and nothing where an entry is missing"):
+        matrix(open_source(DataConfig(path=str(tmp_path / "a.csv"))))
+
+
+@pytest.mark.parametrize("y", [np.zeros(30), np.zeros((30, 1)), pd.Series(np.zeros(30)), torch.zeros(30)])
+def test_rows_and_labels_as_a_pair_are_told_how_to_be_given(y):
+    for x in (RNG.normal(size=(30, 4)), RNG.normal(size=(30, 5, 4)), pd.DataFrame(RNG.normal(size=(30, 2)))):
+        with pytest.raises(UserError, match=r"a pair of rows and labels; call them by names, data={'x': x, 'label': y}"):
+            source_of((x, y))
+    assert source_of((np.zeros(30), np.zeros(30))).num_rows == 2
+    assert source_of((np.zeros((30, 2)), np.zeros((20, 2)))).num_rows == 2

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+import gendist.bulk
 from gendist.blocks import LocalBlocks
 from gendist.config import load_spec
 from gendist.data import DataConfig, Dataset, Schema, source_of
@@ -170,6 +171,78 @@ def test_blocks_behind_transforms_hold_transformed_rows():
     assert all(block.weights is not None for block in blocks)
 
 
+# Of some columns, among others of texts
+
+MIXED = {
+    "income": np.exp(RNG.normal(size=300) + 3),
+    "country": RNG.choice(["de", "fr", "it"], 300),
+    "age": RNG.normal(40, 10, 300),
+    "rooms": RNG.integers(1, 9, 300),
+}
+OF_SOME = [{"log1p": {"columns": ["income"]}}, {"standardize": {"columns": ["income", "age"]}}]
+
+
+def test_standardize_of_some_columns_leaves_the_others():
+    x = np.exp(X / 3)
+    x[7, 1] = np.nan
+    transforms = fitted([{"standardize": {"columns": ["c1", "c4"]}}], table(x))
+    z = transforms.forward(x).numpy()
+    np.testing.assert_array_equal(z[:, [0, 2, 3]], x[:, [0, 2, 3]])
+    np.testing.assert_allclose(z[:, [1, 4]], StandardScaler().fit_transform(x[:, [1, 4]]), atol=1e-12)
+    np.testing.assert_array_equal(transforms.inverse(z)[:, [0, 2, 3]], x[:, [0, 2, 3]])
+    assert transforms.left_names == {"c0", "c2", "c3"}
+    scale = np.nanstd(x[:, [1, 4]], axis=0)
+    expected = -(~np.isnan(x[:, [1, 4]]) * np.log(scale)).sum(1)
+    np.testing.assert_allclose(transforms.log_abs_det(x), expected, atol=1e-12)
+    again = Transforms.from_tensors(transforms.source_names, transforms.declared, transforms.tensors())
+    assert torch.equal(again.forward(x).nan_to_num(), transforms.forward(x).nan_to_num())
+    with pytest.raises(ValueError, match="not chosen has a mean or a scale"):
+        Transforms.from_tensors(
+            transforms.source_names, transforms.declared, {**transforms.tensors(), "0.mean": torch.ones(5).double()}
+        )
+    with pytest.raises(UserError, match=r"standardize\.columns has 'c9'; the features there are c0, c1"):
+        fitted([{"standardize": {"columns": ["c9"]}}], table(x))
+
+
+def test_a_model_of_texts_and_transformed_numbers_is_that_of_the_numbers_transformed_by_hand(tmp_path):
+    spec = {"name": "a", "family": "naive_bayes", "model": {"kind": "mixed"}, "data": {}, "fit": {"max_iterations": 1}}
+    spec["model"] |= {"num_classes": 1, "columns": {"income": "gaussian", "age": "gaussian", "rooms": "poisson"}}
+    behind = gendist.fit({**spec, "data": {"transforms": OF_SOME}}, data=MIXED, run_dir=tmp_path / "run").model
+    logs, age = np.log1p(MIXED["income"]), MIXED["age"]
+    by_hand = {**MIXED, "income": (logs - logs.mean()) / logs.std(), "age": (age - age.mean()) / age.std()}
+    plain = gendist.fit(spec, data=by_hand).model
+    codes = np.searchsorted(["de", "fr", "it"], MIXED["country"])
+    x, z = (np.stack([data["income"], codes, data["age"], data["rooms"]], axis=1) for data in (MIXED, by_hand))
+    jacobian = -logs - np.log(logs.std()) - np.log(age.std())
+    np.testing.assert_allclose(behind.log_prob(x), plain.log_prob(z).numpy() + jacobian, rtol=1e-9)
+    sample = behind.sample(50, seed=3)
+    np.testing.assert_array_equal(sample[:, [1, 3]], plain.sample(50, seed=3)[:, [1, 3]])
+    loaded = gendist.load(tmp_path / "run")
+    assert torch.equal(loaded.log_prob(x), behind.log_prob(x))
+    gendist.bulk.sample(tmp_path / "run", 20, tmp_path / "new.csv")
+    gendist.bulk.score(tmp_path / "run", DataConfig(path=str(tmp_path / "new.csv")), tmp_path / "scores.npy")
+    assert np.isfinite(np.load(tmp_path / "scores.npy")).all()
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (
+            "log1p",
+            r"which log1p cannot transform; name the columns of numbers that it is of, as in {log1p: {columns: \[a, b\]}}",
+        ),
+        ("standardize", "which standardize cannot transform; name the columns of numbers"),
+        ({"log1p": {"columns": ["income", "country"]}}, r"which log1p cannot transform; leave it out of log1p\.columns"),
+        ("whiten", "which whiten mixes with others; leave one of both out"),
+        ({"pca": {"num_components": 1}}, "which pca mixes with others; leave one of both out"),
+    ],
+)
+def test_texts_that_a_step_would_transform_are_refused(step, expected):
+    spec = {"name": "a", "family": "naive_bayes", "model": {"kind": "mixed", "num_classes": 1}}
+    with pytest.raises(UserError, match=f"data.transforms: column 'country' holds texts, {expected}"):
+        gendist.fit({**spec, "data": {"transforms": [step]}}, data=MIXED)
+
+
 # There and back
 
 
@@ -323,7 +396,13 @@ SPEC = {"name": "a", "family": "gmm", "model": {"num_components": 1}}
 
 
 def test_a_declaration_is_written_as_it_is_read():
-    written = ["log1p", "standardize", {"whiten": {"regularization": 0.5}}, {"pca": {"num_components": 0.5, "whiten": True}}]
+    written = [
+        "log1p",
+        "standardize",
+        OF_SOME[1],
+        {"whiten": {"regularization": 0.5}},
+        {"pca": {"num_components": 0.5, "whiten": True}},
+    ]
     spec = load_spec({**SPEC, "data": {"transforms": written}})
     again = load_spec(spec.model_dump(mode="json"))
     assert again == spec
