@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from rich.markup import escape
 
 from gendist.config import Spec, family_class, is_trained
+from gendist.data.sources import missing_data
 from gendist.planning.answer import Plan, duration, size, table
 from gendist.planning.deep_plan import deep_plan
 from gendist.planning.em_plan import em_plan
@@ -49,7 +50,11 @@ def plan_of(
         )
     sizes = sizes_of(spec, family, num_rows, num_features)
     if spec.data.label is not None and not sizes.labels:
-        raise UserError("what this takes depends on the number of classes: say them, such as data.labels=[0,1,2,3,4,5,6,7,8,9]")
+        missing = missing_data(spec.data)
+        raise UserError(
+            f"{missing + '; without the data, ' if missing else ''}what this takes depends on the number of classes: say them, "
+            "such as data.labels=[0,1,2,3,4,5,6,7,8,9]"
+        )
     machine = GPUS[gpu] if gpus_per_node else this_machine()
     if memory_gb is not None:
         machine = replace(machine, memory_bytes=memory_gb * 1e9)

@@ -24,7 +24,7 @@ from gendist.planning.deep_plan import largest_micro_batch
 from gendist.planning.machines import GPUS, Machine, Network, network, this_machine
 from gendist.planning.passes import Work, iteration, num_nodes
 from gendist.planning.plan import bend_of, efficiency
-from gendist.protocols import Phase
+from gendist.protocols import Phase, UserError
 
 WIRES = Network(8, 1e9, 50e-6, 1e9, 100e-6)
 
@@ -278,3 +278,16 @@ def test_pieces_of_a_long_sequence_are_tried_as_pieces():
     plan = plan_of(load_spec(content), 2, num_rows=40_000)
     assert plan.facts["num_passes"] == 2
     assert "2 blocks" in plan.assumptions[0]
+
+
+def test_data_that_are_not_there_are_named_before_what_they_would_have_told():
+    spec = load_spec(
+        {
+            "name": "absent",
+            "family": "gan",
+            "model": {"latent_dim": 2},
+            "data": {"path": "nowhere/at_all.parquet", "label": "y", "image_shape": [8, 8]},
+        }
+    )
+    with pytest.raises(UserError, match=r"nowhere/at_all\.parquet.*number of classes.*data\.labels"):
+        plan_of(spec, workers=2)
