@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gendist.artifact import Artifact
 from gendist.blocks import Blocks
 from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
@@ -23,6 +24,7 @@ from gendist.em.restarts import Candidate, all_records, latest_records, leader, 
 from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
+from gendist.fitted_model import FittedModel
 from gendist.model_to_start_from import ModelToStartFrom
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_figures, draw_samples
@@ -162,7 +164,8 @@ class EMFitting:
             draw_figures(model, dataset.schema, directory.path, spec.seed)
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
             directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
-        return Run(model, list(best.history), directory.place if directory else None, results)
+        fitted = FittedModel(Artifact(spec.family, model, dataset.schema))
+        return Run(fitted, list(best.history), directory.place if directory else None, results)
 
     def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
         num_latents = self.family.count_latents(self.spec.model, dataset.labels)
@@ -287,7 +290,7 @@ def _model_to_start_from(spec: Spec, config: EMConfig, family: type[StatisticsMo
     misfit."""
     if init is None and config.init in STARTS:
         return None
-    start = ModelToStartFrom(init)
+    start = ModelToStartFrom.of(init)
     if init is None:
         start = ModelToStartFrom.of_artifact(config.init, f"none of {', '.join(STARTS)}, and ")
     if config.num_restarts > 1:
