@@ -23,6 +23,7 @@ from gendist.data.survey import Summary, survey
 from gendist.em.start import start_from_data
 from gendist.figures import Figure
 from gendist.models.ops import criteria
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise, derived_seed
@@ -55,6 +56,8 @@ class ClassConditional:
     takes_sequences: ClassVar[bool]
     Config: ClassVar[type[BaseModel]]
     not_offered: ClassVar[Mapping[str, str]]
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if not len(self.models) == len(self.labels) == len(self.weights):

@@ -61,6 +61,7 @@ def test_it_keeps_the_protocol(model):
     with pytest.raises(AttributeError):
         _ = model.decode
     assert "decode" in model.not_offered
+    assert repr(model) == "ClassConditionalGaussianMixture(num_components=2, num_features=2, num_labels=2)"
 
 
 def test_with_all_labels_each_class_has_the_mixture_of_its_rows(data, model):

@@ -62,6 +62,7 @@ def test_it_keeps_the_contract(unbroken):
     assert isinstance(model, GenerativeModel)
     assert isinstance(model.model, GaussianMixture)
     assert model.num_features == 64
+    assert repr(model) == f"Transformed({model.model!r}, num_features=64)"
     assert model.model.num_features == len(model.transforms.feature_names) < 64
     for verb in VERBS:
         assert hasattr(model, verb) != (verb in model.not_offered), verb

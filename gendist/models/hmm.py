@@ -25,6 +25,7 @@ from gendist.models.distributions.column_kinds import ColumnsConfig, blank_colum
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
 from gendist.models.ops import criteria, topology
+from gendist.models.ops.brief import brief
 from gendist.models.ops.chain import Chain, ChainPass, ChainStatistics, sequence_weights
 from gendist.models.ops.chain_statistics import HiddenMarkovStatistics, Piece, Relay
 from gendist.models.ops.forward_backward import drawn_states, log_forward, most_likely_states
@@ -128,6 +129,8 @@ class HiddenMarkovModel:
         "classify": "states are not classes; encode gives the probability of each state",
         "reconstruct": "a hidden Markov model has no decoder of x; decode gives a state's mean",
     }
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         num_states = self.num_states
@@ -483,6 +486,14 @@ class HiddenMarkovModel:
             check_columns(config.emission, summary)
         elif texts := [feature.name for feature in summary.features if feature.type == "category"]:
             raise UserError(f"column '{texts[0]}' holds text; declare model.emission.kind: categorical, or leave it out")
+        num_components = getattr(config.emission, "num_components", 1)
+        if summary.num_weighted_rows < config.num_states * num_components:
+            said = f"model.num_states is {config.num_states}"
+            if num_components > 1:
+                said += f", with model.emission.num_components {num_components} of each"
+            raise UserError(
+                f"{said}, but there are only {summary.num_weighted_rows} steps of positive weight to fit; ask for fewer"
+            )
         without = torch.nonzero(summary.feature_weight == 0)[:, 0].tolist()
         if without:
             raise UserError(f"every value of '{summary.features[without[0]].name}' is missing; choose other columns")

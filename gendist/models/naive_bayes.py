@@ -21,6 +21,7 @@ from gendist.figures import Figure, named
 from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values, pass_cost
 from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, LogLikelihood, Update, UserError, as_matrix, as_tensor
@@ -91,6 +92,8 @@ class NaiveBayes:
         "log_prob_bound": "naive Bayes has its exact density: use log_prob",
         "reconstruct": "naive Bayes has no decoder of x; decode gives a class's mean, impute what is missing",
     }
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if tuple(self.weights.shape) != (self.columns.num_latents,):

@@ -127,6 +127,14 @@ def test_what_it_offers_has_a_docstring(case):
             assert member.__doc__, f"{name} has no docstring"
 
 
+def test_it_is_named_in_one_line(case):
+    said = repr(case.model)
+    assert said.startswith(f"{type(case.model).__name__}(")
+    assert f"num_features={case.width}" in said
+    assert len(said) < 120
+    assert "tensor" not in said
+
+
 def test_verbs_take_columns_by_name(case):
     names = tuple(f"p{i}" for i in range(case.width))
     schema = Schema(
