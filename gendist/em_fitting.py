@@ -131,6 +131,11 @@ class EMFitting:
             summary = survey(training)
         summary = replace(summary, features=self._features(transforms))
         self.family.check(spec.model, summary, dataset.labels)
+        found = self.family.find_kinds(spec.model, summary) if hasattr(self.family, "find_kinds") else None
+        if found:
+            logger.info("%s", found)
+            for remark in found.remarks:
+                logger.warning("%s: %s", dataset.source.name, remark)
         # Before anything is written: a mistake that the start tells can be put right in the same folder.
         candidates = _candidates(resumed) if resumed else self._begin(training, summary)
         if directory:
@@ -157,6 +162,8 @@ class EMFitting:
         results = self._results(candidates, training, validation, summary, log_abs_det)
         if transforms.steps:
             results["log_abs_det"] = log_abs_det["training"]
+        if found:
+            results["description"] = [str(found), *found.remarks, *results.get("description", ())]
         best = candidates[results["restart"]]
         model = transformed(best.model, transforms)
         if directory:

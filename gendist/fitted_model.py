@@ -20,6 +20,7 @@ from gendist.data.named_rows import has_names, rows_by_name
 from gendist.data.schema import Schema
 from gendist.protocols import UserError, as_tensor
 from gendist.storage import is_url
+from gendist.transformed import taken_apart
 
 # Those whose first arguments are rows or sequences, as the data hold them.
 VERBS_OF_ROWS = (
@@ -77,6 +78,13 @@ class FittedModel:
     def categories(self) -> Mapping[str, tuple[str, ...]]:
         """Of each column of text the values whose indices x has."""
         return dict(self.schema.categories)
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Of what distribution each column is, where the family has columns of several kinds; behind transforms of those that
+        they make."""
+        within, transforms = taken_apart(self.plain)
+        return dict(zip(transforms.feature_names if transforms else self.feature_names, within.kinds, strict=True))
 
     def sample_table(
         self, num_samples: int, *, seed: int = 0, offset: int = 0, given: Any = None, length: int | None = None

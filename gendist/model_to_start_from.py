@@ -69,7 +69,7 @@ class ModelToStartFrom:
         """UserError where the model is of other data."""
         if self.schema is None and schema.categories:
             raise UserError(
-                "init: a model in memory does not say which texts its categories are (column "
+                "init: a model of arrays does not say which texts its categories are (column "
                 f"'{next(iter(schema.categories))}'); name its run or artifact in fit.init instead"
             )
         if self.model.num_features != schema.num_features:

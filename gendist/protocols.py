@@ -416,6 +416,8 @@ class StatisticsModel(GenerativeModel, Protocol):
     """A family fitted by expected sufficient statistics: all that the EM engine knows of it.
 
     A family may have more, which is asked for where it is there:
+        find_kinds(config, summary)          a class method: what the data decide that the configuration leaves to them, as
+                                             `FoundKinds` of columns; None where nothing
         pass_cost(config, summary, labels)   a class method, which `plan` needs: the `PassCost` of a model of this configuration
                                              for such data, told before any is made, however large it would be
     """

@@ -365,7 +365,7 @@ def test_a_start_that_the_topology_does_not_allow_is_refused(walks):
     ("model", "match"),
     [
         ({"num_states": 50}, "model.num_states is 50, but there are only 40 steps of positive weight to fit; ask for fewer"),
-        ({"num_states": 8, "emission": {"num_components": 6}}, "model.num_states is 8, with model.emission.num_components 6 of"),
+        ({"num_states": 8, "emission": {"num_components": 6}}, "model.num_states is 8, with model.emission.num_components 6"),
     ],
 )
 def test_more_states_than_steps_are_refused(model, match):

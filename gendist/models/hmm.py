@@ -21,7 +21,13 @@ from torch import Tensor
 from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import NUM_STRIPS, Figure, Matrices, Strips, named
 from gendist.models.distributions import column_kinds, gaussian_statistics
-from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
+from gendist.models.distributions.column_kinds import (
+    ColumnsConfig,
+    FoundKinds,
+    blank_columns,
+    check_columns,
+    check_values,
+)
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
 from gendist.models.ops import criteria, topology
@@ -176,6 +182,11 @@ class HiddenMarkovModel:
     @property
     def num_features(self) -> int:
         return self.emission.num_features
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) of what states emit: gaussian, multinomial, bernoulli, categorical or poisson."""
+        return self.emission.kinds if isinstance(self.emission, Columns) else ("gaussian",) * self.num_features
 
     @property
     def num_parameters(self) -> int:
@@ -497,6 +508,18 @@ class HiddenMarkovModel:
         without = torch.nonzero(summary.feature_weight == 0)[:, 0].tolist()
         if without:
             raise UserError(f"every value of '{summary.features[without[0]].name}' is missing; choose other columns")
+
+    @classmethod
+    def find_kinds(cls, config: HiddenMarkovModelConfig, summary: DataSummary) -> FoundKinds | None:
+        """What the data decide of emissions of kind mixed."""
+        return FoundKinds.of(config.emission, summary) if isinstance(config.emission, ColumnsConfig) else None
+
+    @classmethod
+    def settled(cls, config: HiddenMarkovModelConfig, summary: DataSummary) -> HiddenMarkovModelConfig:
+        """The same for some of these rows as for all."""
+        if not isinstance(config.emission, ColumnsConfig):
+            return config
+        return config.model_copy(update={"emission": config.emission.settled(summary)})
 
     @classmethod
     def start(

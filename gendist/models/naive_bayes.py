@@ -18,7 +18,14 @@ from torch import Tensor
 
 from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import Figure, named
-from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values, pass_cost
+from gendist.models.distributions.column_kinds import (
+    ColumnsConfig,
+    FoundKinds,
+    blank_columns,
+    check_columns,
+    check_values,
+    pass_cost,
+)
 from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
 from gendist.models.ops.brief import brief
@@ -112,6 +119,11 @@ class NaiveBayes:
     @property
     def num_features(self) -> int:
         return self.columns.num_features
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) gaussian, multinomial, bernoulli, categorical or poisson."""
+        return self.columns.kinds
 
     @property
     def num_parameters(self) -> int:
@@ -266,6 +278,11 @@ class NaiveBayes:
         if summary.num_weighted_rows < num_classes:
             raise UserError(f"{num_classes} classes, but only {summary.num_weighted_rows} rows of positive weight to fit")
         check_columns(config, summary)
+
+    @classmethod
+    def find_kinds(cls, config: NaiveBayesConfig, summary: DataSummary) -> FoundKinds | None:
+        """What the data decide of columns of kind mixed."""
+        return FoundKinds.of(config, summary)
 
     @classmethod
     def start(cls, config: NaiveBayesConfig, summary: DataSummary, centers_KD: Tensor, labels: tuple[Any, ...]) -> NaiveBayes:
