@@ -52,8 +52,9 @@ def test_whole_numbers_too_far_apart_for_counts_are_gaussian(tmp_path):
 def test_it_is_said_which_kinds_were_taken_and_which_look_wrong(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "gendist"):
         run = gendist.fit(SPEC, data=FRAME, run_dir=tmp_path / "run")
-    (kinds,) = [record.message for record in caplog.records if record.message.startswith("gaussian: ")]
-    assert kinds == "gaussian: income, height; poisson: visits, age, rare; bernoulli: member; categorical: customer, city"
+    (kinds,) = [record.message for record in caplog.records if record.message.startswith("columns taken as")]
+    expected = "gaussian: income, height; poisson: visits, age, rare; bernoulli: member; categorical: customer, city"
+    assert kinds == f"columns taken as {expected}"
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
     assert "column 'rare' is taken as poisson, but its variance is" in warnings[0]

@@ -112,11 +112,11 @@ class FoundKinds:
     remarks: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Such as "gaussian: income, age; categorical: city"."""
+        """Such as "columns taken as gaussian: income, age; categorical: city"."""
         of_kind: dict[str, list[str]] = {}
         for name, kind in self.kinds.items():
             of_kind.setdefault(kind, []).append(name)
-        return "; ".join(f"{kind}: {listing(names, NUM_SHOWN)}" for kind, names in of_kind.items())
+        return "columns taken as " + "; ".join(f"{kind}: {listing(names, NUM_SHOWN)}" for kind, names in of_kind.items())
 
     @classmethod
     def of(cls, config: ColumnsConfig, summary: DataSummary) -> FoundKinds | None:
