@@ -19,7 +19,7 @@ from gendist.atomic import new_folder
 from gendist.data.named_rows import has_names, rows_by_name
 from gendist.data.schema import Schema
 from gendist.protocols import UserError, as_tensor
-from gendist.storage import is_url
+from gendist.storage import path_here
 from gendist.transformed import taken_apart
 
 # Those whose first arguments are rows or sequences, as the data hold them.
@@ -107,11 +107,10 @@ class FittedModel:
 
     def save(self, path: str | Path) -> None:
         """Write an artifact: a folder that `gendist.load` and the command line take. UserError where something stands there."""
-        if is_url(path):
-            raise UserError(f"{path}: a URL; save it in a folder and copy that, or fit with run_dir={str(path)!r}")
-        if Path(path).exists():
+        folder = path_here(path, "save")
+        if folder.exists():
             raise UserError(f"{path}: stands there already; choose another folder")
-        with new_folder(Path(path)) as inside:
+        with new_folder(folder) as inside:
             save(self.artifact, inside)
 
     def rows(self, x: Any) -> Any:

@@ -211,7 +211,7 @@ def test_a_saved_model_is_an_artifact(bayes, tmp_path):
     assert written.num_rows == 3
     with pytest.raises(UserError, match="stands there already; choose another folder"):
         run.save(tmp_path / "new" / "people")
-    with pytest.raises(UserError, match="a URL; save it in a folder"):
+    with pytest.raises(UserError, match="save memory://bucket/people: a URL, and only files and folders of this machine"):
         run.save("memory://bucket/people")
 
 

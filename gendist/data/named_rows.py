@@ -36,7 +36,7 @@ def rows_by_name(x: Any, schema: Schema) -> Any:
     source: Source = source_of(x)
     config = DataConfig(columns=schema.columns_in(source.schema.names))
     if schema.is_sequence:
-        config = as_fitted(config, source, schema.sequence, schema.order, schema.text)
+        config = as_fitted(config, source, schema)
         source = as_sequences(source, config)
     else:
         as_rows(source, config)
