@@ -97,6 +97,7 @@ def kernel_pass(x: np.ndarray, model: Any, precision: str) -> Callable[[], Any]:
 
     source, config = source_of(x), DataConfig()
     blocks = Dataset.open(source, config, Schema.of(source, config), LocalBlocks).blocks()
+    model = getattr(model, "plain", model)
     return partial(reduce, partial(type(model).e_step, compute=Compute(precision)), blocks, model)
 
 

@@ -7,8 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gendist.artifact import load
     from gendist.errors import UserError
+    from gendist.fitted_model import load
     from gendist.fitting import Run, fit
 
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ __all__ = ["Run", "UserError", "__version__", "fit", "load"]
 _HOME = {
     "fit": "gendist.fitting",
     "Run": "gendist.fitting",
-    "load": "gendist.artifact",
+    "load": "gendist.fitted_model",
     "UserError": "gendist.errors",
 }
 

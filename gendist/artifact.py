@@ -88,15 +88,6 @@ def _in_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensor.contiguous().clone() for name, tensor in sorted(tensors.items())})
 
 
-def load(path: str | Path) -> Any:
-    """The model in a run directory or an artifact, of whatever family. UserError where there is none that can be read.
-
-    A model that was fitted behind `data.transforms` comes as a `Transformed`, which takes and makes rows as the data have
-    them; `.model` is the one within.
-    """
-    return load_artifact(path).model
-
-
 def digest(path: str | Path) -> str:
     """SHA-256 of all bytes of the artifact in a run directory or at `path` itself, with the names of its files."""
     with _folder(path) as folder:

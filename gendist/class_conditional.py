@@ -23,6 +23,7 @@ from gendist.data.survey import Summary, survey
 from gendist.em.start import start_from_data
 from gendist.figures import Figure
 from gendist.models.ops import criteria
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise, derived_seed
@@ -55,6 +56,8 @@ class ClassConditional:
     takes_sequences: ClassVar[bool]
     Config: ClassVar[type[BaseModel]]
     not_offered: ClassVar[Mapping[str, str]]
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if not len(self.models) == len(self.labels) == len(self.weights):
@@ -205,6 +208,16 @@ class ClassConditional:
         cls.family.check(config, summary, ())
 
     @classmethod
+    def find_kinds(cls, config: Any, summary: Summary) -> Any:
+        """What the data decide, where the family leaves them something."""
+        return cls.family.find_kinds(config, summary) if hasattr(cls.family, "find_kinds") else None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) those of each class's model."""
+        return tuple(self.models[0].kinds)
+
+    @classmethod
     def adopt(cls, config: Any, summary: Summary, model: ClassConditional, labels: tuple[Any, ...]) -> ClassConditional:
         models = tuple(cls.family.adopt(config, summary, each, ()) for each in model.models)
         return cls(config, model.weights, models, labels or model.labels)
@@ -215,14 +228,16 @@ class ClassConditional:
     ) -> Update[ClassConditional]:
         """Each class's model as it would start from the rows that are known to be of the class."""
         counts, updates = [], []
+        # What all rows decide holds for each class: densities of other kinds could not be compared.
+        settled = cls.family.settled(config, summary) if hasattr(cls.family, "settled") else config
         for c, label in enumerate(labels):
             own = _OfClass(blocks, c)
             try:
                 own_summary = replace(survey(own), features=summary.features)
                 if own_summary.total_weight == 0.0:
                     raise UserError("no row of the class to fit")
-                cls.family.check(config, own_summary, ())
-                updates.append(start_from_data(cls.family, config, own, own_summary, (), method, _seed_of_class(seed, c)))
+                cls.family.check(settled, own_summary, ())
+                updates.append(start_from_data(cls.family, settled, own, own_summary, (), method, _seed_of_class(seed, c)))
             except UserError as error:
                 raise UserError(f"class {label}: {error}") from None
             counts.append(own_summary.total_weight)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gendist.artifact import Artifact
 from gendist.blocks import Blocks
 from gendist.class_conditional import ClassConditional
 from gendist.config import Spec
@@ -23,6 +24,7 @@ from gendist.em.restarts import Candidate, all_records, latest_records, leader, 
 from gendist.em.start import start_from_data
 from gendist.em_checkpoints import Checkpoint, resume, save_checkpoint
 from gendist.execution import execution
+from gendist.fitted_model import FittedModel
 from gendist.model_to_start_from import ModelToStartFrom
 from gendist.one_thread import one_thread
 from gendist.pictures import draw_figures, draw_samples
@@ -129,6 +131,11 @@ class EMFitting:
             summary = survey(training)
         summary = replace(summary, features=self._features(transforms))
         self.family.check(spec.model, summary, dataset.labels)
+        found = self.family.find_kinds(spec.model, summary) if hasattr(self.family, "find_kinds") else None
+        if found:
+            logger.info("%s", found)
+            for remark in found.remarks:
+                logger.warning("%s: %s", dataset.source.name, remark)
         # Before anything is written: a mistake that the start tells can be put right in the same folder.
         candidates = _candidates(resumed) if resumed else self._begin(training, summary)
         if directory:
@@ -155,6 +162,8 @@ class EMFitting:
         results = self._results(candidates, training, validation, summary, log_abs_det)
         if transforms.steps:
             results["log_abs_det"] = log_abs_det["training"]
+        if found:
+            results["description"] = [str(found), *found.remarks, *results.get("description", ())]
         best = candidates[results["restart"]]
         model = transformed(best.model, transforms)
         if directory:
@@ -162,7 +171,8 @@ class EMFitting:
             draw_figures(model, dataset.schema, directory.path, spec.seed)
             manifest |= {"results": results, "wall_time_s": time.monotonic() - began}
             directory.finish(model, all_records(candidates), self.dataset.schema, manifest)
-        return Run(model, list(best.history), directory.place if directory else None, results)
+        fitted = FittedModel(Artifact(spec.family, model, dataset.schema))
+        return Run(fitted, list(best.history), directory.place if directory else None, results)
 
     def _parts(self, dataset: Dataset) -> tuple[Blocks[Block], Blocks[Block] | None]:
         num_latents = self.family.count_latents(self.spec.model, dataset.labels)
@@ -287,7 +297,7 @@ def _model_to_start_from(spec: Spec, config: EMConfig, family: type[StatisticsMo
     misfit."""
     if init is None and config.init in STARTS:
         return None
-    start = ModelToStartFrom(init)
+    start = ModelToStartFrom.of(init)
     if init is None:
         start = ModelToStartFrom.of_artifact(config.init, f"none of {', '.join(STARTS)}, and ")
     if config.num_restarts > 1:

@@ -10,6 +10,7 @@ from typing import Any
 from gendist.artifact import load_artifact
 from gendist.config import Spec
 from gendist.data import Schema
+from gendist.fitted_model import FittedModel
 from gendist.protocols import GenerativeModel, UserError
 from gendist.storage import is_url
 from gendist.transformed import taken_apart
@@ -19,13 +20,20 @@ from gendist.transformed import taken_apart
 class ModelToStartFrom:
     """
     model   behind its transforms
-    schema  of the rows that it was fitted to, where that is known: of an artifact
+    schema  of the rows that it was fitted to, where that is known and has to be the data's
     name    of the artifact
     """
 
     model: GenerativeModel
     schema: Schema | None = None
     name: str = "init"
+
+    @classmethod
+    def of(cls, init: Any) -> ModelToStartFrom:
+        """A model in memory. Its columns may be called otherwise, as those of arrays are; its categories are of these texts."""
+        if type(init) is not FittedModel:
+            return cls(init)
+        return cls(init.plain, init.schema if init.schema.categories else None)
 
     @classmethod
     def of_artifact(cls, name: str, else_allowed: str = "") -> ModelToStartFrom:
@@ -61,7 +69,7 @@ class ModelToStartFrom:
         """UserError where the model is of other data."""
         if self.schema is None and schema.categories:
             raise UserError(
-                "init: a model in memory does not say which texts its categories are (column "
+                "init: a model of arrays does not say which texts its categories are (column "
                 f"'{next(iter(schema.categories))}'); name its run or artifact in fit.init instead"
             )
         if self.model.num_features != schema.num_features:

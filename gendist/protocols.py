@@ -27,7 +27,10 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     UserError where it does not hold real numbers, or is a data frame, whose columns nobody here could tell apart.
     """
     if hasattr(values, "columns"):
-        raise UserError("a data frame: pass frame[[...]].to_numpy(), the columns in the order in which they were fitted")
+        raise UserError(
+            "a data frame: the model that gendist.fit or gendist.load returns knows the names of its columns; to this one pass "
+            "frame[[...]].to_numpy(), numbers in the order in which they were fitted"
+        )
     if not isinstance(values, Tensor):
         try:
             array = np.asarray(values)
@@ -36,7 +39,8 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
         if hasattr(values, "tocoo"):
             raise UserError("a dense array is needed, not a sparse one: pass x.toarray(), or take a family of sparse rows")
         if array.dtype.kind not in "buif":
-            raise UserError(f"an array of numbers is needed, not a {type(values).__name__} of {array.dtype}")
+            hint = "; give a data frame, whose texts are known by their columns' names" if array.dtype.kind in "OUST" else ""
+            raise UserError(f"an array of numbers is needed, not a {type(values).__name__} of {array.dtype}{hint}")
         native = np.dtype(np.float64) if array.dtype.itemsize > 8 else array.dtype.newbyteorder("=")
         # Memory of its own where torch could not read it as it lies, or warns that it may not be written.
         plain = array.flags.writeable and array.flags.c_contiguous and array.dtype == native
@@ -412,6 +416,8 @@ class StatisticsModel(GenerativeModel, Protocol):
     """A family fitted by expected sufficient statistics: all that the EM engine knows of it.
 
     A family may have more, which is asked for where it is there:
+        find_kinds(config, summary)          a class method: what the data decide that the configuration leaves to them, as
+                                             `FoundKinds` of columns; None where nothing
         pass_cost(config, summary, labels)   a class method, which `plan` needs: the `PassCost` of a model of this configuration
                                              for such data, told before any is made, however large it would be
     """

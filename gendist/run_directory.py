@@ -23,6 +23,7 @@ from gendist.artifact import Artifact, load_artifact, save
 from gendist.atomic import new_folder, write_atomically
 from gendist.config import Spec, load_spec
 from gendist.data import Schema
+from gendist.fitted_model import FittedModel
 from gendist.folder_lock import locked
 from gendist.protocols import GenerativeModel, UserError
 from gendist.run import Run
@@ -363,7 +364,7 @@ def finished(directory: RunDirectory) -> Run:
 def read_run(directory: RunDirectory) -> Run:
     results = directory.read_manifest().get("results", {})
     history = [record for record in directory.read_metrics() if record.get("restart") == results.get("restart")]
-    return Run(load_artifact(directory.path).model, history, directory.place, results)
+    return Run(FittedModel(load_artifact(directory.path)), history, directory.place, results)
 
 
 def _lines(records: Iterable[dict[str, Any]]) -> str:

@@ -142,7 +142,7 @@ class Training:
     def _model_to_start_from(self, init: Any) -> ModelToStartFrom | None:
         if init is None and self.config.init is None:
             return None
-        start = ModelToStartFrom(init) if init is not None else ModelToStartFrom.of_artifact(str(self.config.init))
+        start = ModelToStartFrom.of(init) if init is not None else ModelToStartFrom.of_artifact(str(self.config.init))
         start.check(self.spec, model_class(self.spec.family, self.spec.model))
         return start
 

@@ -89,6 +89,9 @@ class Transformed:
         of_pca = "" if kept is None else f"density of the {kept} principal coordinates that pca keeps: x itself has none"
         return "; ".join(filter(None, [of_pca, getattr(self.model, "density", "")]))
 
+    def __repr__(self) -> str:
+        return f"Transformed({self.model!r}, num_features={self.num_features})"
+
     def tensors(self) -> dict[str, Tensor]:
         """The model's and the transforms'."""
         parts = {"model": self.model.tensors(), "transforms": self.transforms.tensors()}

@@ -359,3 +359,17 @@ def test_a_start_that_the_topology_does_not_allow_is_refused(walks):
     model = HiddenMarkovModel.from_parameters([0.0, 1.0], [[1.0, 0.0], [0.0, 1.0]], emission)
     with pytest.raises(UserError, match="begin in"):
         gendist.fit({**SPEC, "model": {"num_states": 2, "topology": "left_to_right"}}, data=[walks[4]], init=model)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ({"num_states": 50}, "model.num_states is 50, but there are only 40 steps of positive weight to fit; ask for fewer"),
+        ({"num_states": 8, "emission": {"num_components": 6}}, "model.num_states is 8, with model.emission.num_components 6"),
+    ],
+)
+def test_more_states_than_steps_are_refused(model, match):
+    x = np.random.default_rng(0).normal(size=(60, 2))
+    data = {"x": x, "n": np.where(np.arange(60) < 40, 1.0, 0.0), "id": np.arange(60) // 20}
+    with pytest.raises(UserError, match=match):
+        gendist.fit({**SPEC, "model": model, "data": {"weight": "n", "sequence": "id"}}, data=data)

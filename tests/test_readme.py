@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import gendist
-from gendist.config import load_spec
+from gendist.config import families, family_class, is_trained, load_spec
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,17 +21,39 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+# Short ones stand together; each of the others says all that there is.
+SHORT = [spec for content in blocks("yaml") if "\n---\n" in content for spec in yaml.safe_load_all(content)]
+WHOLE = [content for content in blocks("yaml") if "\n---\n" not in content]
+
+
 def test_its_python_runs(blobs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     spec = {"name": "events", "family": "gmm", "model": {"num_components": 3}}
     gendist.fit(spec, data=blobs, run_dir="runs/events")
     names = {"x": blobs, "frame": pd.DataFrame(blobs, columns=["x_0", "x_1", "x_2"]), "spec": spec}
-    (program,) = blocks("python")
-    exec(program, names)
+    for program in blocks("python"):
+        exec(program, names)
     np.testing.assert_array_equal(names["run"].model.sample(60, seed=1, offset=40), names["run"].model.sample(100, seed=1)[40:])
 
 
-@pytest.mark.parametrize("content", blocks("yaml"), ids=lambda content: yaml.safe_load(content)["name"])
+@pytest.mark.parametrize("short", SHORT, ids=lambda short: short["name"])
+def test_its_short_specs_can_be_fitted(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, n = np.random.default_rng(0), 200
+    people = {"income": rng.integers(10_000, 90_000, n), "age": rng.integers(18, 80, n), "city": rng.choice(["a", "b"], n)}
+    pd.DataFrame({**people, "churned": rng.choice(["yes", "no"], n)}).to_parquet("people.parquet")
+    sensors = {"machine": np.arange(n) // 50, "time": np.arange(n) % 50, "heat": rng.normal(size=n)}
+    pd.DataFrame(sensors).to_parquet("sensors.parquet")
+    fit = {"num_steps": 2} if is_trained(family_class(short["family"])) else {"max_iterations": 2}
+    model = gendist.fit({**short, "fit": fit}).model
+    assert len(model.sample(3)) == 3
+
+
+def test_each_family_has_a_short_spec():
+    assert sorted(short["family"] for short in SHORT) == sorted(families())
+
+
+@pytest.mark.parametrize("content", WHOLE, ids=lambda content: yaml.safe_load(content)["name"])
 def test_its_specs_are_specs_and_say_what_there_is(content, tmp_path):
     path = tmp_path / "spec.yaml"
     path.write_text(content)

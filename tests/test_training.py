@@ -121,7 +121,7 @@ def test_the_artifact_is_that_of_the_best_validation(monkeypatch, unbroken, tmp_
     def watch(record):
         num_reports[0] += 1
 
-    monkeypatch.setattr(type(gendist.load(unbroken)), "validate", worse_and_worse)
+    monkeypatch.setattr(type(gendist.load(unbroken).plain), "validate", worse_and_worse)
     run = gendist.fit(with_fit(eval_every=10, keep_last=1), run_dir=tmp_path / "run", watch=watch)
     assert [record["validation/distance"] for record in run.history if "validation/distance" in record] == [1, 3, 5, 7]
     assert run.results["artifact_step"] == 10
@@ -659,7 +659,7 @@ def test_it_is_scored_by_the_bound_that_it_has(monkeypatch, capsys, unbroken, tm
 
 def test_a_score_of_a_family_without_density_says_why(monkeypatch, capsys, unbroken, tmp_path):
     monkeypatch.chdir(tmp_path)
-    model = type(gendist.load(unbroken))
+    model = type(gendist.load(unbroken).plain)
     monkeypatch.setattr(model, "not_offered", {**model.not_offered, "log_prob_bound": "nor that"})
     monkeypatch.setattr(sys, "argv", ["gendist", "score", str(unbroken), "digits", "--out", "scores.npz"])
     with pytest.raises(SystemExit) as exit_:

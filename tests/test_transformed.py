@@ -57,11 +57,12 @@ def unbroken(tmp_path_factory) -> Path:
 
 
 def test_it_keeps_the_contract(unbroken):
-    model = gendist.load(unbroken)
+    model = gendist.load(unbroken).plain
     assert isinstance(model, Transformed)
     assert isinstance(model, GenerativeModel)
     assert isinstance(model.model, GaussianMixture)
     assert model.num_features == 64
+    assert repr(model) == f"Transformed({model.model!r}, num_features=64)"
     assert model.model.num_features == len(model.transforms.feature_names) < 64
     for verb in VERBS:
         assert hasattr(model, verb) != (verb in model.not_offered), verb
@@ -240,7 +241,7 @@ def test_a_run_from_before_there_were_transforms_goes_on(tmp_path):
     description = json.loads((tmp_path / "run" / "artifact" / "model.json").read_text())
     assert description["format_version"] == 1
     assert "transforms" not in description
-    assert type(gendist.fit(plain, run_dir=tmp_path / "run").model) is GaussianMixture
+    assert type(gendist.fit(plain, run_dir=tmp_path / "run").model.plain) is GaussianMixture
 
 
 def test_the_data_are_read_twice_however_many_transforms_there_are(blobs, monkeypatch):

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from gendist import noise
@@ -126,6 +127,25 @@ def sample(
     )
     written = work.write(out, cluster, address, watch)
     return written if num_steps is None else replace(written, what="sequences")
+
+
+def sample_table(
+    model: Any,
+    schema: Schema,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    offset: int = 0,
+    given: Any = None,
+    length: int | None = None,
+) -> pa.Table:
+    """What `sample` writes into a table, in memory; of a model and the schema of its rows."""
+    options = sample_options(model, length)
+    if _takes_sequences(model):
+        options = {"length": model.sample(0, **options).shape[1]}
+    layout, beside = sample_layout(model, schema, options.get("length"), with_beside=True)
+    _, values, _ = _draw(seed, given, tuple(beside), options, model, (offset, offset + num_samples))
+    return layout.table(values, offset)
 
 
 def score(

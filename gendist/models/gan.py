@@ -22,6 +22,7 @@ from gendist.figures import Figure, Paths
 from gendist.models.ops import networks, semi_supervised
 from gendist.models.ops.adversarial import discriminator_loss, generator_loss, gradient_penalty, projection, r1
 from gendist.models.ops.augmentation import augment, num_uniforms
+from gendist.models.ops.brief import brief
 from gendist.models.ops.gan_config import GenerativeAdversarialNetworkConfig
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.latent_paths import MAX_CLASSES, NUM_PATHS, NUM_STEPS, great_circles
@@ -64,6 +65,8 @@ class GenerativeAdversarialNetwork:
         "impute": "no network of it leads from x to latents",
         "reconstruct": "no network of it leads from x to latents; encode gives the discriminator's features",
     }
+
+    __repr__ = brief
 
     @property
     def not_offered(self) -> Mapping[str, str]:

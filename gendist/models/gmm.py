@@ -24,6 +24,7 @@ from gendist.models.distributions.gaussian_kernel import GaussianKernel
 from gendist.models.distributions.gaussian_missing import drawn, expected
 from gendist.models.distributions.gaussian_statistics import GaussianStatistics, Reference, pass_cost
 from gendist.models.ops import criteria
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import Rows, draw_latents, latent_of, log_joint, log_prob_of_rows
 from gendist.models.ops.responsibilities import responsibilities_
 from gendist.noise import Noise
@@ -112,6 +113,8 @@ class GaussianMixture:
         "classify": "components are not classes; encode gives the probability of each component",
         "reconstruct": "a Gaussian mixture has no decoder of x; decode gives a component's mean",
     }
+
+    __repr__ = brief
 
     def __post_init__(self) -> None:
         if tuple(self.weights.shape) != (self.num_components,):

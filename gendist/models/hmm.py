@@ -21,10 +21,17 @@ from torch import Tensor
 from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import NUM_STRIPS, Figure, Matrices, Strips, named
 from gendist.models.distributions import column_kinds, gaussian_statistics
-from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values
+from gendist.models.distributions.column_kinds import (
+    ColumnsConfig,
+    FoundKinds,
+    blank_columns,
+    check_columns,
+    check_values,
+)
 from gendist.models.distributions.columns import Columns
 from gendist.models.distributions.gaussian_emission import GaussianEmission, GaussianEmissionConfig
 from gendist.models.ops import criteria, topology
+from gendist.models.ops.brief import brief
 from gendist.models.ops.chain import Chain, ChainPass, ChainStatistics, sequence_weights
 from gendist.models.ops.chain_statistics import HiddenMarkovStatistics, Piece, Relay
 from gendist.models.ops.forward_backward import drawn_states, log_forward, most_likely_states
@@ -129,6 +136,8 @@ class HiddenMarkovModel:
         "reconstruct": "a hidden Markov model has no decoder of x; decode gives a state's mean",
     }
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         num_states = self.num_states
         if tuple(self.transition_matrix.shape) != (num_states, num_states) or self.emission.num_latents != num_states:
@@ -173,6 +182,11 @@ class HiddenMarkovModel:
     @property
     def num_features(self) -> int:
         return self.emission.num_features
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) of what states emit: gaussian, multinomial, bernoulli, categorical or poisson."""
+        return self.emission.kinds if isinstance(self.emission, Columns) else ("gaussian",) * self.num_features
 
     @property
     def num_parameters(self) -> int:
@@ -483,9 +497,29 @@ class HiddenMarkovModel:
             check_columns(config.emission, summary)
         elif texts := [feature.name for feature in summary.features if feature.type == "category"]:
             raise UserError(f"column '{texts[0]}' holds text; declare model.emission.kind: categorical, or leave it out")
+        num_components = getattr(config.emission, "num_components", 1)
+        if summary.num_weighted_rows < config.num_states * num_components:
+            said = f"model.num_states is {config.num_states}"
+            if num_components > 1:
+                said += f", with model.emission.num_components {num_components} of each"
+            raise UserError(
+                f"{said}, but there are only {summary.num_weighted_rows} steps of positive weight to fit; ask for fewer"
+            )
         without = torch.nonzero(summary.feature_weight == 0)[:, 0].tolist()
         if without:
             raise UserError(f"every value of '{summary.features[without[0]].name}' is missing; choose other columns")
+
+    @classmethod
+    def find_kinds(cls, config: HiddenMarkovModelConfig, summary: DataSummary) -> FoundKinds | None:
+        """What the data decide of emissions of kind mixed."""
+        return FoundKinds.of(config.emission, summary) if isinstance(config.emission, ColumnsConfig) else None
+
+    @classmethod
+    def settled(cls, config: HiddenMarkovModelConfig, summary: DataSummary) -> HiddenMarkovModelConfig:
+        """The same for some of these rows as for all."""
+        if not isinstance(config.emission, ColumnsConfig):
+            return config
+        return config.model_copy(update={"emission": config.emission.settled(summary)})
 
     @classmethod
     def start(

@@ -18,9 +18,17 @@ from torch import Tensor
 
 from gendist.cost import PassCost, tensor_bytes
 from gendist.figures import Figure, named
-from gendist.models.distributions.column_kinds import ColumnsConfig, blank_columns, check_columns, check_values, pass_cost
+from gendist.models.distributions.column_kinds import (
+    ColumnsConfig,
+    FoundKinds,
+    blank_columns,
+    check_columns,
+    check_values,
+    pass_cost,
+)
 from gendist.models.distributions.columns import Columns, ColumnsStatistics
 from gendist.models.ops import criteria
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import draw_latents, known_latents, latent_of, loaded, log_joint, log_prob_of_rows
 from gendist.noise import Noise
 from gendist.protocols import EXACT, Block, Compute, DataSummary, LogLikelihood, Update, UserError, as_matrix, as_tensor
@@ -92,6 +100,8 @@ class NaiveBayes:
         "reconstruct": "naive Bayes has no decoder of x; decode gives a class's mean, impute what is missing",
     }
 
+    __repr__ = brief
+
     def __post_init__(self) -> None:
         if tuple(self.weights.shape) != (self.columns.num_latents,):
             raise ValueError(f"weights of shape {tuple(self.weights.shape)}; ({self.columns.num_latents},) is needed")
@@ -109,6 +119,11 @@ class NaiveBayes:
     @property
     def num_features(self) -> int:
         return self.columns.num_features
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) gaussian, multinomial, bernoulli, categorical or poisson."""
+        return self.columns.kinds
 
     @property
     def num_parameters(self) -> int:
@@ -263,6 +278,11 @@ class NaiveBayes:
         if summary.num_weighted_rows < num_classes:
             raise UserError(f"{num_classes} classes, but only {summary.num_weighted_rows} rows of positive weight to fit")
         check_columns(config, summary)
+
+    @classmethod
+    def find_kinds(cls, config: NaiveBayesConfig, summary: DataSummary) -> FoundKinds | None:
+        """What the data decide of columns of kind mixed."""
+        return FoundKinds.of(config, summary)
 
     @classmethod
     def start(cls, config: NaiveBayesConfig, summary: DataSummary, centers_KD: Tensor, labels: tuple[Any, ...]) -> NaiveBayes:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gendist.figures import Figure, Paths
 from gendist.models.ops import autoencoder, latent_paths, networks, semi_supervised_elbo
 from gendist.models.ops.autoencoder import Autoencoder, Terms
+from gendist.models.ops.brief import brief
 from gendist.models.ops.independent_latent import draw_latents, latent_of
 from gendist.models.ops.latent_paths import MAX_CLASSES, MAX_RANKED, NUM_PATHS, NUM_STEPS
 from gendist.models.ops.layout import Layout
@@ -66,6 +67,8 @@ class VariationalAutoencoder:
         "fit": {"max_iterations": 200},
     }
     """What is fitted to latents where the spec of a prior says no more."""
+
+    __repr__ = brief
 
     @property
     def not_offered(self) -> Mapping[str, str]:

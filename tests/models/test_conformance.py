@@ -23,6 +23,7 @@ from gendist.config import families, family_class, is_trained, load_spec
 from gendist.data import Schema
 from gendist.em.convergence import fell
 from gendist.figures import Figure
+from gendist.fitted_model import FittedModel
 from gendist.noise import Noise
 from gendist.pictures import figure_bytes
 from gendist.protocols import VERBS, Block, DeepModel, Draw, GenerativeModel, Phase, SampleAddress, StatisticsModel, UserError
@@ -73,7 +74,7 @@ def fitted(family: str) -> Case:
     else:
         x = x.flatten(1)
     spec = load_spec(CONFIGS / f"{family}_digits.yaml", overrides)
-    return Case(family, spec, gendist.fit(spec).model, x)
+    return Case(family, spec, gendist.fit(spec).model.plain, x)
 
 
 @pytest.fixture(params=families())
@@ -124,6 +125,28 @@ def test_what_it_offers_has_a_docstring(case):
     for name, member in inspect.getmembers(type(case.model), inspect.isroutine):
         if name in VERBS:
             assert member.__doc__, f"{name} has no docstring"
+
+
+def test_it_is_named_in_one_line(case):
+    said = repr(case.model)
+    assert said.startswith(f"{type(case.model).__name__}(")
+    assert f"num_features={case.width}" in said
+    assert len(said) < 120
+    assert "tensor" not in said
+
+
+def test_verbs_take_columns_by_name(case):
+    names = tuple(f"p{i}" for i in range(case.width))
+    schema = Schema(
+        columns=names, feature_names=names, is_sequence=case.x.ndim == 3, sequence="id" if case.x.ndim == 3 else None
+    )
+    model = FittedModel(Artifact(case.family, case.model, schema))
+    x = case.x[:6]
+    rows = x.reshape(-1, case.width).numpy()
+    table = {"id": torch.arange(6).repeat_interleave(len(rows) // 6), **{name: rows[:, i] for i, name in enumerate(names)}}
+    of_rows = {"log_prob", "elbo", "log_prob_bound", "encode", "classify", "impute", "reconstruct"}
+    for verb in of_rows - set(case.model.not_offered):
+        assert torch.equal(together(getattr(model, verb)(table)), together(getattr(case.model, verb)(x))), verb
 
 
 def test_a_sample_is_a_window_on_an_endless_one(case):

@@ -427,15 +427,16 @@ def test_a_model_of_other_columns_categories_or_classes_is_no_start():
             gendist.fit(spec("categorical", **options), data=data, init=model)
 
 
-def test_what_texts_were_is_known_to_a_run_and_not_to_a_model_in_memory(tmp_path):
+def test_what_texts_were_is_known_to_a_run_and_not_to_a_model_of_arrays(tmp_path):
     """Of other texts the same numbers would be other categories."""
     given = {**spec("categorical"), "data": {"label": "y"}}
     old = {"pet": np.array(["cat", "dog"] * 20), "y": np.array([0, 1] * 20)}
     new = {"pet": np.array(["dog", "zebra"] * 20), "y": np.array([0, 1] * 20)}
     run = gendist.fit(given, data=old, run_dir=tmp_path / "run")
     with pytest.raises(UserError, match="'pet'"):
-        gendist.fit(given, data=new, init=run.model)
+        gendist.fit(given, data=new, init=run.model.plain)
     again = gendist.fit({**given, "fit": {"init": str(run.path)}}, data=new).model
+    assert torch.equal(gendist.fit(given, data=new, init=run.model).model.log_prob(new), again.log_prob(new))
     probs = again.columns.groups[0].distribution.probs
     assert bool((probs[0] == probs[0].max()).tolist() == [False, True, False]), "dog is the second of the run's texts"
     assert bool((probs[1] == probs[1].max()).tolist() == [False, False, True]), "zebra is none of them"

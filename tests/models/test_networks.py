@@ -10,8 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from gendist.artifact import Artifact, load, save
+from gendist.artifact import Artifact, save
 from gendist.data import Schema
+from gendist.fitted_model import load
 from gendist.models.ops import networks
 from gendist.models.ops.layout import Layout
 from gendist.models.ops.networks import NetworkConfig

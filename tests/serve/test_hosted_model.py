@@ -147,7 +147,7 @@ def test_a_model_that_makes_no_sample_cannot_be_served(artifacts, monkeypatch):
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(type(gendist.load(artifacts["gmm"])), "sample", broken)
+    monkeypatch.setattr(type(gendist.load(artifacts["gmm"]).plain), "sample", broken)
     with pytest.raises(UserError, match="out of order"):
         HostedModel("gmm", artifacts["gmm"])
 

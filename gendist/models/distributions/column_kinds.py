@@ -5,7 +5,8 @@ Legend: D columns, K latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -26,6 +27,11 @@ from gendist.protocols import DataSummary, Feature, UserError
 Kind = Literal["gaussian", "multinomial", "bernoulli", "categorical", "poisson"]
 
 MAX_CATEGORIES = 10_000  # of a column of whole numbers
+MAX_DISPERSION = 10.0  # variance of counts, in their means, which it equals where they are of a Poisson distribution
+MIN_MEAN = 10.0  # of whole numbers that may be measured: below it most are 0, for which a Gaussian has no room
+MAX_DISTINCT = 0.5  # texts of a column of categories, in rows: where there are more they are names
+MIN_NAMES = 50
+NUM_SHOWN = 8  # columns of each kind
 
 
 class ColumnsConfig(BaseModel):
@@ -33,7 +39,8 @@ class ColumnsConfig(BaseModel):
 
     kind                       of all columns; or "mixed": each its own, by `columns` or else by what the data hold: text is
                                categorical, 0 and 1 alone (true and false) bernoulli, whole numbers from 0 on poisson, other
-                               numbers gaussian
+                               numbers gaussian; so are whole numbers too far apart to be counts, of a mean of 10 and more and
+                               a variance of more than 10 times that, such as incomes
     columns                    of kind mixed: the kinds of columns by name
     pseudocount                what is taken to have been seen for each latent: tokens of each kind (multinomial), samples of
                                each value (bernoulli, categorical), samples like the mean of all (poisson)
@@ -60,20 +67,78 @@ class ColumnsConfig(BaseModel):
     def kinds_of(self, summary: DataSummary) -> list[str]:
         """The kind of each column."""
         ranges = zip(summary.minimum.tolist(), summary.maximum.tolist(), summary.all_integers.tolist(), strict=True)
-        return [self._kind_of(feature, *each) for feature, each in zip(summary.features, ranges, strict=True)]
+        are_measured = (_dispersion(summary) > MAX_DISPERSION) & (summary.mean >= MIN_MEAN)
+        each = zip(summary.features, ranges, are_measured.tolist(), strict=True)
+        return [self._kind_of(feature, *range_, is_measured) for feature, range_, is_measured in each]
 
-    def _kind_of(self, feature: Feature, least: float, most: float, is_whole: bool) -> str:
+    def declared(self, feature: Feature) -> str | None:
+        return self.columns.get(feature.column, self.columns.get(feature.name))
+
+    def settled(self, summary: DataSummary) -> Self:
+        """The same for some of these rows as for all: of kind mixed each column is declared to be what all rows make it."""
+        if self.kind != "mixed":
+            return self
+        kinds = zip(summary.features, self.kinds_of(summary), strict=True)
+        return self.model_copy(update={"columns": {feature.name: kind for feature, kind in kinds}})
+
+    def _kind_of(self, feature: Feature, least: float, most: float, is_whole: bool, is_measured: bool) -> str:
         if self.kind != "mixed":
             return self.kind
-        declared = self.columns.get(feature.column, self.columns.get(feature.name))
+        declared = self.declared(feature)
         if declared is not None:
             return declared
         if feature.type == "category":
             return "categorical"
         # By the numbers and not by their type, of which files of other formats know nothing.
         if is_whole and least >= 0:
-            return "bernoulli" if most <= 1 else "poisson"
+            return "bernoulli" if most <= 1 else "gaussian" if is_measured else "poisson"
         return "gaussian"
+
+
+def _dispersion(summary: DataSummary) -> Tensor:
+    """(D,) the variance in means: 1 of a Poisson distribution."""
+    return summary.variance / summary.mean.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+@dataclass(frozen=True)
+class FoundKinds:
+    """What the data have decided of columns of kind mixed.
+
+    kinds    of each column
+    remarks  lines about columns of which something else may have been meant
+    """
+
+    kinds: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Such as "columns taken as gaussian: income, age; categorical: city"."""
+        of_kind: dict[str, list[str]] = {}
+        for name, kind in self.kinds.items():
+            of_kind.setdefault(kind, []).append(name)
+        return "columns taken as " + "; ".join(f"{kind}: {listing(names, NUM_SHOWN)}" for kind, names in of_kind.items())
+
+    @classmethod
+    def of(cls, config: ColumnsConfig, summary: DataSummary) -> FoundKinds | None:
+        """None where all columns are of a kind that is declared."""
+        if config.kind != "mixed":
+            return None
+        kinds, remarks = config.kinds_of(summary), []
+        for feature, kind, dispersion in zip(summary.features, kinds, _dispersion(summary).tolist(), strict=True):
+            if config.declared(feature) is not None:
+                continue
+            num_rows, name = summary.num_weighted_rows, feature.column
+            if kind == "poisson" and dispersion > MAX_DISPERSION:
+                remarks.append(
+                    f"column '{feature.name}' is taken as poisson, but its variance is {dispersion:.3g} times its mean, where "
+                    f"counts have about 1: unless classes differ so much, declare it with model.columns: {{{name}: gaussian}}"
+                )
+            if kind == "categorical" and feature.num_categories > max(MAX_DISTINCT * num_rows, MIN_NAMES):
+                remarks.append(
+                    f"column '{feature.name}' is taken as categorical, but has {feature.num_categories:,} different texts in "
+                    f"{num_rows:,} rows: where they are names or ids, leave it out with data.columns"
+                )
+        return cls({feature.name: kind for feature, kind in zip(summary.features, kinds, strict=True)}, tuple(remarks))
 
 
 def blank_columns(config: ColumnsConfig, summary: DataSummary, centers_KD: Tensor) -> Columns:
@@ -139,10 +204,11 @@ def pass_cost(config: ColumnsConfig, summary: DataSummary, num_latents: int) -> 
 
 def check_columns(config: ColumnsConfig, summary: DataSummary) -> None:
     """UserError where a column holds nothing, or what its kind does not allow."""
-    known = {feature.name for feature in summary.features} | {feature.column for feature in summary.features}
+    names = [feature.name for feature in summary.features]
+    known = {*names, *(feature.column for feature in summary.features)}
     for name in config.columns:
         if name not in known:
-            raise UserError(f"model.columns: '{name}' is no column that is fitted; these are {_listing(summary.features)}")
+            raise UserError(f"model.columns: '{name}' is no column that is fitted; these are {listing(names)}")
     for feature, is_empty in zip(summary.features, (summary.feature_weight <= 0).tolist(), strict=True):
         if is_empty:
             raise UserError(f"column '{feature.name}' has no value in any row; leave it out of data.columns")
@@ -191,6 +257,5 @@ def check_values(group: Group, values: Tensor) -> None:
                             "model.unseen_categories")  # fmt: skip
 
 
-def _listing(features: Sequence[Feature], most: int = 12) -> str:
-    names = [feature.name for feature in features]
+def listing(names: Sequence[str], most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -89,6 +89,12 @@ class Columns:
         return sum(group.distribution.num_parameters for group in self.groups)
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """(D,) of each column."""
+        kinds = {d: group.kind for group in self.groups for d in group.columns.tolist()}
+        return tuple(kinds[d] for d in range(self.num_features))
+
+    @property
     def means(self) -> Tensor:
         """(K, D)"""
         return self._together([group.distribution.means for group in self.groups])
