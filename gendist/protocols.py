@@ -29,7 +29,7 @@ def as_tensor(values: Any, dtype: torch.dtype | None = torch.float64) -> Tensor:
     if hasattr(values, "columns"):
         raise UserError(
             "a data frame: the model that gendist.fit or gendist.load returns knows the names of its columns; to this one pass "
-            "frame[[...]].to_numpy(), numbers in the order in which they were fitted"
+            "frame[[...]].to_numpy(), the columns in the order in which they were fitted"
         )
     if not isinstance(values, Tensor):
         try:

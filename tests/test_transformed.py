@@ -157,7 +157,7 @@ def test_verbs_take_what_those_of_the_model_take(blobs):
     assert torch.equal(model.decode(z, "left"), model.decode(z, given="left"))
     assert model.prior is None
     mixture = gendist.fit({"name": "z", "family": "gmm", "model": {"num_components": 2}}, data=z.double().numpy()).model
-    assert model.with_prior(mixture).prior is mixture
+    assert model.with_prior(mixture).prior is mixture.plain
 
 
 # Runs

@@ -374,7 +374,7 @@ def test_no_number_is_lost_and_the_likelihood_never_falls(pattern):
 
 
 @pytest.mark.parametrize("regularization", [1e-6, 0.0])
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("pattern", sorted(PATTERNS.keys() - {"more states than steps"}))  # which a fit refuses
 def test_a_fit_from_the_data_alone_ends_with_numbers(pattern, regularization):
     """Without regularization a covariance may shrink until there is nothing left of it but rounding: that is told."""
     model, sequences, _ = PATTERNS[pattern]
