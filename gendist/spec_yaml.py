@@ -33,10 +33,13 @@ _Loader.add_implicit_resolver(
 
 def read(text: str) -> Any:
     """What a YAML document holds. yaml.YAMLError where it is none."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, _Loader)
+        return loader.get_single_data()
     except UNFIT as error:
         raise yaml.YAMLError(f"a value that its tag does not suit: {error}") from error
+    finally:
+        loader.dispose()
 
 
 def read_value(text: str) -> Any:
