@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import scipy.sparse
 
 from gendist.column_names import step_names
-from gendist.data import DataConfig, Schema, as_rows, as_sequences, source_of
+from gendist.data import Schema
 from gendist.data.column_types import entry_type, is_list, is_numeric, is_sparse, is_text
-from gendist.data.matrix import MAX_MAGNITUDE, to_matrix
-from gendist.data.sequence_source import SequenceSource
-from gendist.data.sequences import as_fitted
-from gendist.data.sparse import to_csr
+from gendist.data.matrix import MAX_MAGNITUDE
+from gendist.data.named_rows import rows_by_name
 from gendist.protocols import UserError
 from gendist.serve.arrow_messages import is_compressed, stream_of
 from gendist.serve.bodies import Take
@@ -138,23 +136,10 @@ class RowReader:
     def _of_table(self, table: pa.Table) -> Rows:
         names = [name for name in table.column_names if name in self._read] or table.column_names
         _check_plain(table, names, self.limits)
-        source: Any = source_of(table.select(names))
-        config = DataConfig(columns=self.schema.columns_in(source.schema.names))
-        if self.takes_sequences:
-            config = as_fitted(config, source, self.schema)
-            source = as_sequences(source, config)
-        else:
-            as_rows(source, config)
-        schema = Schema.of(source, config, known=self.schema)
-        if schema.num_features != self.num_features:
-            raise self._refused(f"the columns {listing(schema.columns)} have {schema.num_features} features")
-        read = source.read(0, source.num_rows, schema.columns)
-        if schema.is_sparse:
-            x_ND: Array = to_csr(read, schema.columns[0], self.num_features, 0, source.name).toarray()
-        else:
-            x_ND = to_matrix(read, schema.columns, 0, source.name, schema.categories, schema.image_shape)
-        if isinstance(source, SequenceSource):
-            return self._checked_sequences([x_ND[start:stop] for start, stop in pairwise(source.bounds.tolist())])
+        rows = rows_by_name(table.select(names), self.schema)
+        if isinstance(rows, list):
+            return self._checked_sequences(rows)
+        x_ND: Array = rows.toarray() if scipy.sparse.issparse(rows) else rows
         return self._checked(x_ND)
 
     # Of all

@@ -379,3 +379,15 @@ def test_latents(server, artifacts):
     binary = {"content": npy(z), "headers": {"content-type": MEDIA_TYPES["npy"]}}
     assert server.post("/models/vae_of_images/decode", **binary).json()["decode"] == model.decode(z).tolist()
     assert server.post("/models/gmm/decode", json={"z": [1, 0]}).json()["decode"] == mixture.decode(np.array([1, 0])).tolist()
+
+
+def test_texts_are_counted_as_they_were_in_the_fit(tmp_path):
+    spec = {"family": "naive_bayes", "model": {"kind": "multinomial"}, "data": {"label": "y", "text": {"column": "body"}}}
+    bodies = ["red apple", "green apple tree", "fast car", "red fast car"]
+    run = gendist.fit({"name": "texts", **spec}, data={"body": bodies, "y": ["fruit", "fruit", "car", "car"]})
+    model, reader = run.model, RowReader(run.model.schema, run.model.num_features, False, Limits())
+    table = pa.table({"body": ["a green car", "apple apple", "nothing that is known"], "other": [1, 2, 3]})
+    x_ND = reader.of_arrow(ipc(table), lambda num_bytes: None)
+    torch.testing.assert_close(model.log_prob(x_ND), model.log_prob(table))
+    apple = model.feature_names.index("apple")
+    assert x_ND[:, apple].tolist() == [0.0, 2.0, 0.0]
