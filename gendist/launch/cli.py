@@ -6,7 +6,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -28,6 +28,7 @@ from gendist.started_by import is_by_torchrun, is_first
 
 FILE_OR_FOLDER = "Without a suffix a folder of Parquet files; else a file, written as the suffix says:"
 DataArgument = Annotated[str, typer.Argument(metavar="DATA", help="A path, 'digits', or a YAML file with a data: block.")]
+MAX_SEED = 2**64 - 1  # as gendist.noise has it, which --help does not pay for
 OutOption = Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv")]
 
 app = typer.Typer(
@@ -123,7 +124,7 @@ def sample(
     num_samples: Annotated[int, typer.Option("-n", min=1, help="How many samples.")],
     out: Annotated[str, typer.Option(metavar="OUT", help=f"{FILE_OR_FOLDER} .npy .npz .parquet .csv .png")],
     overrides: WhereToCompute = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**64 - 1, help="The same seed gives the same samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="The same seed gives the same samples.")] = 0,
     offset: Annotated[int, typer.Option(min=0, help="The row of the seed's endless sample to begin with.")] = 0,
     given: Annotated[
         str | None, typer.Option(metavar="LABEL", help="Draw from this label or component alone.", show_default=False)
@@ -184,14 +185,8 @@ def score(
 ) -> None:
     """Write the log density of every row of DATA, or every sequence, in nats, in their order. An unfinished folder goes on."""
     from gendist import bulk
-    from gendist.config import load_data_spec
-    from gendist.storage import path_here
 
-    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
-    with _writing(path, "log densities") as watch:
-        written = bulk.score(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
-    if written.was_finished:
-        print(f"{out} is finished; nothing to do")
+    written = _of_data(bulk.score, artifact, data, overrides, out, address, "log densities")
     total = written.sums["log_likelihood"]
     a_step = f", {total / num_steps:.6f} a step" if (num_steps := written.sums.get("num_steps")) else ""
     print(f"{written.num_rows:,} {written.what} scored, mean log density {total / written.num_rows:.6f} nats{a_step}, in {out}")
@@ -210,7 +205,7 @@ def encode(
         typer.Option(
             metavar="SEED",
             min=0,
-            max=2**64 - 1,
+            max=MAX_SEED,
             help="Draw a latent of each row instead of its mean, of a vae.",
             show_default=False,
         ),
@@ -219,14 +214,8 @@ def encode(
 ) -> None:
     """Write the representation of every row of DATA, in their order: latents, or of a mixture its responsibilities."""
     from gendist import bulk
-    from gendist.config import load_data_spec
-    from gendist.storage import path_here
 
-    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
-    with _writing(path, "latents") as watch:
-        written = bulk.encode(artifact, spec.data, path, draw=draw, cluster=spec.cluster, address=address, watch=watch)
-    if written.was_finished:
-        print(f"{out} is finished; nothing to do")
+    written = _of_data(bulk.encode, artifact, data, overrides, out, address, "latents", draw=draw)
     print(f"{written.num_rows:,} rows encoded, in {out}")
 
 
@@ -240,14 +229,8 @@ def classify(
 ) -> None:
     """Write the most probable label of every row of DATA, or every sequence, and the probability of each label."""
     from gendist import bulk
-    from gendist.config import load_data_spec
-    from gendist.storage import path_here
 
-    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
-    with _writing(path, "labels") as watch:
-        written = bulk.classify(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch)
-    if written.was_finished:
-        print(f"{out} is finished; nothing to do")
+    written = _of_data(bulk.classify, artifact, data, overrides, out, address, "labels")
     print(f"{written.num_rows:,} {written.what} classified, in {out}")
 
 
@@ -260,21 +243,15 @@ def impute(
     draw: Annotated[
         int | None,
         typer.Option(
-            metavar="SEED", min=0, max=2**64 - 1, help="Draw what is missing instead of what is expected.", show_default=False
+            metavar="SEED", min=0, max=MAX_SEED, help="Draw what is missing instead of what is expected.", show_default=False
         ),
     ] = None,
     address: Address = None,
 ) -> None:
     """Write every row of DATA with its missing entries filled in, from what the row has."""
     from gendist import bulk
-    from gendist.config import load_data_spec
-    from gendist.storage import path_here
 
-    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
-    with _writing(path, "rows") as watch:
-        written = bulk.impute(artifact, spec.data, path, draw=draw, cluster=spec.cluster, address=address, watch=watch)
-    if written.was_finished:
-        print(f"{out} is finished; nothing to do")
+    written = _of_data(bulk.impute, artifact, data, overrides, out, address, "rows", draw=draw)
     print(f"{written.num_rows:,} rows, in {out}")
 
 
@@ -466,6 +443,22 @@ def _writing(out: Path, what: str) -> Iterator[Any]:
     log_to(console)
     with _interruptible(out / "_request.json"), rows_progress(console, what) as watch:
         yield watch
+
+
+def _of_data(
+    verb: Callable[..., Any], artifact: str, data: str, overrides: list[str] | None, out: str, address: str | None, what: str,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """What one of `gendist.bulk` has written of every row of the data, in the words of the command line."""
+    from gendist.config import load_data_spec
+    from gendist.storage import path_here
+
+    spec, path = load_data_spec(data, overrides or ()), path_here(out, "--out")
+    with _writing(path, what) as watch:
+        written = verb(artifact, spec.data, path, cluster=spec.cluster, address=address, watch=watch, **options)
+    if written.was_finished:
+        print(f"{out} is finished; nothing to do")
+    return written
 
 
 @contextmanager

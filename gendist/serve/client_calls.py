@@ -30,7 +30,7 @@ from gendist.serve.media_types import ARROW, JSON, NPY, NPZ, PNG
 
 T = TypeVar("T")
 
-MAX_SEED = 2**53  # of those that are drawn: a JSON reader anywhere has the same number
+MAX_DRAWN_SEED = 2**53  # a JSON reader anywhere has the same number
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 NOT_NOW = frozenset({429, 502, 503})  # not 504: what took too long once would take a server's time again
 
@@ -362,7 +362,7 @@ def _path(name: str, *rest: str) -> str:
 
 
 def _sample_body(num_samples: int, seed: int | None, offset: int, given: Any, length: int | None) -> dict[str, Any]:
-    drawn = secrets.randbelow(MAX_SEED) if seed is None else int(seed)
+    drawn = secrets.randbelow(MAX_DRAWN_SEED) if seed is None else int(seed)
     given = given.item() if isinstance(given, np.generic) else given
     body = {"num_samples": int(num_samples), "seed": drawn, "offset": int(offset), "given": given}
     return body if length is None else {**body, "length": int(length)}

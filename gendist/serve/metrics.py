@@ -46,11 +46,20 @@ class Metrics:
         )  # fmt: skip
         self._batches = Counter("gendist_batches", "Batches, by why each left the queue", ("reason",), registry=registry)
         self._fill = Histogram("gendist_batch_fill", "Rows of a batch over batch_rows", buckets=FILL, registry=registry)
+        self._batch_wait = Histogram(
+            "gendist_batch_wait_seconds",
+            "How long the oldest request of a batch waited for it",
+            buckets=WAIT_S,
+            registry=registry,
+        )
+        self._batch_requests = Counter(
+            "gendist_batch_requests", "Requests that left in batches, chunk by chunk", registry=registry
+        )
         self._compute = Counter("gendist_compute_seconds", "Spent on computing", registry=registry)
         alive = {"multiprocess_mode": "livesum", "registry": registry}
         self._queue_rows = Gauge("gendist_queue_rows", "Rows that wait", **alive)  # type: ignore[arg-type]
         self._queue_bytes = Gauge("gendist_queue_bytes", "Bytes of what waits", **alive)  # type: ignore[arg-type]
-        # Where every metric of a pair is looked up once: by its labels that takes longer than to count.
+        # Each metric of a pair is looked up once: to find it by its labels takes longer than to count.
         self._of_pair: dict[tuple[str, str], tuple[Counter, Histogram, Histogram]] = {}
         self._of_status: dict[tuple[str, str, int], Counter] = {}
 
@@ -82,6 +91,8 @@ class Metrics:
         """A batch left the queue."""
         self._batches.labels(batch.reason).inc()
         self._fill.observe(batch.num_rows / self._batch_rows)
+        self._batch_wait.observe(batch.oldest_wait_s)
+        self._batch_requests.inc(batch.num_works)
 
     def computed(self, seconds: float) -> None:
         self._compute.inc(seconds)

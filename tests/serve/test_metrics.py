@@ -49,6 +49,7 @@ def test_requests_rows_and_times(own):
     assert found[key("gendist_queue_wait_seconds_count", **sampled)] == 2
     assert found[key("gendist_batch_fill_count")] == 3
     assert found[key("gendist_batch_fill_sum")] == pytest.approx((3 + 5 + 1) / 32)
+    assert found[key("gendist_batch_wait_seconds_count")] == found[key("gendist_batch_requests_total")] == 3
     assert sum(value for (name, _), value in found.items() if name == "gendist_batches_total") == 3
     assert found[key("gendist_compute_seconds_total")] > 0
     assert found[key("gendist_queue_rows")] == found[key("gendist_queue_bytes")] == 0
