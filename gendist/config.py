@@ -50,7 +50,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 def _number_or_range(given: Any) -> Any:
-    """Told here, since of a field that may be of two types pydantic would say why it is neither."""
+    """Checked by hand: of a union, pydantic reports an error for each type."""
     if isinstance(given, int) and not isinstance(given, bool) and given >= 0:
         return given
     is_list = isinstance(given, list | tuple)

@@ -171,7 +171,7 @@ class FittedModel:
         return of_rows
 
     def _with_prior(self, prior: Any) -> Any:
-        """Of a prior that is known as an artifact, the model is known so, too."""
+        """Where the prior has an artifact, the result keeps it."""
         if type(prior) is not FittedModel:
             return self.plain.with_prior(prior)
         return FittedModel(replace(self.artifact, model=self.plain.with_prior(prior.plain), prior=prior.artifact))

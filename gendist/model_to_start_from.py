@@ -20,7 +20,7 @@ from gendist.transformed import taken_apart
 class ModelToStartFrom:
     """
     model   behind its transforms
-    schema  of the rows that it was fitted to, where that is known and has to be the data's
+    schema  of the rows that it was fitted to; None where it is not known, or need not be that of the data
     name    of the artifact
     """
 

@@ -155,7 +155,7 @@ def has_autoscaler() -> bool:
     """Whether something starts nodes where there is work for them. Ray's monitor runs anywhere, and says what it looks after:
     where nobody gave it types of nodes, each node is a type of its own."""
     if is_autoscaler_v2():
-        return True  # nobody asks for that one who has none, and it says by itself what it will never do
+        return True  # it is there where somebody has set one up, and says by itself what it will never do
     said = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}")
     return knows_types_of_nodes(said.get("autoscaler_report") or {})
 

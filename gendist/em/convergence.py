@@ -10,7 +10,8 @@ from typing import Any
 from gendist.em.config import EMConfig
 
 FAIR_TRIAL = 5  # iterations before a candidate may be given up
-DOUBT = 200.0  # how many times its extrapolated gain a candidate is believed to gain still: EM may rest, and climb again
+# A candidate is given up where not even so many times its extrapolated gain makes it the best: EM may rest, and climb again.
+DOUBT = 200.0
 # Relative, of a log-likelihood. A sum of a million log-densities in float64 is good to about 1e-13; in float32 all of them may
 # be off the same way.
 ROUNDING = {"float64": 1e-9, "float32": 1e-4}

@@ -70,7 +70,7 @@ KINDS: Mapping[int, type[RequestError]] = {401: NotAllowed, 403: NotAllowed, 404
 
 
 class Again(Exception):
-    """A failure that may be another's turn; after_s: how soon, where the server says."""
+    """A failure after which the request may be sent again; after_s: how soon, where the server says."""
 
     def __init__(self, error: ServerError, after_s: float | None = None) -> None:
         super().__init__(str(error))
@@ -143,7 +143,7 @@ class Attempts:
 
 
 class Calls:
-    """Those that there are, of one server."""
+    """The calls that a server answers."""
 
     def __init__(self, url: str, token: str | None, timeout_s: float, max_retries: int) -> None:
         if not url.startswith(("http://", "https://")):

@@ -424,7 +424,7 @@ class _ShardedParameters(_Sharded):
             if torch.is_grad_enabled():
                 self._kept = True
                 for parameter in module.parameters(recurse=False):
-                    # Of a parameter that some module still computes with nobody lets go.
+                    # DeepSpeed keeps a parameter as long as some module is marked as computing with it.
                     parameter.ds_active_sub_modules.add(_SECOND_DERIVATIVE)  # type: ignore[attr-defined]
 
         offload.pre_sub_module_backward_function = gather_and_keep
@@ -523,5 +523,5 @@ def _forget_former_groups() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """That a plain torch optimizer is none of DeepSpeed's own is known: the tests are for that."""
+    """Silences the warning that a plain torch optimizer is none of DeepSpeed's own, which our tests cover."""
     return "untested optimizer" not in record.getMessage()
