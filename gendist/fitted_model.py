@@ -155,6 +155,8 @@ class FittedModel:
         return self.plain.sample(num_samples, **options)
 
     def __getattr__(self, name: str) -> Any:
+        if "artifact" not in self.__dict__:  # as where it is being copied
+            raise AttributeError(name)
         value = getattr(self.artifact.model, name)
         if name in VERBS_OF_ROWS:
             return self._by_name(value)

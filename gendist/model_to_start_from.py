@@ -20,6 +20,7 @@ from gendist.transformed import taken_apart
 class ModelToStartFrom:
     """
     model   behind its transforms
+    names   of the features that it was fitted to; empty where they are not known
     schema  of the rows that it was fitted to; None where it is not known, or need not be that of the data
     name    of the artifact
     """
@@ -27,13 +28,14 @@ class ModelToStartFrom:
     model: GenerativeModel
     schema: Schema | None = None
     name: str = "init"
+    names: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, init: Any) -> ModelToStartFrom:
         """A model in memory. Its columns may be called otherwise, as those of arrays are; its categories are of these texts."""
         if type(init) is not FittedModel:
             return cls(init)
-        return cls(init.plain, init.schema if init.schema.categories else None)
+        return cls(init.plain, init.schema if init.schema.categories else None, names=init.feature_names)
 
     @classmethod
     def of_artifact(cls, name: str, else_allowed: str = "") -> ModelToStartFrom:
@@ -60,9 +62,11 @@ class ModelToStartFrom:
             )
 
     def check_columns(self, schema: Schema) -> None:
-        """UserError where it was fitted to others than the data have."""
-        if self.schema is not None and self.schema.feature_names != schema.feature_names:
-            there, here = (", ".join(of.feature_names[:8]) for of in (self.schema, schema))
+        """UserError where it was fitted to others than the data have, or to the same in another order."""
+        names = self.schema.feature_names if self.schema is not None else self.names
+        is_same_set = set(names) == set(schema.feature_names)
+        if names != schema.feature_names and (self.schema is not None or is_same_set):
+            there, here = (", ".join(of[:8]) for of in (names, schema.feature_names))
             raise UserError(f"{self.name}: was fitted to other columns ({there}) than these ({here})")
 
     def check_data(self, schema: Schema, labels: tuple[Any, ...]) -> None:

@@ -222,3 +222,24 @@ def test_every_verb_of_rows_is_known_as_one(family):
         parameters = list(inspect.signature(verb).parameters)[1:2]
         if not name.startswith("_") and parameters and (parameters[0].split("_")[0] == "x" or parameters[0] == "sequences"):
             assert name in VERBS_OF_ROWS, name
+
+
+def test_other_columns_may_hold_anything_and_have_any_length():
+    frame = pd.DataFrame({"a": np.arange(60.0), "b": np.random.default_rng(0).normal(size=60)})
+    model = gendist.fit({"name": "two", "family": "gmm", "model": {"num_components": 2}}, data=frame).model
+    expected = model.log_prob(frame)
+    odd = frame.assign(z=[1, "a"] * 30)
+    twice = pd.concat([odd, odd[["z"]]], axis=1)
+    mapping = {"a": frame["a"].to_numpy(), "b": frame["b"].to_numpy(), "other": np.arange(7)}
+    for table in (odd, twice, mapping, pa.table(frame.assign(z="x"))):
+        torch.testing.assert_close(model.log_prob(table), expected, rtol=0, atol=0)
+
+
+def test_a_model_is_not_started_from_on_its_columns_in_another_order():
+    frame = pd.DataFrame(np.random.default_rng(0).normal([0.0, 50.0], size=(60, 2)), columns=["a", "b"])
+    spec = {"name": "two", "family": "gmm", "model": {"num_components": 2}}
+    model = gendist.fit(spec, data=frame).model
+    with pytest.raises(UserError, match=r"init: was fitted to other columns \(a, b\) than these \(b, a\)"):
+        gendist.fit(spec, data=frame[["b", "a"]], init=model)
+    gendist.fit(spec, data=frame.rename(columns={"a": "c"}), init=model)  # called otherwise
+    gendist.fit(spec, data=frame.to_numpy(), init=model)

@@ -261,7 +261,7 @@ def impute(
     watch: Watch = lambda done, num_rows: None,
 ) -> Written:
     """Write every row of the data, in their order, its missing entries filled in: with what is expected of them given the
-    others.
+    others. Of texts that the fit has not seen none is known, and they are left out; `sums` has their number, as num_unknown.
 
     draw  the seed of draws from what they may be, instead
 
@@ -274,7 +274,8 @@ def impute(
         raise UserError("impute: models of sequences fill in steps, in Python: gendist.load(...).impute(sequences)")
     layout, _ = sample_layout(loaded.model, loaded.schema, None, with_beside=False)
     request = {"verb": "impute", "draw": draw, "noise_version": noise.VERSION}
-    work = _of_data(artifact, loaded, data, out, layout, partial(_impute, draw), request)
+    known = [len(layout.categories[name]) if name in layout.categories else None for name in layout.columns]
+    work = _of_data(artifact, loaded, data, out, layout, partial(_impute, draw, known), request)
     return work.write(out, cluster, address, watch)
 
 
@@ -430,7 +431,7 @@ def _draw(
     which = {"seed": seed, "offset": start, "given": given}
     x = model.sample(stop - start, **which, **options)
     # Files hold float64, in whatever precision a family computes.
-    columns = [(x.to_dense() if x.is_sparse_csr else x).double().numpy()]
+    columns = [_dense(x).double().numpy()]
     for verb in beside:
         own_options = options if verb == "sample_states" else {}
         values = getattr(_untransformed(model), verb)(stop - start, **which, **own_options).double().numpy()
@@ -493,9 +494,21 @@ def _label_and_probs(log_probs_NC: torch.Tensor) -> Values:
     return torch.cat([log_probs_NC.argmax(1, keepdim=True), log_probs_NC.exp()], 1).numpy()
 
 
-def _impute(draw: int | None, model: Any, blocks: Sequence[Block]) -> tuple[int, Values, Mapping[str, float]]:
-    x_ND = rows_through(partial(model.impute, seed=draw), blocks, addressed=True)
-    return int(blocks[0].rows[0]), (x_ND.to_dense() if x_ND.is_sparse_csr else x_ND).double().numpy(), {}
+def _impute(
+    draw: int | None, known: Sequence[int | None], model: Any, blocks: Sequence[Block]
+) -> tuple[int, Values, Mapping[str, float]]:
+    """known: of each column of texts, how many the fit has seen."""
+
+    def filled(x_ND: torch.Tensor, offset: int) -> torch.Tensor:
+        return _dense(model.impute(x_ND, seed=draw, offset=offset))
+
+    x_ND = rows_through(filled, blocks, addressed=True).double().numpy()
+    unknown = sum(int((x_ND[:, d] >= number).sum()) for d, number in enumerate(known) if number is not None)
+    return int(blocks[0].rows[0]), x_ND, {"num_unknown": float(unknown)}
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.to_dense() if x.is_sparse_csr else x
 
 
 def _labels_of(model: Any, block: Block) -> list[Any]:

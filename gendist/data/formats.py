@@ -137,7 +137,11 @@ def _files_in(folder: str) -> Iterator[str]:
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: the folder cannot be read ({error.strerror})") from error
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    seen = {os.path.realpath(folder)}  # links to folders are followed, but not in circles
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]
+        seen |= {real[name] for name in folders}
         yield from (os.path.join(parent, name) for name in names)
 
 

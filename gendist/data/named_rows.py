@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from gendist.column_names import step_names
 from gendist.data.matrix import to_matrix
 from gendist.data.memory import source_of
 from gendist.data.schema import Schema
@@ -27,13 +28,32 @@ def has_names(x: Any) -> bool:
     return isinstance(x, pa.Table | Mapping) or hasattr(x, "columns") or hasattr(x, "column_names")
 
 
+def names_read(schema: Schema) -> frozenset[str]:
+    """The columns of a table that are looked at: others may hold anything."""
+    of_sequences = (schema.sequence, schema.order, *step_names(schema.feature_names)) if schema.is_sequence else ()
+    return frozenset(filter(None, (*schema.columns, *schema.feature_names, *of_sequences)))
+
+
+def _only_what_is_read(x: Any, schema: Schema) -> Any:
+    names = list(x) if isinstance(x, Mapping) else list(x.column_names if hasattr(x, "column_names") else x.columns)
+    wanted = [name for name in names if name in names_read(schema)]
+    is_whole = set(schema.columns) <= set(names) or set(schema.feature_names) <= set(names)
+    if not is_whole or len(wanted) == len(names):  # what is missing is told beside all that there is
+        return x
+    if isinstance(x, Mapping):
+        return {name: x[name] for name in wanted}
+    return (
+        x.select_columns(wanted) if hasattr(x, "select_columns") else x.select(wanted) if isinstance(x, pa.Table) else x[wanted]
+    )
+
+
 def rows_by_name(x: Any, schema: Schema) -> Any:
     """(N, D) float64, NaN where an entry is missing, of the columns that the schema was made of; others are not looked at. Of
     sparse rows and texts a sparse matrix, of sequences a list of (T, D).
 
     UserError where a column is not there, or holds something else than it did in the fit.
     """
-    source: Source = source_of(x)
+    source: Source = source_of(_only_what_is_read(x, schema))
     config = DataConfig(columns=schema.columns_in(source.schema.names))
     if schema.is_sequence:
         config = as_fitted(config, source, schema)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ import pyarrow as pa
 from gendist.data.column_types import IMAGES
 from gendist.data.opening import obstacle, opened
 from gendist.protocols import UserError
+
+logger = logging.getLogger("gendist")
 
 FILES_AT_ONCE = 16  # read side by side: a disk over a network is slow to answer, not slow to read
 
@@ -35,6 +38,11 @@ class PictureFiles:
         self._labels = [None if folder == root else os.path.basename(folder) for folder in folders]
         if any(label is not None for label in self._labels):
             self.schema = self.schema.append(pa.field("label", pa.string()))
+        folder_of: dict[str, str] = {}
+        for label, folder in zip(self._labels, folders, strict=True):
+            if label is not None and folder_of.setdefault(label, folder) != folder:
+                logger.warning("%s: '%s' is the label of pictures in %s and in %s", root, label, folder_of[label], folder)
+                break
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> pa.Table:
         table: dict[str, pa.Array] = {}
@@ -49,7 +57,8 @@ class PictureFiles:
 
 def _common_folder(folders: set[str]) -> str:
     """The folder that holds all of these, which may be URLs."""
-    first, last = min(folders).split("/"), max(folders).split("/")
+    split = [folder.split("/") for folder in folders]
+    first, last = min(split), max(split)
     common = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
     return "/".join(common)
 

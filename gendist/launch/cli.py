@@ -253,6 +253,8 @@ def impute(
 
     written = _of_data(bulk.impute, artifact, data, overrides, out, address, "rows", draw=draw)
     print(f"{written.num_rows:,} rows, in {out}")
+    if num_unknown := int(written.sums["num_unknown"]):
+        print(f"  ({num_unknown:,} texts that the fit has not seen are left out)")
 
 
 @app.command()

@@ -14,11 +14,10 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
-from gendist.column_names import step_names
 from gendist.data import Schema
 from gendist.data.column_types import entry_type, is_list, is_numeric, is_sparse, is_text
 from gendist.data.matrix import MAX_MAGNITUDE
-from gendist.data.named_rows import rows_by_name
+from gendist.data.named_rows import names_read, rows_by_name
 from gendist.protocols import UserError
 from gendist.serve.arrow_messages import is_compressed, stream_of
 from gendist.serve.bodies import Take
@@ -41,8 +40,7 @@ class RowReader:
 
     def __init__(self, schema: Schema, num_features: int, takes_sequences: bool, limits: Limits) -> None:
         self.schema, self.num_features, self.takes_sequences, self.limits = schema, num_features, takes_sequences, limits
-        read = (*schema.columns, *schema.feature_names, schema.sequence, schema.order, *step_names(schema.feature_names))
-        self._read = frozenset(filter(None, read)) if takes_sequences else frozenset((*schema.columns, *schema.feature_names))
+        self._read = names_read(schema)
         texts = [schema.categories.get(name) for name in schema.feature_names] if schema.categories else []
         self._index_of = [None if known is None else {text: i for i, text in enumerate(known)} for known in texts]
 

@@ -332,3 +332,25 @@ def test_labels_and_filled_rows_from_the_command_line(people, tmp_path, monkeypa
         cli.main()
         assert said in capsys.readouterr().out
         assert pq.read_metadata(out).num_rows == 600
+
+
+def test_sparse_rows_lack_nothing_and_unknown_texts_are_counted(people, tmp_path, monkeypatch, capsys):
+    x = scipy.sparse.csr_array(np.random.default_rng(0).poisson(0.5, (80, 5)).astype(float))
+    gendist.fit(
+        {"name": "w", "family": "naive_bayes", "model": {"kind": "multinomial", "num_classes": 1}},
+        data=x,
+        run_dir=tmp_path / "w",
+    )
+    bulk.sample(tmp_path / "w", 30, tmp_path / "rows.parquet")
+    bulk.impute(tmp_path / "w", DataConfig(path=str(tmp_path / "rows.parquet")), tmp_path / "filled.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "filled.npy"), gendist.load(tmp_path / "w").sample(30).to_dense())
+    frame = pd.read_parquet(people / "people.parquet")
+    frame.loc[[4, 5], "country"] = "XX"
+    frame.to_parquet(tmp_path / "people.parquet", index=False)
+    monkeypatch.setattr(
+        "sys.argv",
+        ["launch.py", "impute", str(people / "run"), str(tmp_path / "people.parquet"), "--out", str(tmp_path / "parts")],
+    )
+    cli.main()
+    assert "(2 texts that the fit has not seen are left out)" in capsys.readouterr().out
+    assert pd.read_parquet(tmp_path / "parts")["country"].isna().sum() == 2

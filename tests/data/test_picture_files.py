@@ -203,3 +203,19 @@ def test_only_what_is_laid_out_as_images_is_read_from_files(tmp_path):
     table = pa.table({"x": pa.array([row], type_)})
     assert with_files(table, str(tmp_path), "x").equals(table)
     assert source_of(table).read(0, 1, ["x"]).column("x")[0].as_py()["bytes"] is None
+
+
+def test_folders_whose_names_begin_alike_and_links_to_folders_are_told_apart(tmp_path, caplog):
+    for name in ("dog", "dog-wild", "dog/more", "elsewhere"):
+        folder = tmp_path / ("imgs" if name != "elsewhere" else ".") / name
+        folder.mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), 7, np.uint8)).save(folder / "a.png")
+    (tmp_path / "imgs" / "cat").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "imgs" / "cat" / "circle").symlink_to(tmp_path / "imgs")
+    source = open_source(DataConfig(path=str(tmp_path / "imgs")))
+    assert sorted(source.read(0, source.num_rows, ["label"])["label"].to_pylist()) == ["cat", "dog", "dog-wild", "more"]
+    assert not caplog.records
+    (tmp_path / "imgs" / "dog-wild" / "dog").mkdir()
+    Image.fromarray(np.full((4, 4), 7, np.uint8)).save(tmp_path / "imgs" / "dog-wild" / "dog" / "b.png")
+    open_source(DataConfig(path=str(tmp_path / "imgs")))
+    assert "'dog' is the label of pictures in" in caplog.text

@@ -56,10 +56,10 @@ def test_it_is_said_which_kinds_were_taken_and_which_look_wrong(tmp_path, caplog
     expected = "gaussian: income, height; poisson: visits, age, rare; bernoulli: member; categorical: customer, city"
     assert kinds == f"columns taken as {expected}"
     warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 2
-    assert "column 'rare' is taken as poisson, but its variance is" in warnings[0]
-    assert "declare it with model.columns: {rare: gaussian}" in warnings[0]
-    assert "column 'customer' is taken as categorical, but has 400 different texts in 400 rows" in warnings[1]
+    of_texts, of_counts = warnings
+    assert "column 'customer' is taken as categorical, but has 400 different texts in 400 rows" in of_texts
+    assert "column 'rare' is taken as poisson, but a variance is up to" in of_counts
+    assert "declare it with model.columns: {rare: gaussian}" in of_counts
     description = json.loads((tmp_path / "run" / "manifest.json").read_text())["results"]["description"]
     assert description[0] == kinds
     assert [line in warning for line, warning in zip(description[1:], warnings, strict=True)] == [True, True]
@@ -90,3 +90,13 @@ def test_models_of_classes_have_the_kinds_of_all_rows():
 def test_a_kind_of_all_columns_is_theirs(kind, expected):
     model = gendist.fit({**SPEC, "model": {"kind": kind}}, data=FRAME[["visits", "age", "label"]]).model
     assert model.kinds == {"visits": expected, "age": expected}
+
+
+def test_features_of_one_column_have_one_remark():
+    rng = np.random.default_rng(0)
+    x = np.where(rng.random((300, 6)) < 0.05, rng.integers(50, 250, (300, 6)), 0).astype(float)
+    run = gendist.fit({"name": "pixels", "family": "naive_bayes", "model": {"kind": "mixed", "num_classes": 1}}, data={"x": x})
+    (line,) = [line for line in run.results["description"] if "poisson, but" in line]
+    number = list(run.model.kinds.values()).count("poisson")
+    assert number > 1
+    assert f"{number} features of column 'x' are taken as poisson" in line

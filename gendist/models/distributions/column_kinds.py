@@ -123,21 +123,24 @@ class FoundKinds:
         """None where all columns are of a kind that is declared."""
         if config.kind != "mixed":
             return None
-        kinds, remarks = config.kinds_of(summary), []
+        kinds, num_rows = config.kinds_of(summary), summary.num_weighted_rows
+        remarks, spread = [], dict[str, list[float]]()  # by column, which may have many features
         for feature, kind, dispersion in zip(summary.features, kinds, _dispersion(summary).tolist(), strict=True):
             if config.declared(feature) is not None:
                 continue
-            num_rows, name = summary.num_weighted_rows, feature.column
             if kind == "poisson" and dispersion > MAX_DISPERSION:
-                remarks.append(
-                    f"column '{feature.name}' is taken as poisson, but its variance is {dispersion:.3g} times its mean, where "
-                    f"counts have about 1: unless classes differ so much, declare it with model.columns: {{{name}: gaussian}}"
-                )
+                spread.setdefault(feature.column, []).append(dispersion)
             if kind == "categorical" and feature.num_categories > max(MAX_DISTINCT * num_rows, MIN_NAMES):
                 remarks.append(
                     f"column '{feature.name}' is taken as categorical, but has {feature.num_categories:,} different texts in "
                     f"{num_rows:,} rows: where they are names or ids, leave it out with data.columns"
                 )
+        for column, dispersions in spread.items():
+            of_it = f"{len(dispersions)} features of column '{column}' are" if len(dispersions) > 1 else f"column '{column}' is"
+            remarks.append(
+                f"{of_it} taken as poisson, but a variance is up to {max(dispersions):.3g} times its mean, where counts have "
+                f"about 1: unless classes differ so much, declare it with model.columns: {{{column}: gaussian}}"
+            )
         return cls({feature.name: kind for feature, kind in zip(summary.features, kinds, strict=True)}, tuple(remarks))
 
 
