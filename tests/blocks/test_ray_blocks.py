@@ -115,9 +115,15 @@ def test_killed_tasks_are_tried_again_and_change_nothing(cluster, expected, tmp_
 
 
 def where_loaded(path: str, bounds) -> list[Block]:
-    """Blocks large enough to live in their node's object store, with a note of the node that loaded them."""
-    with (Path(path) / str(bounds[0])).open("a") as file:
-        file.write(ray.get_runtime_context().get_node_id() + "\n")
+    """Blocks large enough to live in their node's object store, with a note of the node that loaded them; none before two nodes
+    are at it, however long the processes of one take to start."""
+    node, nodes = ray.get_runtime_context().get_node_id(), Path(path) / "nodes"
+    (nodes / node).touch()
+    deadline = time.monotonic() + 60.0
+    while len(list(nodes.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    with (Path(path) / "loads" / str(bounds[0])).open("a") as file:
+        file.write(node + "\n")
     return [Block(x=block.x.repeat(1, 400), rows=block.rows) for block in load(bounds)]
 
 
@@ -129,19 +135,21 @@ def test_a_lost_node_is_made_up_for(cluster, tmp_path):
     """The blocks that a dead node held are loaded again, by lineage, and the sums are the same to the last bit."""
     from gendist.blocks.ray_blocks import RayBlocks
 
-    node = cluster.add_node(num_cpus=8, object_store_memory=200_000_000)
+    node, noted = cluster.add_node(num_cpus=8, object_store_memory=200_000_000), tmp_path / "loads"
+    for folder in (noted, tmp_path / "nodes"):
+        folder.mkdir()
     try:
         cluster.wait_for_nodes(timeout=60)
         blocks = RayBlocks(partial(where_loaded, str(tmp_path)), LEAVES, 16, 2)
         before = reduce(wide_moments, blocks, None).values
-        loads = [path.read_text().split() for path in tmp_path.iterdir()]
+        loads = [path.read_text().split() for path in noted.iterdir()]
         lost = sum(nodes[-1] == node.node_id for nodes in loads)
         assert 0 < lost < len(loads), "both nodes should hold blocks"
         cluster.remove_node(node, allow_graceful=False)
         node = None
         after = reduce(wide_moments, blocks, None).values
         assert torch.equal(before, after)
-        again = [path.read_text().split() for path in tmp_path.iterdir()]
+        again = [path.read_text().split() for path in noted.iterdir()]
         assert sum(len(nodes) for nodes in again) - sum(len(nodes) for nodes in loads) == lost
         assert int(ray.cluster_resources()["CPU"]) == 8
     finally:
