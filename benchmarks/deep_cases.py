@@ -69,8 +69,8 @@ def plain_autoencoder_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any
     latent_dim = model.config.latent_dim
 
     def step(x: Any) -> Any:
-        log_prob_B, kl_B = network(x, torch.randn(len(x), latent_dim))
-        loss = (kl_B - log_prob_B).mean()
+        log_prob_B1, kl_BL, *_ = network(x, torch.randn(len(x), 1, latent_dim))
+        loss = (kl_BL.sum(1) - log_prob_B1[:, 0]).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
