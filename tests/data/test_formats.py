@@ -92,12 +92,7 @@ WRITERS: dict[str, tuple[str, Callable[[pa.Table, Path], None]]] = {
 ON_THE_HUB = ("parquet", "csv", "json", "json array", "arrow stream")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache_of_datasets(tmp_path_factory):
-    """What `datasets` copies goes to a folder of the test."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_datasets")
 
 
 def write(kind: str, table: pa.Table, folder: Path, cuts: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -22,11 +22,7 @@ from gendist.protocols import UserError
 FRAME = pd.DataFrame({"a": np.arange(50.0), "y": ["p", "q"] * 25})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache_of_datasets(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_datasets")
 
 
 @pytest.fixture

@@ -26,11 +26,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (NUM_PICTURES, HEIGHT, WIDTH)
 LABELS = ["cat"] * 15 + ["dog"] * 25
 
 
-@pytest.fixture(autouse=True, scope="module")
-def cache_of_datasets(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
-        yield
+pytestmark = pytest.mark.usefixtures("cache_of_datasets")
 
 
 @pytest.fixture
