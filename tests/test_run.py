@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import gendist
+from gendist.config import load_spec
+from gendist.launch.summary import summary
 
 SPEC = {"name": "blobs", "family": "gmm"}
 
@@ -29,3 +31,12 @@ def test_what_has_no_likelihood_has_no_criteria():
     with pytest.raises(AttributeError, match="bic is not offered: it is of models with a log-likelihood alone"):
         _ = run.bic
     assert not hasattr(run, "aic")
+
+
+@pytest.mark.parametrize("transforms", [[], ["standardize"]])
+def test_a_log_likelihood_is_said_to_be_of_what_it_is_the_mean_over(tmp_path, transforms):
+    x = np.random.default_rng(0).normal(size=(40, 2))
+    for family, model, one in (("hmm", {"num_states": 2}, "step"), ("gmm", {"num_components": 2}, "row")):
+        spec = load_spec({"name": "n", "family": family, "model": model, "data": {"transforms": transforms}})
+        said = summary(spec, gendist.fit(spec, data=x, run_dir=tmp_path / family))
+        assert f"  (of the fitted model; a log-likelihood is the mean a {one}, in nats)" in said

@@ -18,7 +18,7 @@ def summary(spec: Spec, run: Run) -> list[str]:
         "  " + "  ".join(f"{key} {value:.6g}" for key, value in results.items() if isinstance(value, float)),
     ]
     if "log_likelihood" in results:
-        one = "step" if getattr(type(taken_apart(run.model)[0]), "takes_sequences", False) else "row"
+        one = "step" if getattr(taken_apart(run.model)[0], "takes_sequences", False) else "row"
         known = "with its label, " if spec.data.label else ""
         lines.append(f"  (of the fitted model; a log-likelihood is the mean a {one}, {known}in nats)")
     lines += [f"  {line}" for line in results.get("description", ())]
