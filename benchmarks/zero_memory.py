@@ -67,7 +67,7 @@ def residual() -> tuple[nn.Module, Callable[[], Tensor]]:
 
     def loss() -> Tensor:
         (phase,) = model.phases(0)
-        drawn = noise(0, "x", model.draws(phase), 0, 1, torch.device("cpu"))
+        drawn = noise(0, "x", model.draws(phase), 0, 1)
         return sum(model.loss(phase, batch, drawn, 0).terms.values(), torch.zeros(())).sum()
 
     return network, loss

@@ -24,12 +24,12 @@ from gendist.data import Dataset
 from gendist.data.rows import RowSet, RowsOnDisk
 from gendist.evaluate.watch import watch_samples
 from gendist.models.ops.networks import load
-from gendist.one_thread import one_thread
 from gendist.pictures import samples_picture
 from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
 from gendist.storage.patience import StorageError, patiently
 from gendist.train import restrictions
+from gendist.train.arithmetic import repeatable
 from gendist.train.batches import Division
 from gendist.train.checkpoints import CheckpointWriter, Kept, TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
@@ -81,8 +81,8 @@ class TrainingJob:
         """Train from the newest checkpoint on, until there is nothing left to do, which is True, or somebody asks to stop."""
         spec = load_spec(self.spec)
         with RunDirectory(self.place, spec).seen() as directory, joined(spec.cluster.use_gpu) as processes:
-            on_cpu = processes.device.type == "cpu"
-            with one_thread() if on_cpu else nullcontext(), self.rows.opened(line.alive) as rows:
+            assert isinstance(spec.fit, DeepConfig)
+            with repeatable(spec.fit.precision, processes.device), self.rows.opened(line.alive) as rows:
                 return _Process(spec, directory, self.rows.dataset, processes, line, self.start).train(rows)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from gendist.protocols import Block, DeepModel, Phase, UserError
+from gendist.train.arithmetic import autocast
 from gendist.train.config import DeepConfig
 from gendist.train.restrictions import phases_ahead
 
@@ -98,9 +98,7 @@ def count_phases(model: DeepModel, config: DeepConfig, num_classes: int) -> list
 
 def _count(model: DeepModel, config: DeepConfig, phase: Phase, num_samples: int, num_classes: int) -> Counter:
     counter = Counter()
-    precision: Any = nullcontext()
-    if config.precision != "float32":
-        precision = torch.autocast("cpu", getattr(torch, config.precision), cache_enabled=config.engine.stage != 3)
+    precision = autocast(config.precision, torch.device("cpu"), cache_enabled=config.engine.stage != 3)
 
     def leave_out_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -37,6 +37,7 @@ class Machine:
 
 def _gpu(name: str, flops_per_s: float, half_flops_per_s: float, memory_bytes_per_s: float, memory_bytes: float) -> Machine:
     rates = dict.fromkeys(("float64", "float32"), flops_per_s) | dict.fromkeys(("bfloat16", "float16"), half_flops_per_s)
+    rates["tfloat32"] = half_flops_per_s / 2
     return Machine(name, rates, memory_bytes_per_s, memory_bytes, achieved=0.4, is_gpu=True)
 
 

@@ -6,15 +6,18 @@ of that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from gendist.noise import Noise
-from gendist.protocols import Block, Draw
+from gendist.protocols import Block, DeepModel, Draw, Phase
 from gendist.train.order import Order
 
 
@@ -66,36 +69,106 @@ class Division:
         return [range(start, end) for start, end in zip([whole.start, *ends[:-1]], ends, strict=True)]
 
 
-def training_batches(rows: Rows, order: Order, step: int, division: Division, rank: int) -> list[tuple[int, Block]]:
-    """The micro-batches of a process at a step, each with the position of its first sample in the endless sequence."""
-    start = step * division.global_batch_size
-    mine = division.slice(rank)
-    taken = order.rows(step, mine)
-    return [
-        (start + positions.start, rows.take(taken[positions.start - mine.start : positions.stop - mine.start]))
-        for positions in division.micro_batches(rank)
-    ]
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    start  the position of its first sample in the endless sequence
+    block  its rows
+    noise  of each phase of the step what its loss draws
+    """
+
+    start: int
+    block: Block
+    noise: Mapping[Phase, Mapping[str, Tensor]]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        return self if device.type == "cpu" else self._each(partial(_sent, device=device))
+
+    def pinned(self) -> MicroBatch:
+        """In memory that a GPU reads by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        noise = {phase: {name: function(values) for name, values in of.items()} for phase, of in self.noise.items()}
+        return MicroBatch(self.start, _with_each(self.block, function), noise)
 
 
-def noise(
-    seed: int, purpose: str, draws: Mapping[str, Draw], start: int, num_rows: int, device: torch.device
-) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class MicroBatches:
+    """Those of one process, as a function of the step."""
+
+    model: DeepModel
+    rows: Rows
+    order: Order
+    division: Division
+    rank: int
+    seed: int
+
+    def __call__(self, step: int) -> list[MicroBatch]:
+        start, mine = step * self.division.global_batch_size, self.division.slice(self.rank)
+        taken, phases = self.order.rows(step, mine), self.model.phases(step)
+        return [
+            MicroBatch(
+                start + positions.start,
+                self.rows.take(taken[positions.start - mine.start : positions.stop - mine.start]),
+                {phase: self._noise(phase, start + positions.start, len(positions)) for phase in phases},
+            )
+            for positions in self.division.micro_batches(self.rank)
+        ]
+
+    def _noise(self, phase: Phase, start: int, num_rows: int) -> dict[str, Tensor]:
+        return noise(self.seed, f"train.{phase.name}", self.model.draws(phase), start, num_rows)
+
+
+T = TypeVar("T")
+
+
+@contextmanager
+def ahead(make: Callable[[int], T], begin_thread: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], T]]:
+    """The same function of steps that are asked for in their order, but that it makes the next one in a thread meanwhile."""
+    with ThreadPoolExecutor(1, "batches", begin_thread) as thread:
+        begun: dict[int, Future[T]] = {}
+
+        def at(step: int) -> T:
+            this = begun.pop(step, None) or thread.submit(make, step)
+            begun[step + 1] = thread.submit(make, step + 1)
+            return this.result()
+
+        yield at
+
+
+@contextmanager
+def for_device(make: Callable[[int], list[MicroBatch]], device: torch.device) -> Iterator[Callable[[int], list[MicroBatch]]]:
+    """`make`, which where a GPU computes is one step ahead of it."""
+    if device.type == "cpu":
+        yield make
+        return
+    with ahead(lambda step: [batch.pinned() for batch in make(step)], partial(torch.cuda.set_device, device)) as at:
+        yield at
+
+
+def noise(seed: int, purpose: str, draws: Mapping[str, Draw], start: int, num_rows: int) -> dict[str, Tensor]:
     """The draws of the samples from position `start` on, (num_rows, width) float32 each, by name."""
     values = {}
     for name, draw in draws.items():
         source = Noise(seed, f"{purpose}.{name}")
         drawn = source.normal if draw.kind == "normal" else source.uniform
-        values[name] = drawn(start, num_rows, draw.width).to(torch.float32).to(device, non_blocking=True)
+        values[name] = drawn(start, num_rows, draw.width).to(torch.float32)
     return values
 
 
 def moved(block: Block, device: torch.device) -> Block:
     """The block on the device where it is computed with; row numbers stay on the CPU."""
-    if device.type == "cpu":
-        return block
+    return block if device.type == "cpu" else _with_each(block, partial(_sent, device=device))
 
-    def there(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values.to(device, non_blocking=True)
 
-    x = block.x.to(device, non_blocking=True)
-    return replace(block, x=x, weights=there(block.weights), evidence=there(block.evidence), missing=there(block.missing))
+def _with_each(block: Block, function: Callable[[Tensor], Tensor]) -> Block:
+    """With what the function makes of every tensor but the row numbers."""
+    weights, evidence, missing = (
+        None if values is None else function(values) for values in (block.weights, block.evidence, block.missing)
+    )
+    return replace(block, x=function(block.x), weights=weights, evidence=evidence, missing=missing)
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    return values.to(device, non_blocking=True)

@@ -7,6 +7,8 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Precision = Literal["float32", "tfloat32", "bfloat16", "float16"]
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +61,8 @@ class DeepConfig(_Block):
     optimizer          of every network that `optimizers` does not name
     optimizers         by network
     engine             how networks are spread over processes
-    precision          float32, bfloat16, or float16 on a GPU: of the networks' arithmetic; parameters are kept in float32
+    precision          float32, bfloat16 or, on a GPU, tfloat32 or float16: of the networks' arithmetic; parameters are kept
+                       in float32
     ema                exponential moving average of the parameters, which the artifact holds: the width of its profile relative
                        to the steps taken (Karras et al. 2024, power-function EMA), such as 0.05; 0 is none
     eval_every         steps between validations and pictures; 0 only at the end
@@ -86,7 +89,7 @@ class DeepConfig(_Block):
     optimizer: OptimizerConfig = OptimizerConfig()
     optimizers: Mapping[str, OptimizerConfig] = Field(default_factory=dict)
     engine: EngineConfig = EngineConfig()
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     ema: float = Field(default=0.0, ge=0.0, lt=0.28)
     eval_every: int = Field(default=0, ge=0)
     checkpoint_every: int = Field(default=500, ge=1)

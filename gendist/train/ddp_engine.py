@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gendist.cost import StateBytes, Traffic
 from gendist.protocols import UserError
-from gendist.train import ema, optimizers
+from gendist.train import arithmetic, ema, optimizers
 from gendist.train.buffers import Buffers
 from gendist.train.config import DeepConfig
 from gendist.train.loss_scale import LossScale
@@ -54,8 +54,7 @@ class DdpEngine:
 
     @classmethod
     def check(cls, processes: Processes, config: DeepConfig) -> None:
-        if config.precision == "float16" and processes.device.type != "cuda":
-            raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
+        arithmetic.check(config.precision, processes.device)
 
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
@@ -101,9 +100,7 @@ class DdpEngine:
             self._trained[network].gradients.begin_last_backward()
 
     def precision(self) -> AbstractContextManager[None]:
-        if self._config.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self._config.precision))
+        return arithmetic.autocast(self._config.precision, self.device)
 
     def backward(self, network: str, loss: Tensor) -> None:
         if loss.requires_grad:  # the loss of a micro-batch without a sample that counts may be a constant

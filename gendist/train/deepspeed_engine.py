@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gendist.cost import StateBytes, Traffic
 from gendist.protocols import UserError
-from gendist.train import ema, optimizers
+from gendist.train import arithmetic, ema, optimizers
 from gendist.train.batches import Division
 from gendist.train.buffers import Buffers
 from gendist.train.config import DeepConfig
@@ -83,8 +83,7 @@ class DeepSpeedEngine:
             config.engine.zero_stage,
             Division(config.global_batch_size, processes.world_size, config.micro_batch_size),
         )
-        if config.precision == "float16" and processes.device.type != "cuda":
-            raise UserError("fit.precision: float16 needs a GPU; allowed on a CPU are float32 and bfloat16")
+        arithmetic.check(config.precision, processes.device)
         if config.channels_last and stage:
             raise UserError(
                 f"fit.channels_last: zero_stage {stage} lays parameters out in a flat run; set it to false, or take ddp"
@@ -173,10 +172,8 @@ class DeepSpeedEngine:
         self._trained[network].begin_micro_batch(is_last)
 
     def precision(self) -> AbstractContextManager[None]:
-        if self._config.precision == "float32":
-            return nullcontext()
         # At stage 3 the cache would hold all of a network that is gathered a module at a time.
-        return torch.autocast(self.device.type, getattr(torch, self._config.precision), cache_enabled=self._stage != 3)
+        return arithmetic.autocast(self._config.precision, self.device, cache_enabled=self._stage != 3)
 
     def backward(self, network: str, loss: Tensor) -> None:
         # DeepSpeed takes the mean over the processes.

@@ -15,7 +15,7 @@ import torch
 
 from gendist.protocols import Block, DeepModel, Phase, UserError
 from gendist.train import optimizers, restrictions
-from gendist.train.batches import Division, Rows, moved, noise, training_batches
+from gendist.train.batches import Division, MicroBatches, Rows, for_device
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import MAX_SKIPPED_IN_A_ROW, Asked, Decision, Progress, decide, gives_up, is_due
 from gendist.train.engine import Engine
@@ -85,56 +85,57 @@ def train(
     order = Order(rows.num_rows, seed, config.global_batch_size, config.labelled_batch_size, labelled)
     global_draws = GlobalDraws(seed, engine.device)
     window, num_skipped = Window(), Counter[str]()
-    while decide(progress, config) is Decision.CONTINUE:
-        step = progress.step
-        batches = training_batches(rows, order, step, division, engine.rank)
-        phases = model.phases(step)
-        counts, total_weight, request = _total_counts(model, engine, phases, [batch for _, batch in batches], asked())
-        if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
-            yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
-            return
-        batches = [(start, moved(batch, engine.device)) for start, batch in batches]
-        for phase in phases:
-            sums = Sums(counts[phase], total_weight)
-            engine.begin_phase(phase.network)
-            for number, (start, batch) in enumerate(batches, 1):
-                engine.begin_micro_batch(phase.network, is_last=number == len(batches))
-                if batch.num_rows == 0:
-                    continue
-                drawn = noise(seed, f"train.{phase.name}", model.draws(phase), start, batch.num_rows, engine.device)
-                with global_draws.addressed(phase, start), explained(config):
-                    with engine.precision():
-                        loss = model.loss(phase, batch, drawn, step)
-                    engine.backward(phase.network, sums.add(loss))
-            rate = learning_rate(optimizers.config_of(config, phase.network), step, config.num_steps)
-            norm = engine.step(phase.network, rate)
-            if math.isfinite(norm):
-                num_skipped[phase.name] = 0
-                window.add_phase(phase, sums, norm, rate)
-            else:
-                num_skipped[phase.name] += 1
-                not_finite = sums.not_finite(engine)
-                if gives_up(config, bool(not_finite), num_skipped[phase.name]):
-                    raise NotFinite(_explanation(step, phase, not_finite, norm, config), step)
-                window.skip_phase(step, phase)
-        window.add_step(config.global_batch_size)
-        progress = progress.advanced()
-        is_checkpoint_due, is_evaluation_due, is_record_due = (
-            is_due(progress.step, every, config) for every in (config.checkpoint_every, config.eval_every, config.record_every)
-        )
-        if is_checkpoint_due or is_evaluation_due or is_record_due:
-            record = window.record(progress.step, engine)
-            if is_evaluation_due and validation is not None:
-                values = validate(model, engine, validation, config, seed)
-                record |= {f"validation/{name}": value for name, value in values.items()}
-                if model.validation_objective is not None:
-                    progress = progress.validated(values[model.validation_objective])
-            decision, is_best = decide(progress, config), progress.best_step == progress.step
-            if decision is not Decision.CONTINUE:
-                record["stopped"] = decision.value
-            is_checkpoint_due |= is_best or decision is not Decision.CONTINUE
-            yield Report(record, progress, decision, is_checkpoint_due, is_best)
-            window = Window()
+    micro_batches = MicroBatches(model, rows, order, division, engine.rank, seed)
+    with for_device(micro_batches, engine.device) as batches_at:
+        while decide(progress, config) is Decision.CONTINUE:
+            step = progress.step
+            batches, phases = batches_at(step), model.phases(step)
+            counts, total_weight, request = _total_counts(model, engine, phases, [batch.block for batch in batches], asked())
+            if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
+                yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
+                return
+            batches = [batch.to(engine.device) for batch in batches]
+            for phase in phases:
+                sums = Sums(counts[phase], total_weight)
+                engine.begin_phase(phase.network)
+                for number, batch in enumerate(batches, 1):
+                    engine.begin_micro_batch(phase.network, is_last=number == len(batches))
+                    if batch.block.num_rows == 0:
+                        continue
+                    with global_draws.addressed(phase, batch.start), explained(config):
+                        with engine.precision():
+                            loss = model.loss(phase, batch.block, batch.noise[phase], step)
+                        engine.backward(phase.network, sums.add(loss))
+                rate = learning_rate(optimizers.config_of(config, phase.network), step, config.num_steps)
+                norm = engine.step(phase.network, rate)
+                if math.isfinite(norm):
+                    num_skipped[phase.name] = 0
+                    window.add_phase(phase, sums, norm, rate)
+                else:
+                    num_skipped[phase.name] += 1
+                    not_finite = sums.not_finite(engine)
+                    if gives_up(config, bool(not_finite), num_skipped[phase.name]):
+                        raise NotFinite(_explanation(step, phase, not_finite, norm, config), step)
+                    window.skip_phase(step, phase)
+            window.add_step(config.global_batch_size)
+            progress = progress.advanced()
+            is_checkpoint_due, is_evaluation_due, is_record_due = (
+                is_due(progress.step, every, config)
+                for every in (config.checkpoint_every, config.eval_every, config.record_every)
+            )
+            if is_checkpoint_due or is_evaluation_due or is_record_due:
+                record = window.record(progress.step, engine)
+                if is_evaluation_due and validation is not None:
+                    values = validate(model, engine, validation, config, seed)
+                    record |= {f"validation/{name}": value for name, value in values.items()}
+                    if model.validation_objective is not None:
+                        progress = progress.validated(values[model.validation_objective])
+                decision, is_best = decide(progress, config), progress.best_step == progress.step
+                if decision is not Decision.CONTINUE:
+                    record["stopped"] = decision.value
+                is_checkpoint_due |= is_best or decision is not Decision.CONTINUE
+                yield Report(record, progress, decision, is_checkpoint_due, is_best)
+                window = Window()
 
 
 def _total_counts(

@@ -48,6 +48,8 @@ class Line:
     def alive(self) -> None:
         """To be called by every worker, at least once in a step."""
         now = time.monotonic()
+        if self._closed.is_set():  # a thread that looked ahead
+            return
         if now - self._alive_at > min(1.0, self._limit_s / 10):
             self._alive_at = now
             # A thread of C's, which a process that hangs in whatever place does not hinder, ends it when this is not called

@@ -28,7 +28,8 @@ def validate(model: DeepModel, engine: Engine, rows: Rows, config: DeepConfig, s
             network.eval()
         for start in mine or starts[:1]:  # a process without a block of its own learns from the first what there is to sum
             block = rows.take(torch.arange(start, min(start + size, rows.num_rows)))
-            drawn = noise(seed, "validation", model.validation_draws(), start, block.num_rows, engine.device)
+            drawn = noise(seed, "validation", model.validation_draws(), start, block.num_rows)
+            drawn = {name: value.to(engine.device) for name, value in drawn.items()}
             with engine.precision():
                 values = model.validate(moved(block, engine.device), drawn)
             sums[start] = {name: float(value) for name, value in values.items()}

@@ -140,7 +140,7 @@ def test_activations_are_at_least_what_a_real_run_saves_and_not_much_more(checkp
     model = family_class(spec.family).create(spec.model, shape, (), 0)
     phase = model.phases(0)[0]
     saved = _Saved(list(model.networks()["autoencoder"].parameters()))
-    drawn = noise(0, "x", model.draws(phase), 0, number, torch.device("cpu"))
+    drawn = noise(0, "x", model.draws(phase), 0, number)
     batch = Block(torch.full((number, 256), 0.5), torch.arange(number))
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda value: value):
         loss = model.loss(phase, batch, drawn, 0)

@@ -57,7 +57,10 @@ OPTIMIZERS = dict.fromkeys(("gan, wasserstein", "gan, hinge", "vae, semi-supervi
 OPTIMIZERS |= {"gan, residual": {**DAMPED, "learning_rate": 0.01}}
 
 
-pytestmark = pytest.mark.timeout(1200)  # of which the first test waits for all that the processes do
+# The first test waits for all that the processes do; where they do all that there is, for hours.
+pytestmark = pytest.mark.timeout(1200)
+EXHAUSTIVE = (pytest.mark.exhaustive, pytest.mark.timeout(4 * 3600))
+S_PER_JOB = 30.0
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,7 @@ STARTED_ALONE += [Case("ddp", 2, 2, model) for model in TOYS]
 
 def each(cases: list[Case]) -> Any:
     """All of them by `-m exhaustive`, of which those that are chosen come without being asked for."""
-    exhaustive = pytest.mark.exhaustive
-    params = [pytest.param(case, marks=() if is_chosen(case) else exhaustive, id=str(case)) for case in cases]
+    params = [pytest.param(case, marks=() if is_chosen(case) else EXHAUSTIVE, id=str(case)) for case in cases]
     return pytest.mark.parametrize("case", params)
 
 
@@ -211,7 +213,7 @@ def outcomes(request, alone) -> dict[Any, list[Any]]:
     for case in [param["more"] for param in params if "more" in param]:
         start = progress_when_left(case, alone[case.model][0]), alone[case.model][0].late
         jobs.append(worlds.Job((case, "started alone"), case.world_size, trained, (case, start)))
-    results = worlds.run(jobs, timeout_s=1100.0)
+    results = worlds.run(jobs, timeout_s=max(1100.0, S_PER_JOB * len(jobs)))
     return results | {
         key[0]: [whole for whole, _ in pairs]
         for key, pairs in results.items()

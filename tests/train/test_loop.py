@@ -171,7 +171,7 @@ def test_a_record_tells_the_loss_that_is_minimised():
     (report,), _ = trained(Regression(), this)
     model, data = Regression(), rows()
     batch = data.take(indices(data.num_rows, SEED, 0, 12))
-    drawn = noise(SEED, "train.denoise", model.draws(model.phases(0)[0]), 0, 12, ALONE.device)
+    drawn = noise(SEED, "train.denoise", model.draws(model.phases(0)[0]), 0, 12)
     loss, counts = model.loss(model.phases(0)[0], batch, drawn, 0), model.counts(model.phases(0)[0], batch)
     means = {name: float(term.detach() / counts[name]) for name, term in loss.terms.items()}
     assert report.record["denoise/squared_error"] == pytest.approx(means["squared_error"])
