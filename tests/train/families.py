@@ -104,7 +104,7 @@ def semi_supervised_step(model: Any, batch: Block, training: Plain) -> None:
     log_q = model.autoencoder.classifier(batch.x.view(-1, 1, 8, 8)).log_softmax(1)
     bounds = []
     for c in range(len(CLASSES)):
-        label = one_hot(torch.full((len(batch.x),), c), len(CLASSES)).float()
+        label = one_hot(torch.full((len(batch.x),), c, device=batch.x.device), len(CLASSES)).float()
         mean, log_variance = model.autoencoder.encoder(torch.cat([batch.x, label], 1)).chunk(2, dim=1)
         z = mean + log_variance.div(2).exp() * noise
         pixels = torch.sigmoid(model.autoencoder.decoder(torch.cat([z, label], 1))).flatten(1)
@@ -126,7 +126,7 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
     """Goodfellow et al. 2014, Mescheder et al. 2018 (eq. 9), Gulrajani et al. 2017 (algorithm 1), Lim & Ye 2017; with classes
     Miyato & Koyama 2018 (eq. 3)."""
     config, classes = model.config, batch.evidence.argmax(1)
-    given = torch.eye(3)[classes] if config.labels else torch.zeros(batch.num_rows, 0)
+    given = torch.eye(3).to(batch.x)[classes] if config.labels else batch.x[:, :0]
 
     def generated(phase: str) -> Tensor:
         return torch.tanh(model.generator(torch.cat([training.normal(phase, "latent", 2), given], 1)))
@@ -136,7 +136,7 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
             return model.discriminator(x)
         phi, last = model.discriminator.features(x), model.discriminator[-1]
         embedded = torch.cat([last.weight, last.bias[:, None]], 1)[1 + classes]
-        return last(phi)[:, :1] + (embedded * torch.cat([phi, torch.ones(len(x), 1)], 1)).sum(1, keepdim=True)
+        return last(phi)[:, :1] + (embedded * torch.cat([phi, phi.new_ones(len(x), 1)], 1)).sum(1, keepdim=True)
 
     def mean(values_B: Tensor) -> Tensor:
         # With classes a fake has that of a row, and weighs what it does.
@@ -171,7 +171,7 @@ def slope(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return gradient.flatten(1).norm(dim=1)
 
 
-def plainly_trained(name: str, config: DeepConfig, seed: int) -> Iterator[dict[str, Tensor]]:
+def plainly_trained(name: str, config: DeepConfig, seed: int, device: torch.device = plain.CPU) -> Iterator[dict[str, Tensor]]:
     """The parameters after each step of a family in plain PyTorch."""
     steps = {"vae": autoencoder_step, "vae, semi-supervised": semi_supervised_step}
-    return plain.trained(create(name), steps.get(name, adversarial_step), rows(name), config, seed)
+    return plain.trained(create(name), steps.get(name, adversarial_step), rows(name), config, seed, device)

@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from gendist.noise import Noise
 from gendist.protocols import Block
-from gendist.train.batches import Rows
+from gendist.train.batches import Rows, moved
 from gendist.train.config import DeepConfig
 from gendist.train.order import indices
 from gendist.train.schedule import learning_rate
+
+CPU = torch.device("cpu")
 
 
 class Plain:
     """What a step of a model is written with; `step` is its index."""
 
-    def __init__(self, networks: dict[str, nn.Module], config: DeepConfig, seed: int) -> None:
+    def __init__(self, networks: dict[str, nn.Module], config: DeepConfig, seed: int, device: torch.device) -> None:
         self.step = 0
-        self._networks, self._config, self._seed = networks, config, seed
+        self._networks, self._config, self._seed, self._device = networks, config, seed, device
+        self._scalers = {name: torch.amp.GradScaler(device.type, enabled=config.precision == "float16") for name in networks}
         options = config.optimizer
         self._optimizers = {
             name: torch.optim.SGD(network.parameters(), lr=1.0, weight_decay=options.weight_decay)
@@ -37,24 +40,27 @@ class Plain:
         }
 
     def normal(self, phase: str, draw: str, width: int) -> Tensor:
-        return self._noise(phase, draw).normal(*self._positions, width).float()
+        return self._noise(phase, draw).normal(*self._positions, width).float().to(self._device)
 
     def uniform(self, phase: str, draw: str, width: int = 1) -> Tensor:
-        return self._noise(phase, draw).uniform(*self._positions, width).float()
+        return self._noise(phase, draw).uniform(*self._positions, width).float().to(self._device)
 
     def update(self, network: str, loss: Tensor) -> None:
         """One step of the network's optimizer."""
         for module in self._networks.values():
             module.zero_grad()
-        loss.backward()
+        optimizer, scaler = self._optimizers[network], self._scalers[network]
+        scaler.scale(loss).backward()
         parameters = list(self._networks[network].parameters())
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         options = self._config.optimizer
+        scaler.unscale_(optimizer)
         if options.gradient_clipping:
             nn.utils.clip_grad_norm_(parameters, options.gradient_clipping)
-        self._optimizers[network].param_groups[0]["lr"] = learning_rate(options, self.step, self._config.num_steps)
-        self._optimizers[network].step()
+        optimizer.param_groups[0]["lr"] = learning_rate(options, self.step, self._config.num_steps)
+        scaler.step(optimizer)
+        scaler.update()
 
     def _noise(self, phase: str, draw: str) -> Noise:
         return Noise(self._seed, f"train.{phase}.{draw}")
@@ -66,13 +72,18 @@ class Plain:
 
 
 def trained(
-    model: Any, one_step: Callable[[Any, Block, Plain], None], data: Rows, config: DeepConfig, seed: int
+    model: Any, one_step: Callable[[Any, Block, Plain], None], data: Rows, config: DeepConfig, seed: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """The parameters after each step."""
-    networks = dict(model.networks())
-    plain = Plain(networks, config, seed)
+    networks = {name: network.to(device) for name, network in model.networks().items()}
+    plain = Plain(networks, config, seed, device)
+    is_whole = config.precision == "float32"
+    dtype = None if is_whole else getattr(torch, config.precision)
     for plain.step in range(config.num_steps):
-        one_step(model, data.take(indices(data.num_rows, seed, *plain._positions)), plain)
+        batch = moved(data.take(indices(data.num_rows, seed, *plain._positions)), device)
+        # A step changes weights, of which no cast may be kept.
+        with torch.autocast(device.type, dtype, enabled=not is_whole, cache_enabled=False):
+            one_step(model, batch, plain)
         yield {
             f"{name}/param/{key}": value.detach().clone()
             for name, network in networks.items()

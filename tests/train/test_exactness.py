@@ -28,6 +28,7 @@ from gendist.train.deepspeed_engine import DeepSpeedEngine
 from gendist.train.loop import train
 from gendist.train.processes import Processes
 
+CPU = torch.device("cpu")
 SEED = 7
 NUM_STEPS = 50
 LATE = 40  # steps after which a run is left, to go on from a checkpoint
@@ -72,6 +73,7 @@ class Case:
     num_accumulation_steps: int
     model: str
     is_sgd: bool = False
+    precision: str = "float32"
 
     @property
     def config(self) -> DeepConfig:
@@ -82,6 +84,7 @@ class Case:
             "micro_batch_size": MICRO_BATCH_SIZES[self.num_accumulation_steps, self.world_size],
             "engine": ENGINES[self.engine][1],
             "optimizer": optimizer,
+            "precision": self.precision,
             "ema": 0.1,
             "checkpoint_every": LATE,
             "eval_every": LATE,
@@ -148,11 +151,11 @@ def rows_of(case: Case, num_rows: int = 50) -> TensorRows:
     return toys.rows(num_rows) if case.model in MODELS else families.rows(case.model, num_rows)
 
 
-def plainly_trained(case: Case) -> list[dict[str, Tensor]]:
+def plainly_trained(case: Case, device: torch.device = CPU) -> list[dict[str, Tensor]]:
     """The parameters after every step of plain PyTorch."""
     if case.model in MODELS:
-        return list(toys.plainly_trained(case.model, toys.rows(), case.config, SEED))
-    return list(families.plainly_trained(case.model, case.config, SEED))
+        return list(toys.plainly_trained(case.model, toys.rows(), case.config, SEED, device))
+    return list(families.plainly_trained(case.model, case.config, SEED, device))
 
 
 def trained(processes: Processes, case: Case, start: tuple[Progress, dict[str, Tensor]] | None = None) -> Outcome:
@@ -193,7 +196,7 @@ def progress_when_left(case: Case, whole: Outcome) -> Progress:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, tuple[Outcome, list[dict[str, Tensor]]]]:
     """Of each model: our engine on one process, and plain PyTorch."""
-    this = Processes(0, 1, torch.device("cpu"))
+    this = Processes(0, 1, CPU)
     cases = [Case("ddp", 1, 1, model) for model in (*families.CONFIGS, *MODELS)]
     with one_thread():
         return {case.model: (trained(this, case), plainly_trained(case)) for case in cases}
@@ -280,5 +283,5 @@ def test_more_processes_go_on_from_the_checkpoint_of_one(more, outcomes, alone):
 def test_one_process_goes_on_from_the_checkpoint_of_more(case, outcomes, alone):
     whole, one = outcomes[case][0], Case("ddp", 1, 1, case.model)
     with one_thread():
-        end = trained(Processes(0, 1, torch.device("cpu")), one, (progress_when_left(case, whole), whole.late))
+        end = trained(Processes(0, 1, CPU), one, (progress_when_left(case, whole), whole.late))
     assert_close(end.state, alone[case.model][1][-1], 1e-5)

@@ -189,6 +189,8 @@ def adversarial_step(model: Adversarial, batch: Block, training: Plain) -> None:
 PLAIN_STEPS = {"regression": regression_step, "adversarial": adversarial_step}
 
 
-def plainly_trained(name: str, data: TensorRows, config: DeepConfig, seed: int) -> Iterator[dict[str, Tensor]]:
+def plainly_trained(
+    name: str, data: TensorRows, config: DeepConfig, seed: int, device: torch.device = plain.CPU
+) -> Iterator[dict[str, Tensor]]:
     """The parameters after each step of a toy in plain PyTorch."""
-    return plain.trained(MODELS[name](), PLAIN_STEPS[name], data, config, seed)
+    return plain.trained(MODELS[name](), PLAIN_STEPS[name], data, config, seed, device)

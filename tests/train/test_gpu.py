@@ -1,0 +1,207 @@
+"""Training on a GPU: what `test_exactness.py` has of CPUs, in each precision, and whole fits that are killed.
+
+Tolerances are those of a step that amplifies rounding: what was seen is printed (`-rP`).
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_exactness import ENGINES, LATE, Case, assert_close, assert_same, plainly_trained, progress_when_left, trained
+
+import gendist
+from gendist.train import arithmetic
+from gendist.train.processes import Processes
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.filterwarnings("error:.*deterministic"),
+]
+PROGRAM = Path(__file__).parents[2] / "launch.py"
+GPU = torch.device("cuda", 0)
+ALONE = Processes(0, 1, GPU)
+FAMILIES = (
+    "vae",
+    "vae, semi-supervised",
+    "gan",
+    "gan, r1",
+    "gan, wasserstein",
+    "gan, hinge",
+    "gan, residual",
+    "gan, conditional",
+)
+TOYS = ("regression", "adversarial")
+SHARDED = [engine for engine in ENGINES if engine != "ddp"]
+
+WHOLE = [Case("ddp", 1, number, model) for number in (1, 2) for model in (*FAMILIES, *TOYS)]
+WHOLE += [Case(engine, 1, 2, model) for engine in SHARDED for model in ("vae", "gan, r1", *TOYS)]
+ROUNDED = [
+    Case(engine, 1, number, model, precision=precision)
+    for precision in ("bfloat16", "float16")
+    for engine, number, model in (
+        ("ddp", 1, "vae"),
+        ("ddp", 2, "gan"),
+        ("ddp", 1, "gan, r1"),
+        ("zero 0", 1, "vae"),
+        ("zero 1", 1, "gan"),
+        ("zero 2", 2, "vae"),
+        ("zero 3", 1, "gan"),
+        ("zero 3", 2, "vae"),
+    )
+]
+RESUMED = [case for case in (*WHOLE, *ROUNDED) if case.model in ("vae", "gan", "gan, r1", *TOYS)]
+
+
+def names(case: Case) -> str:
+    return f"{case.engine}-{case.num_accumulation_steps}-{case.model}-{case.precision}"
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    with arithmetic.repeatable("float32", GPU):
+        yield
+
+
+def distance(state, parameters) -> float:
+    """Relative, of all parameters."""
+    away = sum(float((state[name].cpu() - value.cpu()).square().sum()) for name, value in parameters.items())
+    return math.sqrt(away / sum(float(value.square().sum()) for value in parameters.values()))
+
+
+def difference(state, parameters) -> float:
+    return max(float((state[name] - value.cpu()).abs().max()) for name, value in parameters.items())
+
+
+@pytest.mark.parametrize("case", WHOLE, ids=names)
+def test_it_is_plain_training_on_the_same_gpu(case):
+    ours, expected = trained(ALONE, case), plainly_trained(case, GPU)
+    print(f"MEASURED {names(case)}: {difference(ours.state, expected[-1]):.1e} from plain PyTorch")
+    assert_close(ours.late, {name: value.cpu() for name, value in expected[LATE - 1].items()}, 1e-5)
+    assert_close(ours.state, {name: value.cpu() for name, value in expected[-1].items()}, 1e-5)
+
+
+@pytest.mark.parametrize("model", [*FAMILIES, *TOYS])
+def test_it_is_training_on_a_cpu(model):
+    case = Case("ddp", 1, 1, model)
+    ours, expected = trained(ALONE, case), plainly_trained(case)
+    print(f"MEASURED {names(case)}: {difference(ours.state, expected[-1]):.1e} from the CPU")
+    assert_close(ours.state, expected[-1], 1e-4)
+
+
+@pytest.mark.parametrize("case", ROUNDED, ids=names)
+def test_rounded_it_is_as_far_from_float32_as_plain_training_under_autocast(case):
+    """Not the same: two orders of additions differ in a bit of float32, which may become one of a product's factors."""
+    exact, rounded = plainly_trained(replace(case, precision="float32"), GPU)[-1], plainly_trained(case, GPU)[-1]
+    found, expected = distance(trained(ALONE, case).state, exact), distance(rounded, exact)
+    print(f"MEASURED {names(case)}: {found:.1e} from float32, plain PyTorch {expected:.1e}")
+    assert 0.3 * expected < found < 1.5 * expected
+    assert expected > 1e-5, "it was computed in float32"
+
+
+@pytest.mark.parametrize("case", RESUMED, ids=names)
+def test_a_resumed_run_is_an_unbroken_one_to_the_byte(case):
+    whole = trained(ALONE, case)
+    resumed = trained(ALONE, case, (progress_when_left(case, whole), whole.late))
+    assert_same(resumed.state, whole.state)
+    assert_same(resumed.averaged, whole.averaged)
+    assert resumed.records == [record for record in whole.records if record["step"] > LATE]
+
+
+def test_tfloat32_is_asked_for_and_only_then():
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ x.double().T
+    error = {}
+    for precision in ("float32", "tfloat32"):
+        with arithmetic.repeatable(precision, GPU):
+            error[precision] = float(((x.to(GPU) @ x.to(GPU).T).cpu() - exact).norm() / exact.norm())
+    assert error["float32"] < 1e-6 < 1e-5 < error["tfloat32"]
+
+
+def fit(run: Path, *more: str, kill_at: str | None = None) -> None:
+    here = ("cluster.num_workers=0", "cluster.use_gpu=true", "tracking.wandb=disabled", "--run-dir", run)
+    command = [sys.executable, PROGRAM, "fit", *more, *here]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        if kill_at is not None:
+            while not (run / "checkpoints" / kill_at / "training.json").exists():
+                assert process.poll() is None, process.communicate()[1]
+            process.kill()
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == (0 if kill_at is None else -9), err
+        assert "deterministic" not in err
+    finally:
+        process.kill()
+
+
+SHORT = ("fit.num_steps=400", "fit.checkpoint_every=40", "fit.eval_every=0")
+SPECS = {
+    "vae": ("configs/vae_digits.yaml", *SHORT),
+    "gan": ("configs/gan_digits.yaml", *SHORT, "fit.precision=bfloat16", "fit.channels_last=true",
+            "model.augmentation=[color,translation,cutout]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_killed_fit_ends_in_the_same_bytes(name, tmp_path):
+    spec, *changes = SPECS[name]
+    arguments = [str(PROGRAM.parent / spec), *changes]
+    fit(tmp_path / "unbroken", *arguments)
+    fit(tmp_path / "killed", *arguments, kill_at="00000120")
+    assert not (tmp_path / "killed" / "artifact").exists()
+    fit(tmp_path / "killed", *arguments)
+    ends = [load_file(tmp_path / run / "artifact" / "model.safetensors") for run in ("unbroken", "killed")]
+    assert_same(*ends)
+
+
+EM = {
+    "gmm": {"num_components": 5},
+    "hmm": {"num_states": 4},
+    "naive_bayes": {"num_classes": 3, "kind": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("family", EM)
+def test_em_gives_the_same_bytes_each_time_and_what_a_cpu_does(family):
+    x = np.random.default_rng(0).normal(size=(20_000, 6)) + np.arange(20_000)[:, None] // 37 % 4 * 3.0
+    spec = {"name": "x", "family": family, "model": EM[family], "fit": {"max_iterations": 8, "tolerance": 0.0}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        on_gpu = [gendist.fit({**spec, "cluster": {"use_gpu": True}}, data=x) for _ in range(2)]
+        on_cpu = gendist.fit(spec, data=x)
+    first, second = (run.model.tensors() for run in on_gpu)
+    assert_same(first, second)
+    ours, theirs = (run.history[-1]["log_likelihood"] for run in (on_gpu[0], on_cpu))
+    print(f"MEASURED {family}: mean log-likelihood {abs(ours - theirs):.1e} from the CPU")
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_gpus_are_one(engine, tmp_path):
+    import worlds
+
+    case = Case(engine, 2, 2, "gan, r1")
+    (first, second) = worlds.run([worlds.Job("x", 2, _on_own_gpu, (case,))], timeout_s=200.0, environment={})["x"]
+    assert_same(first.averaged, second.averaged)
+    assert_close(first.state, {name: value.cpu() for name, value in plainly_trained(case, GPU)[-1].items()}, 1e-5)
+
+
+def _on_own_gpu(processes: Processes, case: Case):
+    """In a group of NCCL in place of the world's own."""
+    import torch.distributed as dist
+
+    torch.cuda.set_device(processes.rank)
+    dist.destroy_process_group()
+    dist.init_process_group("nccl", init_method="tcp://127.0.0.1:29555", rank=processes.rank, world_size=processes.world_size)
+    device = torch.device("cuda", processes.rank)
+    with arithmetic.repeatable("float32", device):
+        return trained(Processes(processes.rank, processes.world_size, device), case)
