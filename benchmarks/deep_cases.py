@@ -10,8 +10,9 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr
-from dataclasses import dataclass
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class Case:
     """One family: its `model:` block, the optimizer of every network, and its step written by hand.
 
     steps_at_once  that are timed: of gendist, from one record to the next
+    x_shape        of an image
+    batch_size     over all processes
+    fit            what else the spec says of the arithmetic: precision, channels_last, compile
+    device         as torch names it
     """
 
     title: str
@@ -35,13 +40,18 @@ class Case:
     optimizer: Mapping[str, Any]
     plain_step: Callable[..., Callable[[Any], Any]]
     steps_at_once: int
+    x_shape: tuple[int, ...] = (HEIGHT, WIDTH)
+    batch_size: int = BATCH_SIZE
+    fit: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def fit_config(self, num_steps: int) -> dict[str, Any]:
         return {
             "num_steps": num_steps,
-            "global_batch_size": BATCH_SIZE,
+            "global_batch_size": self.batch_size,
             "optimizer": dict(self.optimizer),
             "record_every": self.steps_at_once,
+            **self.fit,
         }
 
     def spec(self, num_steps: int, num_workers: int) -> dict[str, Any]:
@@ -57,10 +67,10 @@ class Case:
         from gendist.config import family_class
 
         family = family_class(self.family)
-        return family.create(family.Config(**self.model), (HEIGHT, WIDTH), (), 0)
+        return family.create(family.Config(**self.model), self.x_shape, (), 0)
 
 
-def plain_autoencoder_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def plain_autoencoder_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any], precision: Any) -> Callable[[Any], Any]:
     """The negative ELBO with one z an image."""
     import torch
 
@@ -69,8 +79,9 @@ def plain_autoencoder_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any
     latent_dim = model.config.latent_dim
 
     def step(x: Any) -> Any:
-        log_prob_B1, kl_BL, *_ = network(x, torch.randn(len(x), 1, latent_dim))
-        loss = (kl_BL.sum(1) - log_prob_B1[:, 0]).mean()
+        with precision():
+            log_prob_B1, kl_BL, *_ = network(x, torch.randn(len(x), 1, latent_dim, device=x.device))
+            loss = (kl_BL.sum(1) - log_prob_B1[:, 0]).mean()
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -79,7 +90,7 @@ def plain_autoencoder_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any
     return step
 
 
-def plain_adversarial_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def plain_adversarial_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any], precision: Any) -> Callable[[Any], Any]:
     """The non-saturating loss (Goodfellow et al. 2014, algorithm 1: new noise for the generator's step), with nothing computed
     that is not needed: no gradient of the generator in the discriminator's step, none of the discriminator's weights in the
     generator's."""
@@ -91,16 +102,18 @@ def plain_adversarial_step(model: Any, optimizer: Any, wrap: Callable[[Any], Any
     latent_dim = model.config.latent_dim
 
     def step(x: Any) -> Any:
-        real = 2.0 * x.reshape(-1, 1, HEIGHT, WIDTH) - 1.0
-        with torch.no_grad():
-            fake = torch.tanh(model.generator(torch.randn(len(x), latent_dim)))
-        loss = softplus(-discriminator(real)).mean() + softplus(discriminator(fake)).mean()
+        real = 2.0 * model.layout.to_network(x) - 1.0
+        with precision():
+            with torch.no_grad():
+                fake = torch.tanh(model.generator(torch.randn(len(x), latent_dim, device=x.device)))
+            loss = softplus(-discriminator(real)).mean() + softplus(discriminator(fake)).mean()
         adam_of_discriminator.zero_grad()
         loss.backward()
         adam_of_discriminator.step()
         model.discriminator.requires_grad_(False)
-        fake = torch.tanh(generator(torch.randn(len(x), latent_dim)))
-        loss_of_generator = softplus(-model.discriminator(fake)).mean()
+        with precision():
+            fake = torch.tanh(generator(torch.randn(len(x), latent_dim, device=x.device)))
+            loss_of_generator = softplus(-model.discriminator(fake)).mean()
         adam_of_generator.zero_grad()
         loss_of_generator.backward()
         adam_of_generator.step()
@@ -174,7 +187,7 @@ def gendist_loop(case: Case, x_NHW: np.ndarray, rank: int, world_size: int) -> I
     from gendist.train.processes import Processes
 
     config = DeepConfig(**case.fit_config(ENDLESS), checkpoint_every=ENDLESS)
-    model, engine = case.new_model(), DdpEngine(Processes(rank, world_size, torch.device("cpu")), config)
+    model, engine = case.new_model(), DdpEngine(Processes(rank, world_size, torch.device(case.device)), config)
     engine.prepare(model.networks())
     rows = RowSet(rows_of(x_NHW).numpy(), np.arange(len(x_NHW)))
     for _ in train(model, engine, rows, config, seed=0):
@@ -182,8 +195,8 @@ def gendist_loop(case: Case, x_NHW: np.ndarray, rank: int, world_size: int) -> I
 
 
 def plain_loop(case: Case, x_NHW: np.ndarray, rank: int, world_size: int) -> Iterator[None]:
-    """A dozen lines of PyTorch: rows gathered from a tensor in memory by a permutation, torch's own noise, the same optimizer
-    (AdamW, fused), a loss that is looked at once a chunk; of several processes, with DistributedDataParallel."""
+    """A dozen lines of PyTorch: rows gathered from a tensor in the device's memory by a permutation, torch's own noise, the
+    same optimizer (AdamW, fused), a loss that is looked at once a chunk; of several processes, with DistributedDataParallel."""
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
@@ -192,10 +205,17 @@ def plain_loop(case: Case, x_NHW: np.ndarray, rank: int, world_size: int) -> Ite
         return torch.optim.AdamW(parameters, case.optimizer["learning_rate"], betas, weight_decay=0.0, fused=True)
 
     wrap = DistributedDataParallel if torch.distributed.is_initialized() else lambda network: network
-    step = case.plain_step(case.new_model(), optimizer, wrap)
-    x, batch_size, loss, num_steps = rows_of(x_NHW), BATCH_SIZE // world_size, torch.tensor(0.0), 0
+    model = case.new_model()
+    for network in model.networks().values():
+        network.to(case.device, memory_format=torch.channels_last if case.fit.get("channels_last") else torch.preserve_format)
+        if case.fit.get("compile"):
+            network.compile()
+    name = case.fit.get("precision", "float32")
+    precision = nullcontext if name == "float32" else partial(torch.autocast, case.device, getattr(torch, name))
+    step = case.plain_step(model, optimizer, wrap, precision)
+    x, batch_size, loss, num_steps = rows_of(x_NHW).to(case.device), case.batch_size // world_size, torch.tensor(0.0), 0
     while True:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(num_steps))[rank::world_size]
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(num_steps))[rank::world_size].to(x.device)
         for start in range(0, len(order) - batch_size + 1, batch_size):
             loss = step(x[order[start : start + batch_size]])
             num_steps += 1

@@ -5,11 +5,12 @@ Tolerances are those of a step that amplifies rounding: what was seen is printed
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,35 @@ def test_a_resumed_run_is_an_unbroken_one_to_the_byte(case):
     assert_same(resumed.state, whole.state)
     assert_same(resumed.averaged, whole.averaged)
     assert resumed.records == [record for record in whole.records if record["step"] > LATE]
+
+
+@dataclass(frozen=True)
+class Offloaded(Case):
+    """file: DeepSpeed's configuration."""
+
+    file: str = ""
+
+    @property
+    def config(self):
+        config = super().config
+        return config.model_copy(update={"engine": config.engine.model_copy(update={"config": self.file})})
+
+
+@pytest.mark.parametrize("what", ["optimizer", "optimizer and parameters"])
+@pytest.mark.parametrize("engine", ["zero 1", "zero 2", "zero 3"])
+@pytest.mark.parametrize("model", ["vae", "gan, r1"])
+def test_offloaded_to_the_host_it_is_plain_training_and_goes_on_to_the_byte(model, engine, what, tmp_path):
+    if what != "optimizer" and engine != "zero 3":
+        return
+    place = {"device": "cpu", "pin_memory": True}
+    zero = {"offload_optimizer": place, **({"offload_param": place} if what != "optimizer" else {})}
+    (tmp_path / "deepspeed.json").write_text(json.dumps({"zero_optimization": zero}))
+    case = Offloaded(engine, 1, 2, model, file=str(tmp_path / "deepspeed.json"))
+    whole, expected = trained(ALONE, case), plainly_trained(case, GPU)
+    print(f"MEASURED {names(case)}, offloaded: {difference(whole.state, expected[-1]):.1e} from plain PyTorch")
+    assert_close(whole.state, {name: value.cpu() for name, value in expected[-1].items()}, 1e-5)
+    resumed = trained(ALONE, case, (progress_when_left(case, whole), whole.late))
+    assert_same(resumed.state, whole.state)
 
 
 def test_tfloat32_is_asked_for_and_only_then():
