@@ -198,10 +198,10 @@ def trained(spec: Any, config: DeepConfig, shape: tuple[int, ...], num_rows: int
     gc.collect()
     torch.cuda.empty_cache()
     model = family_class(spec.family).create(spec.model, shape, (), 0)
+    num_parameters = sum(p.numel() for network in model.networks().values() for p in network.parameters())
     engine = engine_of(config)
     engine.prepare(model.networks())
     rows = RowSet(rows_of(random_images(num_rows, shape)).numpy(), np.arange(num_rows))
-    num_parameters = sum(p.numel() for network in model.networks().values() for p in network.parameters())
     with arithmetic.repeatable(config.precision, GPU):
         reports, seconds = train(model, engine, rows, config, seed=0), []
         with FlopCounterMode(display=False) as counter:

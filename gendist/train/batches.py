@@ -143,7 +143,8 @@ def for_device(make: Callable[[int], list[MicroBatch]], device: torch.device) ->
     if device.type == "cpu":
         yield make
         return
-    with ahead(lambda step: [batch.pinned() for batch in make(step)], partial(torch.cuda.set_device, device)) as at:
+    gpu = torch.cuda.current_device() if device.index is None else device.index
+    with ahead(lambda step: [batch.pinned() for batch in make(step)], partial(torch.cuda.set_device, gpu)) as at:
         yield at
 
 

@@ -90,10 +90,10 @@ def weighted_mean(values_B: Tensor, batch: Block) -> Tensor:
 
 def autoencoder_step(model: Any, batch: Block, training: Plain) -> None:
     """Kingma & Welling 2014, eq. 10, with the Bernoulli decoder of appendix C.1."""
-    mean, log_variance = model.autoencoder.encoder(batch.x.view(-1, 1, 8, 8)).chunk(2, dim=1)
+    mean, log_variance = model.autoencoder.encoder(batch.x.view(-1, 1, 8, 8)).float().chunk(2, dim=1)
     z = mean + log_variance.div(2).exp() * training.normal("autoencoder", "latent", 3)
-    pixels = torch.sigmoid(model.autoencoder.decoder(z)).flatten(1)
-    reconstruction = binary_cross_entropy(pixels, batch.x, reduction="none").sum(1)
+    logits = model.autoencoder.decoder(z).flatten(1).float()
+    reconstruction = -(batch.x * logsigmoid(logits) + (1 - batch.x) * logsigmoid(-logits)).sum(1)
     kl = (mean**2 + log_variance.exp() - log_variance - 1).sum(1) / 2
     training.update("autoencoder", weighted_mean(reconstruction + kl, batch))
 
@@ -133,7 +133,7 @@ def adversarial_step(model: Any, batch: Block, training: Plain) -> None:
 
     def critic(x: Tensor) -> Tensor:
         if not config.labels:
-            return model.discriminator(x)
+            return model.discriminator(x).float()
         phi, last = model.discriminator.features(x), model.discriminator[-1]
         embedded = torch.cat([last.weight, last.bias[:, None]], 1)[1 + classes]
         return last(phi)[:, :1] + (embedded * torch.cat([phi, phi.new_ones(len(x), 1)], 1)).sum(1, keepdim=True)
