@@ -37,7 +37,7 @@ def others(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "tfloat32", "bfloat16"])
 def test_on_a_gpu_kernels_are_deterministic_and_float32_is_float32(others, precision):
     is_rounded = precision == "tfloat32"
-    with pytest.raises(ZeroDivisionError), arithmetic.repeatable(precision, GPU):
+    with arithmetic.repeatable(precision, GPU):
         assert settings() == {
             "threads": others["threads"],
             "deterministic": True,
@@ -47,6 +47,11 @@ def test_on_a_gpu_kernels_are_deterministic_and_float32_is_float32(others, preci
             "products": "high" if is_rounded else "highest",
         }
         assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert settings() == others
+
+
+def test_a_run_that_fails_leaves_nothing_set(others):
+    with pytest.raises(ZeroDivisionError), arithmetic.repeatable("float32", GPU):
         raise ZeroDivisionError
     assert settings() == others
 
