@@ -23,6 +23,7 @@ PROJECT = "gendist"
 INIT_TIMEOUT_S = 20.0  # for a server to answer at all; after that the run is kept offline
 UPLOAD_TIMEOUT_S = 30.0  # for what is still to be sent when the fit ends
 FINISH_TIMEOUT_S = 60.0  # for both, and for wandb itself: then it is ended
+PATIENCE_S = 3.0  # before the wait is spoken of
 logger = logging.getLogger("gendist")
 
 
@@ -104,7 +105,10 @@ class _Sender(threading.Thread):
     def finish(self, exit_code: int) -> None:
         self.messages.put({"exit_code": exit_code})
         try:
-            self.join(FINISH_TIMEOUT_S)
+            self.join(PATIENCE_S)
+            if self.is_alive():
+                logger.info("waiting for wandb, %.0f s at most", FINISH_TIMEOUT_S)
+                self.join(FINISH_TIMEOUT_S - PATIENCE_S)
         finally:
             if self._process and self.is_alive():
                 self._is_given_up = True

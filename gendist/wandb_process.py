@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,6 +65,8 @@ def send(task: dict[str, Any], report: Report) -> None:
     else:
         if refused.is_set():
             report({"trouble": f"{server()} takes no more of this run"})
+        elif not run.offline:
+            mark_as_sent(task["run"])
 
 
 def begun(task: dict[str, Any], report: Report, refused: threading.Event) -> Any:
@@ -107,6 +110,13 @@ def begun(task: dict[str, Any], report: Report, refused: threading.Event) -> Any
         task["earlier"] = []  # they were sent, or lie in another folder to be sent
         wandb.teardown()  # its service still holds the run
         return begin("offline")
+
+
+def mark_as_sent(run: dict[str, Any]) -> None:
+    """What earlier attempts have kept: `wandb sync` would send it a second time, as further steps."""
+    for file in Path(run["dir"], "wandb").glob(f"*run-*/run-{run['id']}.wandb"):
+        with suppress(OSError):
+            file.with_name(f"{file.name}.synced").touch()
 
 
 def explained(error: Exception) -> str:
