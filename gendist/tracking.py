@@ -181,8 +181,11 @@ class _Sender(threading.Thread):
     def _kept(self) -> str:
         if self._begun is None:
             return "metrics.jsonl has everything"
-        which = " --include-online" if self._begun["online"] else ""
-        return f"send it later with: wandb sync{which} {self.directory.place}/wandb/{self._begun['folder']}"
+        sync = "wandb sync --include-online" if self._begun["online"] else "wandb sync"
+        place, folder = self.directory.place, self._begun["folder"]
+        if isinstance(place, str):
+            return f"copy {place}/wandb/{folder} here, and send it with: {sync} {folder}"
+        return f"send it later with: {sync} {place}/wandb/{folder}"
 
 
 def _earlier(directory: Tracked) -> list[dict[str, Any]]:

@@ -256,6 +256,16 @@ def test_what_cannot_be_sent_is_kept_and_one_warning_says_what_to_do(
     assert [run.exit_codes for run in server.runs.values()] == [[0]]
 
 
+def test_of_a_run_in_a_store_it_is_kept_there(x, server, store, caplog):
+    server.refuses = 403
+    gendist.fit(SPEC, data=x, run_dir=f"{store}/run")
+    (warning,) = warnings(caplog)
+    (folder,) = Path(store.removeprefix("objects://"), "run", "wandb").glob("offline-run-*")
+    assert list(folder.glob("run-*.wandb"))
+    kept = f"; copy {store}/run/wandb/{folder.name} here, and send it with: wandb sync {folder.name}"
+    assert warning.endswith(kept)
+
+
 def unused_port() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return str(probe.getsockname()[1])
