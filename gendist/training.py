@@ -56,8 +56,8 @@ def train(
             return prepared
         with tracked(directory, watch) as watch, held_back(inside.directory):
             has_ended = inside.run(prepared, address, watch)
-        if not has_ended:
-            raise KeyboardInterrupt
+            if not has_ended:
+                raise KeyboardInterrupt
         return inside.finish()
 
 

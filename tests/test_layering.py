@@ -98,6 +98,7 @@ ALLOWED = {
     ),
     "gendist.run": (),
     "gendist.tracking": ("gendist.run",),
+    "gendist.wandb_process": (),
     "gendist.folder_lock": ("gendist.protocols",),
     "gendist.pictures": (
         "gendist",
