@@ -7,7 +7,9 @@ The rest is DeepSpeed's own; here stands what it lacks to be as exact as trainin
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import mmap
 import os
 import shutil
 import tempfile
@@ -15,6 +17,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,8 @@ from gendist.cost import StateBytes
 from gendist.protocols import UserError
 from gendist.train.memory import FLOAT32_BYTES
 
-_PREFIX = "gendist-"  # of folders
+_PREFIX = "gendist-swapped-"  # of folders: nobody else's, since what is left of them is removed
+_MLOCK_ONFAULT = 1  # of Linux: a lock that takes no memory yet
 
 # DeepSpeed's own, where a user's file has no others. In entries, but for bytes.
 _SUB_GROUP_SIZE, _MAX_IN_CPU, _PARAMETER_BUFFERS, _SWAPPED_BYTES = 10**9, 10**9, 5, 2**20
@@ -116,7 +120,7 @@ class SwappedOptimizer:
 
 
 def shard_where_parameters_are_swapped(network: Module, settings: Mapping[str, Any]) -> None:
-    """To be called before DeepSpeed does it, which on a CPU takes bfloat16 for what it swaps, and rounds parameters to that."""
+    """To be called before DeepSpeed does it, which on a CPU makes bfloat16 of the parameters that it swaps."""
     import deepspeed
 
     if _device(settings, "offload_param") == "nvme":
@@ -127,14 +131,14 @@ def copy_out_of_buffers(optimizer: Any, network: Module) -> None:
     """Parameters that were read from files have memory of their own, and not the buffer that they were read to.
 
     DeepSpeed leaves them in it until they are let go of, and fails where more are whole at once than it has buffers. One
-    process alone would compute with the buffer itself, and its backward pass with whatever was read to it since.
+    process alone would compute with the buffer itself.
     """
     from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 
     swapped: list[Any] = [p for p in network.parameters() if p.ds_tensor.final_location == "nvme"]  # type: ignore[attr-defined]
     if not swapped:
         return
-    # What is read ahead and not used before the step would stay as it was.
+    # A step would not reach the file of what was read ahead and not used by then.
     optimizer._get_param_coordinator()._PartitionedParameterCoordinator__prefetch_nvme = False
     swapper = swapped[0].nvme_swapper
     swap_in = swapper.swap_in
@@ -153,20 +157,39 @@ def copy_out_of_buffers(optimizer: Any, network: Module) -> None:
     swapper.swap_in = swap_in_and_copy
 
 
-def with_own_folders(settings: Mapping[str, Any], owner: object) -> dict[str, Any]:
+def with_own_folders(
+    settings: Mapping[str, Any], owner: object, sizes: Sequence[int], num_processes: int, on_disk: float
+) -> dict[str, Any]:
     """The settings of one network, where whatever is swapped goes to folders of its own in the user's `nvme_path`.
 
     DeepSpeed names files after ranks and parameters, so that two networks, or two runs, would take each other's. A folder is
     removed with the owner, or at the end of the process; that of a process that was killed, by the next that comes there.
 
-    UserError where nothing can be swapped on this host.
+    sizes, num_processes  as of `DeepSpeedEngine.memory`
+    on_disk               bytes that come to lie there
+
+    UserError where they cannot be swapped on this host.
     """
     zero = dict(settings["zero_optimization"])
-    for key in ("offload_optimizer", "offload_param"):
-        if _device(settings, key) == "nvme":
-            _check_operator()
-            zero[key] = {**zero[key], "nvme_path": own_folder(zero[key]["nvme_path"], owner)}
+    swapped = [key for key in ("offload_optimizer", "offload_param") if _device(settings, key) == "nvme"]
+    if swapped:
+        _check_operator()
+        _check_lock(sum(_buffer_bytes(settings, sizes, num_processes)))
+    for key in swapped:
+        zero[key] = {**zero[key], "nvme_path": own_folder(zero[key]["nvme_path"], owner)}
+    if swapped:
+        _check_space({settings["zero_optimization"][key]["nvme_path"] for key in swapped}, on_disk)
     return {**settings, "zero_optimization": zero}
+
+
+def _check_space(paths: set[str], num_bytes: float) -> None:
+    """DeepSpeed takes a write that failed for one that did not, and ends the process when it reads."""
+    free = sum(shutil.disk_usage(path).free for path in paths)
+    if num_bytes > free:
+        raise UserError(
+            f"fit.engine.config: nvme_path {' and '.join(sorted(paths))} has {free / 1e9:.3g} GB left, and each process swaps "
+            f"{num_bytes / 1e9:.3g} GB there; make room, or give another"
+        )
 
 
 def own_folder(path: str, owner: object) -> str:
@@ -235,49 +258,75 @@ def _check_operator() -> None:
         ) from error
 
 
+def _check_lock(num_bytes: int) -> None:
+    """DeepSpeed ends the process where it may not lock its buffers in memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        with mmap.mmap(-1, num_bytes) as memory:
+            start = ctypes.c_char.from_buffer(memory)
+            failed = libc.mlock2(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(num_bytes), _MLOCK_ONFAULT)
+            del start  # which keeps the memory from being closed
+            if failed:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    except OSError as error:
+        raise UserError(
+            f"fit.engine.config: offload to nvme locks {num_bytes / 1e6:.1f} MB of buffers in memory, which cannot be done "
+            f"({error.strerror}); raise `ulimit -l` on every host, or give a smaller sub_group_size"
+        ) from error
+
+
+def _buffer_bytes(settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> tuple[int, int]:
+    """On the host, of the optimizer and of the parameters; `sizes` as of `DeepSpeedEngine.memory`."""
+    zero, optimizer, parameters = settings["zero_optimization"], 0, 0
+    largest = max(map(sum, _sub_groups(settings, sizes, num_processes)), default=0)
+    if _device(settings, "offload_optimizer") == "nvme":
+        optimizer = zero["offload_optimizer"]["buffer_count"] * largest
+    if _device(settings, "offload_param") == "nvme":
+        block = zero["offload_param"]
+        parameters = block.get("buffer_count", _PARAMETER_BUFFERS) * block["buffer_size"]
+        if sum(map(sum, _sub_groups(settings, sizes, num_processes))) > block.get("max_in_cpu", _MAX_IN_CPU):
+            parameters += num_processes * largest  # of a sub-group as a whole, through which all of them are written
+    return FLOAT32_BYTES * optimizer, FLOAT32_BYTES * parameters
+
+
 def on_nvme(state: StateBytes, settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> StateBytes:
     """Where what is held lies if that which is offloaded to NVMe is; buffers that it travels through are on the host."""
-    zero = settings["zero_optimization"]
-    sub_groups = _sub_groups([-(-size // num_processes) for size in sizes], zero.get("sub_group_size", _SUB_GROUP_SIZE))
-    in_all, largest = sum(map(sum, sub_groups)), max(map(sum, sub_groups), default=0)
+    sub_groups = _sub_groups(settings, sizes, num_processes)
+    in_all = max(sum(map(sum, sub_groups)), 1)
     threshold = max(_SWAPPED_BYTES, (settings.get("aio") or {}).get("block_size", 0)) / FLOAT32_BYTES
+    of_optimizer, of_parameters = _buffer_bytes(settings, sizes, num_processes)
     if _device(settings, "offload_optimizer") == "nvme":
-        swapped = sum(numel for numel in map(sum, sub_groups) if numel >= threshold) / max(in_all, 1)
+        swapped = sum(numel for numel in map(sum, sub_groups) if numel >= threshold) / in_all
         stepped = state.optimizer + state.average
-        buffers = FLOAT32_BYTES * zero["offload_optimizer"]["buffer_count"] * largest
         state = replace(
             state,
             gradients=0.0,
             optimizer=0.0,
             average=0.0,
-            on_host=state.on_host + state.gradients + (1.0 - swapped) * stepped + buffers,
+            on_host=state.on_host + state.gradients + (1.0 - swapped) * stepped + of_optimizer,
             on_disk=state.on_disk + swapped * stepped,
         )
     if _device(settings, "offload_param") == "nvme":
-        block, start, swapped_numel, whole_numel = zero["offload_param"], 0, 0, 0
-        for sub_group in sub_groups:
-            start += sum(sub_group)
-            if start > block.get("max_in_cpu", _MAX_IN_CPU):
-                swapped_numel += sum(numel for numel in sub_group if numel >= threshold)
-                whole_numel = num_processes * largest  # of a sub-group, through which all of them are written
-        buffers = FLOAT32_BYTES * (block.get("buffer_count", _PARAMETER_BUFFERS) * block["buffer_size"] + whole_numel)
-        swapped = swapped_numel / max(in_all, 1)
+        max_in_cpu = settings["zero_optimization"]["offload_param"].get("max_in_cpu", _MAX_IN_CPU)
+        ends = accumulate(map(sum, sub_groups))
+        beyond = [numel for end, group in zip(ends, sub_groups, strict=True) if end > max_in_cpu for numel in group]
+        swapped = sum(numel for numel in beyond if numel >= threshold) / in_all
         state = replace(
             state,
             parameters=0.0,
-            on_host=state.on_host + (1.0 - swapped) * state.parameters + buffers,
+            on_host=state.on_host + (1.0 - swapped) * state.parameters + of_parameters,
             on_disk=state.on_disk + swapped * state.parameters,
         )
     return state
 
 
-def _sub_groups(numels: Sequence[int], size: int) -> list[list[int]]:
-    """Parameters in their order, each group the shortest that has so many entries on a process."""
-    groups: list[list[int]] = [[]]
-    for numel in numels:
+def _sub_groups(settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> list[list[int]]:
+    """Entries that a process has of each parameter, in their order; a group is the shortest that has `sub_group_size`."""
+    size, groups = settings["zero_optimization"].get("sub_group_size", _SUB_GROUP_SIZE), list[list[int]]([[]])
+    for numel in sizes:
         if sum(groups[-1]) >= size:
             groups.append([])
-        groups[-1].append(numel)
+        groups[-1].append(-(-numel // num_processes))
     return groups
 
 

@@ -26,7 +26,7 @@ from gendist.one_thread import one_thread
 from gendist.protocols import UserError
 from gendist.train.ddp_engine import DdpEngine
 from gendist.train.deepspeed_engine import DeepSpeedEngine
-from gendist.train.deepspeed_nvme import own_folder
+from gendist.train.deepspeed_nvme import _check_lock, _check_space, own_folder
 from gendist.train.loop import train
 
 NUM_STEPS, HALF = 9, 4
@@ -220,12 +220,19 @@ def test_a_step_that_is_not_finite_and_a_parameter_that_is_never_trained(operato
 @exhaustive
 def test_what_is_large_is_in_files_while_a_run_lasts(operator, tmp_path):
     model = Wide()
-    engine = DeepSpeedEngine(ALONE, spec(tmp_path, swapped(tmp_path, BLOCKS["optimizer and parameters"])))
+    this = spec(tmp_path, swapped(tmp_path, BLOCKS["optimizer and parameters"]))
+    held = [
+        DeepSpeedEngine.memory(this, name, [p.numel() for p in network.parameters()], 1)
+        for name, network in model.networks().items()
+    ]
+    engine = DeepSpeedEngine(ALONE, this)
     engine.prepare(model.networks())
-    files = list(tmp_path.glob("gendist-*/**/*.swp"))
+    files = list(tmp_path.glob("gendist-swapped-*/**/*.swp"))
     for kind in ("exp_avg-", "exp_avg_sq-", "ema-"):
         assert sum(file.name.startswith(kind) for file in files) == 3  # two sub-groups of one network, one of the other
     assert sum(file.name.endswith("_param.tensor.swp") for file in files) == 3
+    on_disk = sum(file.stat().st_size for file in files)
+    assert 0 <= on_disk - sum(each.on_disk for each in held) < 1024 * len(files)  # a block of a file
     for trained in engine._trained.values():
         for shard, moments in trained.engine.basic_optimizer.state.items():
             sizes = {value.numel() for name, value in (("", shard), *moments.items()) if name != "step"}
@@ -236,7 +243,7 @@ def test_what_is_large_is_in_files_while_a_run_lasts(operator, tmp_path):
     assert {file for file in files if not file.exists()} == set()
     del engine, trained
     assert {file for file in files if file.exists()} == set()
-    assert len(list(tmp_path.glob("gendist-*"))) == 2  # the other one's
+    assert len(list(tmp_path.glob("gendist-swapped-*"))) == 2  # the other one's
 
 
 def of_two_processes(processes, path, block, start):
@@ -264,7 +271,7 @@ def of_two(operator, tmp_path_factory):
         for device in ("nvme", "cpu")
     ]
     results = worlds.run(jobs, timeout_s=280.0)
-    assert list(path.glob("gendist-*")) == []
+    assert list(path.glob("gendist-swapped-*")) == []
     return results
 
 
@@ -295,7 +302,7 @@ def test_a_folder_is_one_owners_and_goes_with_it(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from gendist.train.deepspeed_nvme import own_folder
+from gendist.train.deepspeed_nvme import _check_lock, _check_space, own_folder
 own_folder(sys.argv[1], os)
 own_folder(sys.argv[1], os)
 if sys.argv[2] == "killed":
@@ -333,4 +340,18 @@ def test_without_the_operator_what_to_install_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="libaio-dev") as raised:
         engine.prepare(Wide().networks())
     assert "\n" not in str(raised.value)
-    assert list(tmp_path.glob("gendist-*")) == []
+    assert list(tmp_path.glob("gendist-swapped-*")) == []
+
+
+def test_buffers_that_may_not_be_locked_are_one_line():
+    with pytest.raises(UserError, match="ulimit -l") as raised:
+        _check_lock(2**62)
+    assert "\n" not in str(raised.value)
+    _check_lock(4096)
+
+
+def test_a_disk_that_is_too_small_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="GB left") as raised:
+        _check_space({str(tmp_path)}, 2.0**62)
+    assert "\n" not in str(raised.value)
+    _check_space({str(tmp_path)}, 1.0)
