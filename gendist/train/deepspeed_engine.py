@@ -158,8 +158,8 @@ class DeepSpeedEngine:
             # At stage 3 parameters have no size afterwards.
             trained = {key: p for key, p in network.named_parameters() if p.requires_grad}
             sizes = [p.numel() for p in trained.values()]
-            on_disk = self.memory(self._config, name, sizes, self.world_size).on_disk
-            settings = with_own_folders(settings, self, sizes, self.world_size, on_disk)
+            held = state_bytes(self._config, name, sum(sizes), self.world_size)
+            settings = with_own_folders(settings, self, held, sizes, self.world_size)
             engine = self._initialized(network, optimizers.make(options, trained.values()), settings)
             self._trained[name] = _TRAINED[self._stage](name, network, trained, engine, self._config, state)
 

@@ -158,15 +158,14 @@ def copy_out_of_buffers(optimizer: Any, network: Module) -> None:
 
 
 def with_own_folders(
-    settings: Mapping[str, Any], owner: object, sizes: Sequence[int], num_processes: int, on_disk: float
+    settings: Mapping[str, Any], owner: object, state: StateBytes, sizes: Sequence[int], num_processes: int
 ) -> dict[str, Any]:
     """The settings of one network, where whatever is swapped goes to folders of its own in the user's `nvme_path`.
 
     DeepSpeed names files after ranks and parameters, so that two networks, or two runs, would take each other's. A folder is
     removed with the owner, or at the end of the process; that of a process that was killed, by the next that comes there.
 
-    sizes, num_processes  as of `DeepSpeedEngine.memory`
-    on_disk               bytes that come to lie there
+    state, sizes, num_processes  as of `on_nvme`
 
     UserError where they cannot be swapped on this host.
     """
@@ -178,7 +177,8 @@ def with_own_folders(
     for key in swapped:
         zero[key] = {**zero[key], "nvme_path": own_folder(zero[key]["nvme_path"], owner)}
     if swapped:
-        _check_space({settings["zero_optimization"][key]["nvme_path"] for key in swapped}, on_disk)
+        paths = {settings["zero_optimization"][key]["nvme_path"] for key in swapped}
+        _check_space(paths, on_nvme(state, settings, sizes, num_processes).on_disk)
     return {**settings, "zero_optimization": zero}
 
 
@@ -276,7 +276,7 @@ def _check_lock(num_bytes: int) -> None:
 
 
 def _buffer_bytes(settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> tuple[int, int]:
-    """On the host, of the optimizer and of the parameters; `sizes` as of `DeepSpeedEngine.memory`."""
+    """On the host, of the optimizer and of the parameters."""
     zero, optimizer, parameters = settings["zero_optimization"], 0, 0
     largest = max(map(sum, _sub_groups(settings, sizes, num_processes)), default=0)
     if _device(settings, "offload_optimizer") == "nvme":
@@ -290,7 +290,10 @@ def _buffer_bytes(settings: Mapping[str, Any], sizes: Sequence[int], num_process
 
 
 def on_nvme(state: StateBytes, settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> StateBytes:
-    """Where what is held lies if that which is offloaded to NVMe is; buffers that it travels through are on the host."""
+    """What is held, with that which is offloaded to NVMe there; the buffers that it travels through are on the host.
+
+    sizes  entries of each parameter that is trained
+    """
     sub_groups = _sub_groups(settings, sizes, num_processes)
     in_all = max(sum(map(sum, sub_groups)), 1)
     threshold = max(_SWAPPED_BYTES, (settings.get("aio") or {}).get("block_size", 0)) / FLOAT32_BYTES
