@@ -38,7 +38,7 @@ _SWAPPING = ("_optimizer_states_and_gradient_swap_in", "_release_swap_buffers", 
 
 
 class SwappedOptimizer:
-    """DeepSpeed's optimizer of one network at stage 3, of which some sub-groups may be swapped; none of them are, too."""
+    """DeepSpeed's optimizer of one network at stage 3, some sub-groups of which are swapped, or none."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
