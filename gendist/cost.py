@@ -42,6 +42,7 @@ class StateBytes(_Summed):
 
     in_transit  buckets that gradients travel in, and parameters that are whole for as long as they are computed with
     on_host     of all these, what lies in the memory of the host instead; it is in no other number
+    on_disk     the same of its disk
     """
 
     parameters: float = 0.0
@@ -50,6 +51,7 @@ class StateBytes(_Summed):
     average: float = 0.0
     in_transit: float = 0.0
     on_host: float = 0.0
+    on_disk: float = 0.0
 
     @property
     def on_device(self) -> float:

@@ -157,8 +157,8 @@ def test_ray_is_imported_by_files_that_say_so(module):
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_deepspeed_is_imported_by_one_file(module):
-    may = MODULES[module].name == "deepspeed_engine.py"
+def test_deepspeed_is_imported_by_files_that_say_so(module):
+    may = MODULES[module].name.startswith("deepspeed_")
     assert may or not any(inside(name, "deepspeed") for name in imports(MODULES[module], module)), module
 
 

@@ -125,6 +125,8 @@ def deep_plan(spec: Spec, sizes: Sizes, machine: Machine, network: Network, work
     if machine.is_gpu:
         overlap = f"behind {BACKWARD_SHARE:.0%} of the last micro-batch gradients travel"
     offloaded = "; what is offloaded travels to the host at no cost" if chosen.state.on_host else ""
+    if chosen.state.on_disk:
+        offloaded += f", and so do the {size(chosen.state.on_disk)} of each worker that lie on its disk"
     assumptions = [
         f"speed of a step: {speed.how}",
         overlap,
@@ -228,7 +230,7 @@ def step(networks: Networks, config: DeepConfig, num_workers: int, machine: Mach
         # The counts of the global batch, which every process must know first.
         traffic += (own + Traffic(0.0, workers - 1.0)).times(cost.often)
         compute_s += cost.often * (sum(map(len, mine)) * cost.flops / speed.flops_per_s + len(mine) * speed.micro_batch_s)
-        stepped = held[name].on_device - held[name].in_transit + held[name].on_host
+        stepped = held[name].on_device - held[name].in_transit + held[name].on_host + held[name].on_disk
         optimizer_s += cost.often * 2.0 * stepped / machine.memory_bytes_per_s
     hidden_s = BACKWARD_SHARE * compute_s / len(mine) if machine.is_gpu else 0.0
     activation_bytes = max(largest * cost.activation_bytes + cost.fixed_bytes for cost in networks.phases)

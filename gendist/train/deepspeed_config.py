@@ -10,6 +10,7 @@ from typing import Any
 from gendist.protocols import UserError
 from gendist.train.batches import Division
 from gendist.train.config import DeepConfig, OptimizerConfig
+from gendist.train.optimizers import MOMENTS
 
 # Keys of a user's file that change where things lie and how they travel, or what is logged, but not what is computed.
 PASSED_ON = (
@@ -42,6 +43,7 @@ _FIXED_IN_ZERO: Mapping[str, Any] = {
 
 # Elements. DeepSpeed's own default allocates buffers of 500 million, however small the network.
 _BUCKET_NUMEL = 8_000_000
+_PARAMETER_BUFFER_NUMEL = 100_000_000  # DeepSpeed's own default, of each of five
 _BUCKET_ALIGNMENT = 1000  # an even number will do
 
 
@@ -101,7 +103,13 @@ def merged(
     for key, value in {"stage": stage, **_FIXED_IN_ZERO}.items():
         _agree(zero.pop(key, value), value, f"zero_optimization.{key}")
     for key in ("offload_optimizer", "offload_param"):
-        _check_offload(_as_block(zero.get(key) or {}, f"zero_optimization.{key}"), key, stage)
+        block = _as_block(zero.get(key) or {}, f"zero_optimization.{key}")
+        _check_offload(block, key, stage)
+        if block.get("device") == "nvme" and key == "offload_param":
+            zero[key] = {"buffer_size": min(-(-num_parameters // world_size), _PARAMETER_BUFFER_NUMEL), **block}
+        elif block.get("device") == "nvme":
+            num_tensors = 1 + len(MOMENTS[optimizer.kind]) + bool(config.ema)
+            zero[key] = {**block, "buffer_count": _buffer_count(block, num_tensors)}
     numel = min(-(-num_parameters // _BUCKET_ALIGNMENT) * _BUCKET_ALIGNMENT, _BUCKET_NUMEL)
     return {
         "communication_data_type": "fp32",
@@ -125,13 +133,33 @@ def merged(
 
 def _check_offload(block: Mapping[str, Any], key: str, stage: int) -> None:
     device = block.get("device", "none")
-    if device not in ("none", "cpu"):
-        raise UserError(f"fit.engine.config: {key} to {device} is not supported; allowed are cpu and none")
+    if device not in ("none", "cpu", "nvme"):
+        raise UserError(f"fit.engine.config: {key} to {device} is not supported; allowed are cpu, nvme and none")
+    if device == "nvme" and key == "offload_optimizer" and stage in (1, 2):
+        raise UserError(
+            f"fit.engine.config: {key} to nvme needs fit.engine.zero_stage: 3, not {stage}, at which DeepSpeed keeps it in the "
+            "memory of the host without a word; take stage 3, or offload to cpu"
+        )
     if device != "none" and (stage == 0 or (key == "offload_param" and stage != 3)):
-        needed = "3" if key == "offload_param" else "1, 2 or 3"
+        needed = "3" if key == "offload_param" or device == "nvme" else "1, 2 or 3"
         raise UserError(f"fit.engine.config: {key} to {device} needs fit.engine.zero_stage: {needed}, not {stage}")
-    for name, only in (("ratio", 1.0), ("super_offload", False)):
+    if device == "nvme" and not isinstance(block.get("nvme_path"), str):
+        raise UserError(f"fit.engine.config: {key} to nvme needs nvme_path, a folder on a local disk of every host")
+    # With fast_init DeepSpeed steps a copy of other parameters than those of the network.
+    for name, only in (("ratio", 1.0), ("super_offload", False), ("fast_init", False)):
         _agree(block.get(name, only), only, f"zero_optimization.{key}.{name}")
+
+
+def _buffer_count(block: Mapping[str, Any], num_tensors: int) -> int:
+    """Through which a sub-group of an optimizer that keeps so many tensors of it comes from NVMe and goes there."""
+    needed = num_tensors * (1 + bool(block.get("pipeline_read")) + bool(block.get("pipeline_write")))
+    given: int = block.get("buffer_count", needed)
+    if given < needed:
+        raise UserError(
+            f"fit.engine.config: offload_optimizer.buffer_count is {given}, but parameters, moments and moving average take "
+            f"{needed} buffers; leave the key out"
+        )
+    return given
 
 
 def _agree(given: Any, said: Any, key: str) -> None:

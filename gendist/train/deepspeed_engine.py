@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,6 +27,13 @@ from gendist.train.batches import Division
 from gendist.train.buffers import Buffers
 from gendist.train.config import DeepConfig
 from gendist.train.deepspeed_config import merged, read_user_config
+from gendist.train.deepspeed_nvme import (
+    SwappedOptimizer,
+    copy_out_of_buffers,
+    on_nvme,
+    shard_where_parameters_are_swapped,
+    with_own_folders,
+)
 from gendist.train.loss_scale import LossScale
 from gendist.train.memory import FLOAT32_BYTES, state_bytes
 from gendist.train.networks import arrange
@@ -40,7 +47,6 @@ from gendist.train.state_entries import (
     check,
     entry,
     load_networks,
-    part,
     persistent_buffers,
     shapes,
 )
@@ -102,7 +108,8 @@ class DeepSpeedEngine:
     @classmethod
     def memory(cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> StateBytes:
         state = state_bytes(config, network, sum(sizes), num_processes)
-        zero, stage = _zero_settings(config, network, sizes, num_processes), config.engine.zero_stage
+        settings, stage = _settings(config, network, sizes, num_processes), config.engine.zero_stage
+        zero = settings["zero_optimization"]
         bucket = FLOAT32_BYTES * zero["reduce_bucket_size"]
         whole = FLOAT32_BYTES * sum(sizes)
         # At stage 1 gradients are whole until the end of the backward pass. At stage 3 parameters are until they will not be
@@ -114,13 +121,13 @@ class DeepSpeedEngine:
             state = replace(state, gradients=0.0, optimizer=0.0, average=0.0, on_host=moved)
         if zero.get("offload_param", {}).get("device") == "cpu":
             state = replace(state, parameters=0.0, on_host=state.on_host + state.parameters)
-        return state
+        return on_nvme(state, settings, sizes, num_processes)
 
     @classmethod
     def traffic(
         cls, config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int, num_micro_batches: int
     ) -> Traffic:
-        zero = _zero_settings(config, network, sizes, num_processes)
+        zero = _settings(config, network, sizes, num_processes)["zero_optimization"]
         whole, stage = FLOAT32_BYTES * sum(sizes), config.engine.zero_stage
         num_buckets = -(-sum(sizes) // zero["reduce_bucket_size"])
         once = Traffic.ring(whole, num_processes, num_buckets)
@@ -149,11 +156,15 @@ class DeepSpeedEngine:
             settings = merged(self._user, self._config, options, num_parameters, self.world_size)
             # At stage 3 parameters have no size afterwards.
             trained = {key: p for key, p in network.named_parameters() if p.requires_grad}
+            sizes = [p.numel() for p in trained.values()]
+            held = state_bytes(self._config, name, sum(sizes), self.world_size)
+            settings = with_own_folders(settings, self, held, sizes, self.world_size)
             engine = self._initialized(network, optimizers.make(options, trained.values()), settings)
             self._trained[name] = _TRAINED[self._stage](name, network, trained, engine, self._config, state)
 
     def _initialized(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
         try:
+            shard_where_parameters_are_swapped(network, settings)
             engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
             if not self._user:
@@ -236,15 +247,13 @@ class _Trained:
                 self.loss_scale = LossScale.from_tensor(state[entry(name, LOSS_SCALE)])
         self._make_moments()
         if state is not None:
-            for kind in self.kinds:
-                for key, value in part(state, name, kind).items():
-                    self.set(kind, self.parameters[key], value)
+            self._load_moments(state)
         if self.gamma is not None:
             engine.basic_optimizer.register_step_post_hook(lambda *_: self._average())
 
-    def shards(self) -> list[Tensor]:
+    def shards(self) -> Iterable[Tensor]:
         """The tensors that this process steps."""
-        return list(self.parameters.values())
+        return self.parameters.values()
 
     def _make_moments(self) -> None:
         """What the optimizer would make in its first step, so that it is there to be filled."""
@@ -254,6 +263,11 @@ class _Trained:
                 state["step"] = torch.tensor(float(self.num_steps), device=shard.device)
             for kind in self.kinds:
                 state[kind] = shard.detach().clone() if kind == AVERAGE else torch.zeros_like(shard.detach())
+
+    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
+        for key, parameter in self.parameters.items():
+            for kind in self.kinds:
+                self.set(kind, parameter, state[entry(self.name, kind, key)])
 
     def get(self, kind: str, parameter: torch.nn.Parameter) -> Tensor:
         value: Tensor = self.engine.basic_optimizer.state[parameter][kind]
@@ -359,8 +373,8 @@ class _Trained:
 class _Sharded(_Trained):
     """At stages 1 and 2 the optimizer steps a part of a flat copy of the parameters on each process."""
 
-    def shards(self) -> list[Tensor]:
-        return list(self.engine.optimizer.single_partition_of_fp32_groups)
+    def shards(self) -> Iterable[Tensor]:
+        return self.engine.optimizer.single_partition_of_fp32_groups
 
     def _make_moments(self) -> None:
         super()._make_moments()
@@ -389,24 +403,39 @@ class _Sharded(_Trained):
 
     def _step(self) -> float:
         self.engine.step()
-        # Of optimizers that are offloaded, gradients lie there for good: DeepSpeed would step a parameter that the next loss
-        # does not reach along the gradient of this one.
+        self._clear_gradients()
+        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    def _clear_gradients(self) -> None:
+        """Of optimizers that are offloaded, gradients lie there for good: DeepSpeed would step a parameter that the next loss
+        does not reach along the gradient of this one."""
         for shard in self.shards():
             if shard.grad is not None:
                 shard.grad.zero_()
-        return math.inf if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
 
 class _ShardedParameters(_Sharded):
     """At stage 3 no process holds a network; its modules gather their parameters when they are called."""
 
-    def shards(self) -> list[Tensor]:
-        return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+    def shards(self) -> Iterable[Tensor]:
+        return self._swapped.shards()
 
     def _make_moments(self) -> None:
+        self._swapped = SwappedOptimizer(self.engine.optimizer)
+        copy_out_of_buffers(self.engine.optimizer, self.network)
         _Trained._make_moments(self)
         self._kept = False
         self._keep_for_second_derivatives()
+
+    def _load_moments(self, state: Mapping[str, Tensor]) -> None:
+        with self._swapped.one_at_a_time():
+            super()._load_moments(state)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        # DeepSpeed does not gather a parameter that is whole by now and has its shard on a disk.
+        self.engine.optimizer._partition_all_parameters()
+        with self._swapped.one_at_a_time():
+            yield from super().state()
 
     def _keep_for_second_derivatives(self) -> None:
         """Parameters that a gradient with `create_graph=True` goes through stay whole until the backward pass of the loss.
@@ -426,10 +455,11 @@ class _ShardedParameters(_Sharded):
 
         offload.pre_sub_module_backward_function = gather_and_keep
 
-    def _step(self) -> float:
-        norm = super()._step()
+    def _clear_gradients(self) -> None:
+        for shard in self.engine.optimizer.fp32_partitioned_groups_flat:
+            if shard.grad is not None:
+                shard.grad.zero_()
         self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # as above, at stage 3 in any case
-        return norm
 
     def end_backward(self) -> None:
         if self._kept:
@@ -437,12 +467,9 @@ class _ShardedParameters(_Sharded):
             self.engine.optimizer._partition_all_parameters()
 
     def set(self, kind: str, parameter: torch.nn.Parameter, value: Tensor) -> None:
-        from deepspeed import utils
-
         size = parameter.partition_numel()  # type: ignore[attr-defined]
         mine = value.flatten()[dist.get_rank() * size :][:size]
-        padded = torch.nn.functional.pad(mine, (0, size - len(mine)))
-        utils.safe_set_local_optimizer_state(parameter, padded, kind)
+        self._swapped.set(kind, parameter, torch.nn.functional.pad(mine, (0, size - len(mine))))
 
     def whole(self, parameters: list[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         import deepspeed
@@ -454,9 +481,10 @@ class _ShardedParameters(_Sharded):
         self.engine.optimizer._partition_all_parameters()
         # The whole ones are copies, which are thrown away at the end: nothing need be put back.
         with self._without_hooks(), self.whole(list(self.network.parameters())):
-            for parameter in self.parameters.values() if self.gamma is not None else ():
-                # In memory of its own: one process alone has the shard for the whole.
-                parameter.data = self.get(AVERAGE, parameter).clone()
+            with self._swapped.one_at_a_time():
+                for parameter in self.parameters.values() if self.gamma is not None else ():
+                    # In memory of its own: one process alone has the shard for the whole.
+                    parameter.data = self.get(AVERAGE, parameter).clone()
             yield
 
     @contextmanager
@@ -476,11 +504,9 @@ class _ShardedParameters(_Sharded):
 _TRAINED = {0: _Trained, 1: _Sharded, 2: _Sharded, 3: _ShardedParameters}
 
 
-def _zero_settings(config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> dict[str, Any]:
+def _settings(config: DeepConfig, network: str, sizes: Sequence[int], num_processes: int) -> dict[str, Any]:
     user = read_user_config(config.engine.config) if config.engine.config else {}
-    settings = merged(user, config, optimizers.config_of(config, network), sum(sizes), num_processes)
-    zero: dict[str, Any] = settings["zero_optimization"]
-    return zero
+    return merged(user, config, optimizers.config_of(config, network), sum(sizes), num_processes)
 
 
 def _imported(device: torch.device) -> Any:

@@ -17,7 +17,8 @@ def bytes_per_parameter(config: DeepConfig, network: str, num_processes: int) ->
     """Of a network's parameters, on each process; all are float32, whatever the losses are computed in.
 
     At stages 1 to 3 the optimizer steps a flat copy of its share of the parameters. At stage 1 gradients are whole until the
-    end of the backward pass, which adds 4 - 4 / num_processes to the peak within it. What DeepSpeed offloads is counted, too.
+    end of the backward pass, which adds 4 - 4 / num_processes to the peak within it. What DeepSpeed offloads, to the memory of
+    the host or to NVMe, is counted, too.
     """
     return state_bytes(config, network, 1, num_processes).on_device
 

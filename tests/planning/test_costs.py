@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from gendist.blocks import Leaves, LocalBlocks
 from gendist.config import family_class, load_spec
+from gendist.cost import StateBytes
 from gendist.data.survey import summarize
 from gendist.em.start import start_from_data
 from gendist.planning.counting import Counter, count_phases
@@ -178,6 +180,41 @@ def test_memory_falls_with_the_stage_and_adds_up():
     assert plain > others[0] >= others[1] > others[2] == 24 * sum(sizes) / 8
     assert held[1].on_device > held[2].on_device > held[3].on_device
     assert spec.fit.engine.kind == "ddp"
+
+
+def test_what_is_offloaded_lies_elsewhere(tmp_path):
+    """On NVMe is what is large; gradients and buffers are on the host."""
+    sizes, num_processes = [3_000_000, 100, 3_000_000, 200_000], 2
+    file = tmp_path / "zero.json"
+    spec = tiny(f"fit.engine={{kind: deepspeed, zero_stage: 3, config: {file}}}", "fit.ema=0.1")
+
+    def held(**zero: Any) -> StateBytes:
+        file.write_text(json.dumps({"zero_optimization": {"sub_group_size": 10**6, **zero}}))
+        return engine_class(spec.fit).memory(spec.fit, "autoencoder", sizes, num_processes)
+
+    cpu, nvme = {"device": "cpu"}, {"device": "nvme", "nvme_path": "/scratch"}
+    share, small = 4 * sum(sizes) / num_processes, 4 * 200_000 / num_processes
+    none, half, all_of_it = held(), held(offload_optimizer=cpu), held(offload_optimizer=cpu, offload_param=cpu)
+    assert none.on_host == none.on_disk == half.on_disk == all_of_it.on_disk == 0
+    assert half.on_host == none.gradients + none.optimizer + none.average == 5 * share
+    assert all_of_it.on_host == 6 * share
+
+    half = held(offload_optimizer=nvme)
+    largest = 4 * 3_000_100 / num_processes  # of three sub-groups, the last of which is small
+    assert half.on_disk == pytest.approx(4 * (share - small))
+    assert half.on_host == pytest.approx(share + 4 * small + 4 * largest)
+    assert half.parameters == none.parameters == share
+
+    buffers = 5 * share
+    by_default = held(offload_optimizer=nvme, offload_param=nvme)
+    assert by_default.on_disk == half.on_disk  # DeepSpeed keeps thousand million parameters on the host
+    assert by_default.on_host == pytest.approx(half.on_host + share + buffers)
+    all_of_it = held(offload_optimizer=nvme, offload_param={**nvme, "max_in_cpu": 0})
+    assert all_of_it.on_disk == pytest.approx(half.on_disk + 2 * 4 * 3_000_000 / num_processes)
+    assert all_of_it.on_device == all_of_it.in_transit
+    coarse = held(offload_optimizer=nvme, sub_group_size=10**9)
+    assert coarse.on_disk == pytest.approx(4 * share)
+    assert coarse.on_host == pytest.approx(share + 4 * share)
 
 
 def test_every_phase_of_every_loss_is_counted():

@@ -19,6 +19,9 @@ SPEC = {
     "engine": {"kind": "deepspeed", "zero_stage": 2},
 }
 
+STAGE_3 = {"kind": "deepspeed", "zero_stage": 3}
+NVME = {"device": "nvme", "nvme_path": "/scratch"}
+
 
 def merge(user, num_parameters=10_000, **changes):
     config = DeepConfig.model_validate(SPEC | changes)
@@ -106,13 +109,42 @@ def test_a_contradiction_names_the_key_and_both_values(key):
         ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel"]),
         ({"zero_optimization": 3}, ["zero_optimization", "block"]),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, ["offload_param", "3", "2"]),
-        ({"zero_optimization": {"offload_optimizer": {"device": "moon"}}}, ["offload_optimizer", "moon", "cpu"]),
+        ({"zero_optimization": {"offload_optimizer": {"device": "moon"}}}, ["offload_optimizer", "moon", "cpu", "nvme"]),
+        ({"zero_optimization": {"offload_optimizer": NVME}}, ["offload_optimizer", "nvme", "stage 3", "2", "cpu"]),
+        ({"zero_optimization": {"offload_param": NVME}}, ["offload_param", "nvme", "3", "2"]),
     ],
 )
 def test_what_would_be_ignored_or_cannot_be_is_refused(user, words):
     with pytest.raises(UserError) as raised:
         merge(user)
     assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ({"device": "nvme"}, ["nvme_path", "folder"]),
+        ({**NVME, "nvme_path": None}, ["nvme_path", "folder"]),
+        ({**NVME, "fast_init": True}, ["fast_init", "leave the key out"]),
+        ({**NVME, "buffer_count": 3}, ["buffer_count is 3", "4"]),
+        ({**NVME, "buffer_count": 11, "pipeline_read": True, "pipeline_write": True}, ["buffer_count is 11", "12"]),
+    ],
+)
+def test_what_nvme_lacks_is_refused(block, words):
+    with pytest.raises(UserError) as raised:
+        merge({"zero_optimization": {"offload_optimizer": block}}, engine=STAGE_3, ema=0.1)
+    assert all(word in str(raised.value) for word in words)
+    assert "\n" not in str(raised.value)
+
+
+def test_buffers_of_nvme_hold_what_is_kept_and_are_no_larger_than_the_network():
+    user = {"zero_optimization": {"offload_optimizer": NVME, "offload_param": NVME}}
+    for changes, buffer_count in (({}, 3), ({"ema": 0.1}, 4), ({"optimizer": {"kind": "sgd", "gradient_clipping": 0.5}}, 1)):
+        zero = merge(user, engine=STAGE_3, **changes)["zero_optimization"]
+        assert zero["offload_optimizer"] == {**NVME, "buffer_count": buffer_count}
+        assert zero["offload_param"] == {**NVME, "buffer_size": -(-10_000 // WORLD_SIZE)}
+    zero = merge({"zero_optimization": {"offload_param": {**NVME, "buffer_size": 9}}}, engine=STAGE_3)["zero_optimization"]
+    assert zero["offload_param"]["buffer_size"] == 9
 
 
 @pytest.mark.parametrize("content", [None, "{stage: 2", "[1, 2]"])
