@@ -57,6 +57,7 @@ _SECOND_DERIVATIVE = -1  # stands for a module, whose numbers begin at 0
 _MAX_LIVE, _PERSISTENCE_THRESHOLD = 10**9, 10**5
 
 _group: dist.ProcessGroup | None = None  # that DeepSpeed knows
+_linear_of_torch = torch.nn.functional.linear
 
 
 class DeepSpeedEngine:
@@ -166,6 +167,8 @@ class DeepSpeedEngine:
         try:
             shard_where_parameters_are_swapped(network, settings)
             engine, *_ = self._deepspeed.initialize(model=network, optimizer=optimizer, config=settings)
+            if self._stage == 3:
+                _leave_whole_weights_to_torch()
         except (AssertionError, ValueError, TypeError, RuntimeError) as error:
             if not self._user:
                 raise
@@ -533,6 +536,17 @@ def _imported(device: torch.device) -> Any:
     # At every step: DeepSpeed calls collectives by names that torch has changed since.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _leave_whole_weights_to_torch() -> None:
+    """At stage 3 DeepSpeed puts a product of its own in place of torch's, for all that this process computes from then on."""
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = zero3_linear_wrap if hasattr(weight, "ds_id") else _linear_of_torch
+        return product(input, weight, bias)
+
+    torch.nn.functional.linear = linear
 
 
 def _forget_former_groups() -> None:

@@ -7,29 +7,18 @@ The rest is DeepSpeed's own; here stands what it lacks to be as exact as trainin
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
-import mmap
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 from gendist.cost import StateBytes
-from gendist.protocols import UserError
 from gendist.train.memory import FLOAT32_BYTES
-
-_PREFIX = "gendist-swapped-"  # of folders: nobody else's, since what is left of them is removed
-_MLOCK_ONFAULT = 1  # of Linux: a lock that takes no memory yet
+from gendist.train.nvme_host import check_lock, check_operator, check_space, own_folder
 
 # DeepSpeed's own, where a user's file has no others. In entries, but for bytes.
 _SUB_GROUP_SIZE, _MAX_IN_CPU, _PARAMETER_BUFFERS, _SWAPPED_BYTES = 10**9, 10**9, 5, 2**20
@@ -162,8 +151,8 @@ def with_own_folders(
 ) -> dict[str, Any]:
     """The settings of one network, where whatever is swapped goes to folders of its own in the user's `nvme_path`.
 
-    DeepSpeed names files after ranks and parameters, so that two networks, or two runs, would take each other's. A folder is
-    removed with the owner, or at the end of the process; that of a process that was killed, by the next that comes there.
+    DeepSpeed names files after ranks and parameters, so that two networks, or two runs, would take each other's. The folders
+    go with the owner.
 
     state, sizes, num_processes  as of `on_nvme`
 
@@ -172,107 +161,14 @@ def with_own_folders(
     zero = dict(settings["zero_optimization"])
     swapped = [key for key in ("offload_optimizer", "offload_param") if _device(settings, key) == "nvme"]
     if swapped:
-        _check_operator()
-        _check_lock(sum(_buffer_bytes(settings, sizes, num_processes)))
+        check_operator()
+        check_lock(sum(_buffer_bytes(settings, sizes, num_processes)))
     for key in swapped:
         zero[key] = {**zero[key], "nvme_path": own_folder(zero[key]["nvme_path"], owner)}
     if swapped:
         paths = {settings["zero_optimization"][key]["nvme_path"] for key in swapped}
-        _check_space(paths, on_nvme(state, settings, sizes, num_processes).on_disk)
+        check_space(paths, on_nvme(state, settings, sizes, num_processes).on_disk)
     return {**settings, "zero_optimization": zero}
-
-
-def _check_space(paths: set[str], num_bytes: float) -> None:
-    """DeepSpeed takes a write that failed for one that did not, and ends the process when it reads."""
-    free = sum(shutil.disk_usage(path).free for path in paths)
-    if num_bytes > free:
-        raise UserError(
-            f"fit.engine.config: nvme_path {' and '.join(sorted(paths))} has {free / 1e9:.3g} GB left, and each process swaps "
-            f"{num_bytes / 1e9:.3g} GB there; make room, or give another"
-        )
-
-
-def own_folder(path: str, owner: object) -> str:
-    try:
-        guard = _lock(path)
-        try:
-            for former in Path(path).glob(f"{_PREFIX}*"):
-                _remove_if_nobody_has_it(former)
-            folder = tempfile.mkdtemp(prefix=_PREFIX, dir=path)
-            descriptor = _lock(folder)  # for as long as this process lives
-        finally:
-            os.close(guard)
-    except OSError as error:
-        raise UserError(
-            f"fit.engine.config: nvme_path {path} is no folder that can be written to ({error.strerror}); give one on a local "
-            "disk of every host"
-        ) from error
-    weakref.finalize(owner, _remove, folder, descriptor)
-    probe = Path(folder) / "probe"
-    try:
-        os.close(os.open(probe, os.O_CREAT | os.O_WRONLY | os.O_DIRECT))
-    except OSError as error:
-        raise UserError(
-            f"fit.engine.config: nvme_path {path} takes no direct writes ({error.strerror}); give a folder on a local disk of "
-            "every host, neither in memory nor on a network"
-        ) from error
-    probe.unlink()
-    return folder
-
-
-def _lock(folder: str | Path, how: int = fcntl.LOCK_EX) -> int:
-    """A descriptor that holds the lock until it is closed, which the end of a process does in any case."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_if_nobody_has_it(folder: Path) -> None:
-    try:
-        descriptor = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return
-    _remove(folder, descriptor)
-
-
-def _remove(folder: str | Path, descriptor: int) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    os.close(descriptor)
-
-
-def _check_operator() -> None:
-    """Builds DeepSpeed's operator where that was not done yet, which takes minutes."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    try:
-        AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, ImportError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise UserError(
-            "fit.engine.config: offload to nvme needs DeepSpeed's operator async_io, which is built on every host: install "
-            f"libaio-dev, g++ and ninja there, or offload to cpu ({why})"
-        ) from error
-
-
-def _check_lock(num_bytes: int) -> None:
-    """DeepSpeed ends the process where it may not lock its buffers in memory."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        with mmap.mmap(-1, num_bytes) as memory:
-            start = ctypes.c_char.from_buffer(memory)
-            failed = libc.mlock2(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(num_bytes), _MLOCK_ONFAULT)
-            del start  # which keeps the memory from being closed
-            if failed:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    except OSError as error:
-        raise UserError(
-            f"fit.engine.config: offload to nvme locks {num_bytes / 1e6:.1f} MB of buffers in memory, which cannot be done "
-            f"({error.strerror}); raise `ulimit -l` on every host, or give a smaller sub_group_size"
-        ) from error
 
 
 def _buffer_bytes(settings: Mapping[str, Any], sizes: Sequence[int], num_processes: int) -> tuple[int, int]:

@@ -301,3 +301,10 @@ def test_nothing_is_printed():
         [sys.executable, "-c", QUIET], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=True
     )
     assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_whole_weights_are_multiplied_as_if_there_were_no_deepspeed():
+    """Whatever this process computes beside, or after, what is sharded: the same kernels, and the same bytes."""
+    DeepSpeedEngine(ALONE, zero(3)).prepare(Adversarial().networks())
+    layer, x = nn.Linear(3, 2), torch.ones(4, 3)
+    assert type(layer(x).grad_fn) is type(torch.addmm(layer.bias, x, layer.weight.T).grad_fn)

@@ -26,8 +26,8 @@ from gendist.one_thread import one_thread
 from gendist.protocols import UserError
 from gendist.train.ddp_engine import DdpEngine
 from gendist.train.deepspeed_engine import DeepSpeedEngine
-from gendist.train.deepspeed_nvme import _check_lock, _check_space, own_folder
 from gendist.train.loop import train
+from gendist.train.nvme_host import check_lock, check_space, own_folder
 
 NUM_STEPS, HALF = 9, 4
 SUB_GROUP_SIZE = 200_000  # entries on a process: several sub-groups, of which the last are too small to be swapped
@@ -302,7 +302,7 @@ def test_a_folder_is_one_owners_and_goes_with_it(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from gendist.train.deepspeed_nvme import _check_lock, _check_space, own_folder
+from gendist.train.nvme_host import own_folder
 own_folder(sys.argv[1], os)
 own_folder(sys.argv[1], os)
 if sys.argv[2] == "killed":
@@ -345,13 +345,13 @@ def test_without_the_operator_what_to_install_is_named(tmp_path, monkeypatch):
 
 def test_buffers_that_may_not_be_locked_are_one_line():
     with pytest.raises(UserError, match="ulimit -l") as raised:
-        _check_lock(2**62)
+        check_lock(2**62)
     assert "\n" not in str(raised.value)
-    _check_lock(4096)
+    check_lock(4096)
 
 
 def test_a_disk_that_is_too_small_is_one_line(tmp_path):
     with pytest.raises(UserError, match="GB left") as raised:
-        _check_space({str(tmp_path)}, 2.0**62)
+        check_space({str(tmp_path)}, 2.0**62)
     assert "\n" not in str(raised.value)
-    _check_space({str(tmp_path)}, 1.0)
+    check_space({str(tmp_path)}, 1.0)
