@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from gendist.cost import StateBytes
+from gendist.train.deepspeed_host import check_lock, check_operator, check_space, own_folder
 from gendist.train.memory import FLOAT32_BYTES
-from gendist.train.nvme_host import check_lock, check_operator, check_space, own_folder
 
 # DeepSpeed's own, where a user's file has no others. In entries, but for bytes.
 _SUB_GROUP_SIZE, _MAX_IN_CPU, _PARAMETER_BUFFERS, _SWAPPED_BYTES = 10**9, 10**9, 5, 2**20

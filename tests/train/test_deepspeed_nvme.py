@@ -26,8 +26,8 @@ from gendist.one_thread import one_thread
 from gendist.protocols import UserError
 from gendist.train.ddp_engine import DdpEngine
 from gendist.train.deepspeed_engine import DeepSpeedEngine
+from gendist.train.deepspeed_host import check_lock, check_space, own_folder
 from gendist.train.loop import train
-from gendist.train.nvme_host import check_lock, check_space, own_folder
 
 NUM_STEPS, HALF = 9, 4
 SUB_GROUP_SIZE = 200_000  # entries on a process: several sub-groups, of which the last are too small to be swapped
@@ -302,7 +302,7 @@ def test_a_folder_is_one_owners_and_goes_with_it(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from gendist.train.nvme_host import own_folder
+from gendist.train.deepspeed_host import own_folder
 own_folder(sys.argv[1], os)
 own_folder(sys.argv[1], os)
 if sys.argv[2] == "killed":
