@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ from gendist.train.config import DeepConfig
 from gendist.train.loss_scale import LossScale
 from gendist.train.memory import FLOAT32_BYTES, state_bytes
 from gendist.train.networks import arrange
-from gendist.train.processes import Processes
+from gendist.train.processes import Processes, begin_gather, begin_sum
 from gendist.train.state_entries import (
     AVERAGE,
     BUFFER,
@@ -48,6 +48,7 @@ class DdpEngine:
 
     def __init__(self, processes: Processes, config: DeepConfig) -> None:
         self.check(processes, config)
+        self._processes = processes
         self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
         self._config = config
         self._trained: dict[str, _Trained] = {}
@@ -85,7 +86,7 @@ class DdpEngine:
         for network in networks.values() if self.world_size > 1 else ():
             for value in network.state_dict().values():
                 digest = zlib.crc32(_copy(value).flatten().view(torch.uint8).numpy().tobytes(), digest)
-        if len(set(self._gathered(torch.tensor([digest], dtype=torch.float64))[:, 0].tolist())) > 1:
+        if len(set(begin_gather(torch.tensor([digest], dtype=torch.float64), self._processes)()[:, 0].tolist())) > 1:
             raise UserError("the processes begin with networks that differ: make weights a function of the seed alone, and "
                             "let every process read the same checkpoint")  # fmt: skip
 
@@ -113,17 +114,11 @@ class DdpEngine:
             trained.set_frozen(False)
         return norm
 
-    def sum(self, values: Tensor) -> Tensor:
-        # Added in the order of the ranks, so that no algorithm of an all-reduce matters.
-        return self._gathered(values).sum(0)
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        return begin_sum(values, self._processes)
 
-    def _gathered(self, values: Tensor) -> Tensor:
-        """(world_size, n) the values of every process."""
-        if self.world_size == 1:
-            return values[None]
-        gathered = [torch.empty_like(values, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(gathered, values.to(self.device))
-        return torch.stack(gathered).to(values.device)
+    def sum(self, values: Tensor) -> Tensor:
+        return self.begin_sum(values)()
 
     def state(self) -> dict[str, Tensor] | None:
         if self.rank != 0:
@@ -167,7 +162,7 @@ class _Trained:
 
     def step(self, learning_rate: float) -> float:
         gradients = self.gradients.reduced()
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale.scale
+        norm = float(torch.nn.utils.get_total_norm(self.gradients.runs())) / self.loss_scale.scale
         is_finite = math.isfinite(norm)
         if is_finite:
             self._scale(gradients, norm)
@@ -277,6 +272,12 @@ class Gradients:
         for parameter in self._parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def runs(self) -> list[Tensor]:
+        """The memory that the gradients lie in, after `reduced`, in as few tensors as can be."""
+        if self._buckets:
+            return [bucket.memory for bucket in self._buckets]
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def clear(self) -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -37,7 +37,7 @@ from gendist.train.deepspeed_nvme import (
 from gendist.train.loss_scale import LossScale
 from gendist.train.memory import FLOAT32_BYTES, state_bytes
 from gendist.train.networks import arrange
-from gendist.train.processes import Processes
+from gendist.train.processes import Processes, begin_sum
 from gendist.train.state_entries import (
     AVERAGE,
     BUFFER,
@@ -70,6 +70,7 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, processes: Processes, config: DeepConfig) -> None:
+        self._processes = processes
         self.rank, self.world_size, self.device = processes.rank, processes.world_size, processes.device
         self._config = config
         self._stage = config.engine.zero_stage
@@ -202,11 +203,11 @@ class DeepSpeedEngine:
             trained.set_frozen(False)
         return norm
 
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        return begin_sum(values, self._processes)
+
     def sum(self, values: Tensor) -> Tensor:
-        # Added in the order of the ranks, so that no algorithm of an all-reduce matters.
-        gathered = [torch.empty_like(values, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(gathered, values.to(self.device))
-        return torch.stack(gathered).to(values.device).sum(0)
+        return self.begin_sum(values)()
 
     def state(self) -> dict[str, Tensor] | None:
         # One at a time: of a network that is sharded, no process ever holds more than one parameter whole.

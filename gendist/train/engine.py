@@ -15,7 +15,7 @@ For each phase of each step the loop calls, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -72,8 +72,12 @@ class Engine(Protocol):
         """Clip, step, clear; returns the norm of the gradient before it was clipped (infinite or NaN: nothing was changed)."""
         ...
 
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """(n,) float64: the sum over all processes, the same bytes on each, when the function is called that is returned."""
+        ...
+
     def sum(self, values: Tensor) -> Tensor:
-        """(n,) float64: the sum over all processes, the same bytes on each."""
+        """The same at once."""
         ...
 
     def state(self) -> dict[str, Tensor] | None:

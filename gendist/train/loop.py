@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gendist.protocols import Block, DeepModel, Phase, UserError
+from gendist.protocols import DeepModel, Phase, UserError
 from gendist.train import optimizers, restrictions
-from gendist.train.batches import Division, MicroBatches, Rows, for_device
+from gendist.train.batches import Division, MicroBatch, MicroBatches, Rows, for_device
 from gendist.train.config import DeepConfig
 from gendist.train.decisions import MAX_SKIPPED_IN_A_ROW, Asked, Decision, Progress, decide, gives_up, is_due
 from gendist.train.engine import Engine
@@ -67,8 +68,9 @@ def train(
 ) -> Iterator[Report]:
     """Train the networks that `engine.prepare` was given, from `progress` on, until a decision to stop.
 
-    asked  called before every step; where one process, and no more, is asked to stop, all end with a report to go on from. What
-           is stopped between two records has one record more than an unbroken run; nothing else is changed
+    asked  called once for each step, while the one before is made; where one process, and no more, is asked to stop, all end
+           with a report to go on from. What is stopped between two records has one record more than an unbroken run; nothing
+           else is changed
 
     A record: step (how many are done); PHASE/TERM and PHASE/WATCHED, means over samples by weight, and PHASE/loss, what is
     minimised; PHASE/gradient_norm before clipping; PHASE/learning_rate of the last step; validation/NAME, means over held-out
@@ -87,15 +89,17 @@ def train(
     window, num_skipped = Window(), Counter[str]()
     micro_batches = MicroBatches(model, rows, order, division, engine.rank, seed)
     with for_device(micro_batches, engine.device) as batches_at:
+        upcoming = _begun(model, engine, progress.step, batches_at, asked())
         while decide(progress, config) is Decision.CONTINUE:
-            step = progress.step
-            batches, phases = batches_at(step), model.phases(step)
-            counts, total_weight, request = _total_counts(model, engine, phases, [batch.block for batch in batches], asked())
+            step, this = progress.step, upcoming
+            upcoming = _begun(model, engine, step + 1, batches_at, asked())
+            counts, total_weight, request = this.totals()
             if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
+                upcoming.totals()
                 yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
                 return
-            batches = [batch.to(engine.device) for batch in batches]
-            for phase in phases:
+            batches = [batch.to(engine.device) for batch in this.batches]
+            for phase in this.phases:
                 sums = Sums(counts[phase], total_weight)
                 engine.begin_phase(phase.network)
                 for number, batch in enumerate(batches, 1):
@@ -136,23 +140,44 @@ def train(
                 is_checkpoint_due |= is_best or decision is not Decision.CONTINUE
                 yield Report(record, progress, decision, is_checkpoint_due, is_best)
                 window = Window()
+        upcoming.totals()  # so that no process ends while another one listens to it
 
 
-def _total_counts(
-    model: DeepModel, engine: Engine, phases: Sequence[Phase], batches: Sequence[Block], asked: Asked
-) -> tuple[dict[Phase, dict[str, float]], float, float]:
-    """Of each term of each phase, over how many samples of the global batch it is a sum; the weight of that batch; and what is
-    asked, over all processes, which costs no exchange of its own."""
+@dataclass(frozen=True)
+class _Step:
+    """A step to come, of which processes tell each other what they have of it while they are at work on the one before.
+
+    names  of each count that is summed, the phase and the term
+    sums   the counts, the weight of the rows and what is asked, once they have come
+    """
+
+    phases: Sequence[Phase]
+    batches: Sequence[MicroBatch]
+    names: Sequence[tuple[Phase, str]]
+    sums: Callable[[], Tensor]
+
+    def totals(self) -> tuple[dict[Phase, dict[str, float]], float, float]:
+        """Of each term of each phase, over how many samples of the global batch it is a sum; the weight of that batch; and what
+        is asked of any process."""
+        *totals, weight, request = self.sums().tolist()
+        counts: dict[Phase, dict[str, float]] = {phase: {} for phase in self.phases}
+        for (phase, name), total in zip(self.names, totals, strict=True):
+            counts[phase][name] = total
+        return counts, weight, request
+
+
+def _begun(
+    model: DeepModel, engine: Engine, step: int, batches_at: Callable[[int], Sequence[MicroBatch]], asked: Asked
+) -> _Step:
+    phases, batches = model.phases(step), batches_at(step)
     mine = {phase: Counter[str]() for phase in phases}
     for phase, counts in mine.items():
         for batch in batches:
-            counts.update(model.counts(phase, batch))
+            counts.update(model.counts(phase, batch.block))
     names = [(phase, name) for phase, counts in mine.items() for name in counts]
-    weight = sum(float(batch.weights_or_ones().sum()) for batch in batches)
+    weight = sum(float(batch.block.weights_or_ones().sum()) for batch in batches)
     values = [*(mine[phase][name] for phase, name in names), weight, float(asked)]
-    *totals, weight, request = engine.sum(torch.tensor(values, dtype=torch.float64)).tolist()
-    total_of = dict(zip(names, totals, strict=True))
-    return {phase: {name: total_of[phase, name] for name in counts} for phase, counts in mine.items()}, weight, request
+    return _Step(phases, batches, names, engine.begin_sum(torch.tensor(values, dtype=torch.float64)))
 
 
 def _explanation(step: int, phase: Phase, not_finite: Mapping[str, float], norm: float, config: DeepConfig) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 # optimizer, after the group is made, they would keep the group's threads beyond its end, and now and then a process that does
 # not get through its exit.
 import torch.distributed.nn.functional
+from torch import Tensor
 
 from gendist.protocols import UserError
 
@@ -50,6 +51,27 @@ def joined(use_gpu: bool, device: torch.device | None = None, timeout_s: float =
             dist.destroy_process_group()
     else:
         yield Processes(0, 1, device)
+
+
+def begin_gather(values: Tensor, processes: Processes) -> Callable[[], Tensor]:
+    """(world_size, n): the values of every process, by rank, from the function that is returned: they travel meanwhile."""
+    if processes.world_size == 1:
+        return lambda: values[None]
+    there = values.to(processes.device)
+    gathered = [torch.empty_like(there) for _ in range(processes.world_size)]
+    work = dist.all_gather(gathered, there, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return torch.stack(gathered).to(values.device)
+
+    return wait
+
+
+def begin_sum(values: Tensor, processes: Processes) -> Callable[[], Tensor]:
+    """The same of their sum, added in the order of the ranks, so that no algorithm of an all-reduce matters."""
+    gathered = begin_gather(values, processes)
+    return lambda: gathered().sum(0)
 
 
 def patient_group(processes: Processes) -> dist.ProcessGroup | None:

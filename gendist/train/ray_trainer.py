@@ -54,6 +54,7 @@ SETTINGS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
@@ -245,6 +246,10 @@ class _Trainer(TorchTrainer):
     """Whoever runs it handles the interrupts: Ray's handler would stay after the end, and see Ctrl-C, but not SIGTERM."""
 
     _controller: Any = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without that of Ray Data, which is not used, but would have a process, and be imported by every worker."""
+        return [each for each in super()._create_default_callbacks() if type(each).__name__ != "DatasetsCallback"]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         self._controller = controller

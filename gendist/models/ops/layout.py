@@ -77,5 +77,7 @@ class Layout:
 
 def check_between_0_and_1(x: Tensor, because: str) -> None:
     """UserError where x is not; because: what needs it and what to try, such as "likelihood bernoulli takes 0 to 1"."""
-    if x.numel() and has_values(x) and not bool(((x >= 0.0) & (x <= 1.0)).all()):
-        raise UserError(f"x goes from {float(x.min()):g} to {float(x.max()):g}; {because}")
+    if x.numel() and has_values(x):
+        low, high = torch.stack(x.aminmax()).tolist()
+        if not (low >= 0.0 and high <= 1.0):  # NaN is neither
+            raise UserError(f"x goes from {low:g} to {high:g}; {because}")
