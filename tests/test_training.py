@@ -4,6 +4,7 @@ for all of them, which tells the truth."""
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -269,7 +270,7 @@ def test_it_does_not_wait_for_a_record_that_is_far(monkeypatch, unbroken, tmp_pa
 
     def and_after_three_steps_more(path):
         asked = training_job.Asked
-        answers = iter([*[asked.NOTHING] * 13, asked.TO_STOP_NOW])
+        answers = itertools.chain([asked.NOTHING] * 13, itertools.repeat(asked.TO_STOP_NOW))
         return lambda: next(answers)
 
     with monkeypatch.context() as patched:
@@ -286,7 +287,8 @@ def test_asked_to_stop_where_a_checkpoint_stands_it_is_left_alone(monkeypatch, u
     """Right after it was written, and right after it was gone on from: nothing is put aside to be written once more."""
 
     def after(num_steps):
-        answers = iter([*[training_job.Asked.NOTHING] * num_steps, training_job.Asked.TO_STOP_NOW])
+        asked = training_job.Asked
+        answers = itertools.chain([asked.NOTHING] * num_steps, itertools.repeat(asked.TO_STOP_NOW))
         return lambda path: lambda: next(answers)
 
     checkpoints = tmp_path / "run" / "checkpoints"
