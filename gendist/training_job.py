@@ -29,7 +29,7 @@ from gendist.protocols import DeepModel, LabelCounts, UserError
 from gendist.run_directory import RunDirectory
 from gendist.storage.patience import StorageError, patiently
 from gendist.train import restrictions
-from gendist.train.arithmetic import repeatable
+from gendist.train.arithmetic import arranged
 from gendist.train.batches import Division
 from gendist.train.checkpoints import CheckpointWriter, Kept, TrainingCheckpoint, name_of, read
 from gendist.train.config import DeepConfig
@@ -82,7 +82,7 @@ class TrainingJob:
         spec = load_spec(self.spec)
         with RunDirectory(self.place, spec).seen() as directory, joined(spec.cluster.use_gpu) as processes:
             assert isinstance(spec.fit, DeepConfig)
-            with repeatable(spec.fit.precision, processes.device), self.rows.opened(line.alive) as rows:
+            with arranged(spec.fit.precision, processes.device, spec.fit.deterministic), self.rows.opened(line.alive) as rows:
                 return _Process(spec, directory, self.rows.dataset, processes, line, self.start).train(rows)
 
 

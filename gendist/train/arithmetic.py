@@ -30,12 +30,12 @@ def autocast(precision: Precision, device: torch.device, cache_enabled: bool = T
 
 
 @contextmanager
-def repeatable(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Kernels whose sums are added in one order.
+def arranged(precision: Precision, device: torch.device, deterministic: bool = True) -> Iterator[None]:
+    """Kernels whose sums are added in one order, and which round as the precision says.
 
-    On a CPU with one thread. On a GPU those that torch calls deterministic, chosen by no race; float32 is that of IEEE 754, in
-    convolutions too, where torch would take TF32 unasked. An operation that has no such kernel, of a user's own module, say,
-    is done all the same, and torch warns of it.
+    On a CPU with one thread. On a GPU those that torch calls deterministic, chosen by no race, unless nobody minds; float32 is
+    that of IEEE 754, in convolutions too, where torch would take TF32 unasked. An operation that has no such kernel, of a
+    user's own module, say, is done all the same, and torch warns of it.
     """
     if device.type != "cuda":
         with one_thread():
@@ -46,9 +46,11 @@ def repeatable(precision: Precision, device: torch.device) -> Iterator[None]:
     was_deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     before = memory.fill_uninitialized_memory, cudnn.benchmark, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     is_rounded = precision == "tfloat32"
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # a pass over all that is allocated, against reads of what nobody wrote
-    cudnn.benchmark, cudnn.allow_tf32 = False, is_rounded
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        cudnn.benchmark = False
+        memory.fill_uninitialized_memory = False  # a pass over all that is allocated, against reads of what nobody wrote
+    cudnn.allow_tf32 = is_rounded
     torch.set_float32_matmul_precision("high" if is_rounded else "highest")
     try:
         yield

@@ -20,6 +20,8 @@ from gendist.noise import Noise
 from gendist.protocols import Block, DeepModel, Draw, Phase
 from gendist.train.order import Order
 
+NUM_AHEAD = 2  # steps whose rows and noise are made while a GPU computes; each by a thread of its own
+
 
 class Rows(Protocol):
     """The rows that are trained on, or held out, at random access."""
@@ -75,18 +77,33 @@ class MicroBatch:
     start  the position of its first sample in the endless sequence
     block  its rows
     noise  of each phase of the step what its loss draws
+    sent   the same on a GPU, once the event has come about
     """
 
     start: int
     block: Block
     noise: Mapping[Phase, Mapping[str, Tensor]]
+    sent: tuple[MicroBatch, torch.cuda.Event] | None = None
 
-    def to(self, device: torch.device) -> MicroBatch:
-        return self if device.type == "cpu" else self._each(partial(_sent, device=device))
+    def on_device(self) -> MicroBatch:
+        """Where it is computed with."""
+        if self.sent is None:
+            return self
+        there, event = self.sent
+        stream = torch.cuda.current_stream(there.block.x.device)
+        stream.wait_event(event)
 
-    def pinned(self) -> MicroBatch:
-        """In memory that a GPU reads by itself."""
-        return self._each(Tensor.pin_memory)
+        def used(values: Tensor) -> Tensor:  # for as long as what is queued here needs it
+            values.record_stream(stream)
+            return values
+
+        return there._each(used)
+
+    def sent_by(self, stream: torch.cuda.Stream) -> MicroBatch:
+        pinned = self._each(Tensor.pin_memory)  # memory that a GPU reads by itself
+        with torch.cuda.stream(stream):
+            there = pinned._each(partial(_sent, device=stream.device))
+            return replace(self, sent=(there, stream.record_event()))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         noise = {phase: {name: function(values) for name, values in of.items()} for phase, of in self.noise.items()}
@@ -124,27 +141,31 @@ T = TypeVar("T")
 
 
 @contextmanager
-def ahead(make: Callable[[int], T], begin_thread: Callable[[], None] = lambda: None) -> Iterator[Callable[[int], T]]:
-    """The same function of steps that are asked for in their order, but that it makes the next one in a thread meanwhile."""
-    with ThreadPoolExecutor(1, "batches", begin_thread) as thread:
+def ahead(
+    make: Callable[[int], T], num_steps: int, begin_thread: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[int], T]]:
+    """The same function of steps that are asked for in their order, but that it makes the next ones in threads meanwhile."""
+    with ThreadPoolExecutor(num_steps, "batches", begin_thread) as threads:
         begun: dict[int, Future[T]] = {}
 
         def at(step: int) -> T:
-            this = begun.pop(step, None) or thread.submit(make, step)
-            begun[step + 1] = thread.submit(make, step + 1)
-            return this.result()
+            for each in range(step, step + num_steps + 1):
+                if each not in begun:
+                    begun[each] = threads.submit(make, each)
+            return begun.pop(step).result()
 
         yield at
 
 
 @contextmanager
 def for_device(make: Callable[[int], list[MicroBatch]], device: torch.device) -> Iterator[Callable[[int], list[MicroBatch]]]:
-    """`make`, which where a GPU computes is one step ahead of it."""
+    """`make`, which where a GPU computes is some steps ahead of it, and has sent them there by then."""
     if device.type == "cpu":
         yield make
         return
-    gpu = torch.cuda.current_device() if device.index is None else device.index
-    with ahead(lambda step: [batch.pinned() for batch in make(step)], partial(torch.cuda.set_device, gpu)) as at:
+    stream = torch.cuda.Stream(device)
+    begin_thread = partial(torch.cuda.set_device, stream.device)
+    with ahead(lambda step: [batch.sent_by(stream) for batch in make(step)], NUM_AHEAD, begin_thread) as at:
         yield at
 
 

@@ -71,13 +71,24 @@ class DeepConfig(_Block):
     early_stopping     stop after so many validations without a better one; 0 never
     on_nan             a loss or gradient that is not finite: stop with the last checkpoint, or skip the batch
     max_failures       worker losses in a row that training recovers from by itself
+    deterministic      on a GPU only kernels that add in one order, without which a resumed run is another one in its last bits;
+                       in float32 some others are faster
     compile            torch.compile of the networks
     channels_last      memory layout of images inside the networks
     record_every       steps between records of metrics.jsonl, which hold means over these
     """
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch_size", "engine", "checkpoint_every", "keep_last", "max_failures", "compile", "channels_last"}
+        {
+            "micro_batch_size",
+            "engine",
+            "checkpoint_every",
+            "keep_last",
+            "max_failures",
+            "deterministic",
+            "compile",
+            "channels_last",
+        }
     )
     """What may be another when a run is resumed: it tells how fast and where a step is computed, and not which step it is."""
 
@@ -97,6 +108,7 @@ class DeepConfig(_Block):
     early_stopping: int = Field(default=0, ge=0)
     on_nan: Literal["stop", "skip_batch"] = "stop"
     max_failures: int = Field(default=3, ge=0)
+    deterministic: bool = True
     compile: bool = False
     channels_last: bool = False
     record_every: int = Field(default=10, ge=1)

@@ -98,7 +98,7 @@ def train(
                 upcoming.totals()
                 yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
                 return
-            batches = [batch.to(engine.device) for batch in this.batches]
+            batches = [batch.on_device() for batch in this.batches]
             for phase in this.phases:
                 sums = Sums(counts[phase], total_weight)
                 engine.begin_phase(phase.network)

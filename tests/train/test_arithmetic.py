@@ -37,7 +37,7 @@ def others(monkeypatch):
 @pytest.mark.parametrize("precision", ["float32", "tfloat32", "bfloat16"])
 def test_on_a_gpu_kernels_are_deterministic_and_float32_is_float32(others, precision):
     is_rounded = precision == "tfloat32"
-    with arithmetic.repeatable(precision, GPU):
+    with arithmetic.arranged(precision, GPU):
         assert settings() == {
             "threads": others["threads"],
             "deterministic": True,
@@ -51,13 +51,13 @@ def test_on_a_gpu_kernels_are_deterministic_and_float32_is_float32(others, preci
 
 
 def test_a_run_that_fails_leaves_nothing_set(others):
-    with pytest.raises(ZeroDivisionError), arithmetic.repeatable("float32", GPU):
+    with pytest.raises(ZeroDivisionError), arithmetic.arranged("float32", GPU):
         raise ZeroDivisionError
     assert settings() == others
 
 
 def test_on_a_cpu_there_is_one_thread_and_nothing_else_is_touched(others):
-    with arithmetic.repeatable("float32", CPU):
+    with arithmetic.arranged("float32", CPU):
         assert settings() == {**others, "threads": 1}
     assert settings() == others
 

@@ -79,7 +79,7 @@ def test_what_is_made_ahead_is_what_was_asked_for_and_one_step_more_at_most():
             following.set()
         return 10 * step
 
-    with ahead(make) as at:
+    with ahead(make, 1) as at:
         assert [at(step) for step in (5, 6, 7)] == [50, 60, 70]
         assert at(8) == 80
         assert following.wait(10.0)  # while nobody asks for it
@@ -92,7 +92,7 @@ def test_what_fails_ahead_fails_where_it_is_asked_for():
             raise OSError("gone")
         return step
 
-    with ahead(make) as at:
+    with ahead(make, 2) as at:
         assert at(1) == 1
         with pytest.raises(OSError, match="gone"):
             at(2)

@@ -62,6 +62,8 @@ ROUNDED = [
         ("zero 3", 2, "vae"),
     )
 ]
+# With second derivatives float16 overflows, and which of the first steps are skipped is a matter of rounding.
+COMPARED = [case for case in ROUNDED if (case.model, case.precision) != ("gan, r1", "float16")]
 RESUMED = [case for case in (*WHOLE, *ROUNDED) if case.model in ("vae", "gan", "gan, r1", *TOYS)]
 
 
@@ -70,8 +72,8 @@ def names(case: Case) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _repeatable():
-    with arithmetic.repeatable("float32", GPU):
+def _arranged():
+    with arithmetic.arranged("float32", GPU):
         yield
 
 
@@ -101,7 +103,7 @@ def test_it_is_training_on_a_cpu(model):
     assert_close(ours.state, expected[-1], 1e-4)
 
 
-@pytest.mark.parametrize("case", ROUNDED, ids=names)
+@pytest.mark.parametrize("case", COMPARED, ids=names)
 def test_rounded_it_is_as_far_from_float32_as_plain_training_under_autocast(case):
     """Not the same: two orders of additions differ in a bit of float32, which may become one of a product's factors."""
     exact, rounded = plainly_trained(replace(case, precision="float32"), GPU)[-1], plainly_trained(case, GPU)[-1]
@@ -153,7 +155,7 @@ def test_tfloat32_is_asked_for_and_only_then():
     exact = x.double() @ x.double().T
     error = {}
     for precision in ("float32", "tfloat32"):
-        with arithmetic.repeatable(precision, GPU):
+        with arithmetic.arranged(precision, GPU):
             error[precision] = float(((x.to(GPU) @ x.to(GPU).T).cpu() - exact).norm() / exact.norm())
     assert error["float32"] < 1e-6 < 1e-5 < error["tfloat32"]
 
@@ -174,7 +176,7 @@ def fit(run: Path, *more: str, kill_at: str | None = None) -> None:
         process.kill()
 
 
-SHORT = ("fit.num_steps=400", "fit.checkpoint_every=40", "fit.eval_every=0")
+SHORT = ("fit.num_steps=100", "fit.checkpoint_every=20", "fit.eval_every=0")
 SPECS = {
     "vae": ("configs/vae_digits.yaml", *SHORT),
     "gan": ("configs/gan_digits.yaml", *SHORT, "fit.precision=bfloat16", "fit.channels_last=true",
@@ -187,7 +189,7 @@ def test_a_killed_fit_ends_in_the_same_bytes(name, tmp_path):
     spec, *changes = SPECS[name]
     arguments = [str(PROGRAM.parent / spec), *changes]
     fit(tmp_path / "unbroken", *arguments)
-    fit(tmp_path / "killed", *arguments, kill_at="00000120")
+    fit(tmp_path / "killed", *arguments, kill_at="00000040")
     assert not (tmp_path / "killed" / "artifact").exists()
     fit(tmp_path / "killed", *arguments)
     ends = [load_file(tmp_path / run / "artifact" / "model.safetensors") for run in ("unbroken", "killed")]
@@ -243,5 +245,5 @@ def _on_gpus(processes: Processes, case: Case, backend: str):
             dist.destroy_process_group()
             dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{NCCL_PORT}", rank=rank, world_size=world_size)
     torch.cuda.set_device(device)
-    with arithmetic.repeatable("float32", device):
+    with arithmetic.arranged("float32", device):
         return trained(Processes(rank, world_size, device), case)
