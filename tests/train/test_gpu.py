@@ -5,6 +5,7 @@ Tolerances are those of a step that amplifies rounding: what was seen is printed
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import subprocess
@@ -177,23 +178,53 @@ def fit(run: Path, *more: str, kill_at: str | None = None) -> None:
 
 
 SHORT = ("fit.num_steps=100", "fit.checkpoint_every=20", "fit.eval_every=0")
+BFLOAT16, CHANNELS_LAST = "fit.precision=bfloat16", "fit.channels_last=true"
+AUGMENTED = "model.augmentation=[color,translation,cutout]"
+# Of the last, which has what the others have, a killed fit was seen to end in other bytes; why is not known.
 SPECS = {
-    "vae": ("configs/vae_digits.yaml", *SHORT),
-    "gan": ("configs/gan_digits.yaml", *SHORT, "fit.precision=bfloat16", "fit.channels_last=true",
-            "model.augmentation=[color,translation,cutout]"),
-}  # fmt: skip
+    "vae": ("vae_digits",),
+    "gan": ("gan_digits",),
+    "gan, bfloat16": ("gan_digits", BFLOAT16),
+    "gan, channels_last": ("gan_digits", CHANNELS_LAST),
+    "gan, augmented": ("gan_digits", AUGMENTED),
+    "gan, all of it": ("gan_digits", BFLOAT16, CHANNELS_LAST, AUGMENTED),
+}
+
+
+def arguments_of(name: str) -> list[str]:
+    config, *changes = SPECS[name]
+    return [str(PROGRAM.parent / "configs" / f"{config}.yaml"), *SHORT, *changes]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "artifact" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The weights at the end of each, from a process that nobody disturbs."""
+
+    @functools.cache
+    def of(name: str) -> dict[str, torch.Tensor]:
+        run = tmp_path_factory.mktemp("unbroken") / "run"
+        fit(run, *arguments_of(name))
+        return weights(run)
+
+    return of
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_a_killed_fit_ends_in_the_same_bytes(name, tmp_path):
-    spec, *changes = SPECS[name]
-    arguments = [str(PROGRAM.parent / spec), *changes]
-    fit(tmp_path / "unbroken", *arguments)
-    fit(tmp_path / "killed", *arguments, kill_at="00000040")
+def test_a_fit_is_the_same_bytes_in_another_process(name, unbroken, tmp_path):
+    fit(tmp_path / "again", *arguments_of(name))
+    assert_same(weights(tmp_path / "again"), unbroken(name))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_killed_fit_ends_in_the_same_bytes(name, unbroken, tmp_path):
+    fit(tmp_path / "killed", *arguments_of(name), kill_at="00000040")
     assert not (tmp_path / "killed" / "artifact").exists()
-    fit(tmp_path / "killed", *arguments)
-    ends = [load_file(tmp_path / run / "artifact" / "model.safetensors") for run in ("unbroken", "killed")]
-    assert_same(*ends)
+    fit(tmp_path / "killed", *arguments_of(name))
+    assert_same(weights(tmp_path / "killed"), unbroken(name))
 
 
 EM = {  # the `model` block of each family
