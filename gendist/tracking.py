@@ -118,8 +118,8 @@ class _Sender(threading.Thread):
     def run(self) -> None:
         try:
             trouble = self._send()
-        except OSError as error:
-            trouble = str(error)
+        except Exception as error:  # a fit is not lost to it
+            trouble = str(error) or type(error).__name__
         if trouble:
             logger.warning("wandb: %s; %s", trouble, self._kept())
 

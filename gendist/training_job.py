@@ -11,7 +11,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Protocol
@@ -163,7 +163,7 @@ class _Process:
 
             writer = CheckpointWriter(self.directory.checkpoints, self.config.keep_last, written) if self.is_first else None
             try:
-                with writer or nullcontext():
+                with writer or nullcontext(), closing(reports):
                     for report in reports:
                         if report.progress.step == saved:  # asked to stop where it has just saved, or begun
                             report = replace(report, is_checkpoint_due=False)

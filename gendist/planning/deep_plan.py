@@ -22,7 +22,6 @@ from gendist.protocols import UserError
 from gendist.train import restrictions
 from gendist.train.batches import Division
 from gendist.train.config import DeepConfig, EngineConfig
-from gendist.train.decisions import Asked
 from gendist.train.loop import train
 from gendist.train.processes import Processes
 from gendist.training_job import engine_class
@@ -289,26 +288,20 @@ def _fastest_step(spec: Spec, sizes: Sizes, networks: Networks, num_samples: int
     """Products and seconds of a phase, in the fastest step after the first, of the plain engine in one process."""
     plain = {"engine": EngineConfig(), "labelled_batch_size": None, "micro_batch_size": None, "compile": False, "eval_every": 0}
     assert isinstance(spec.fit, DeepConfig)
-    config = spec.fit.model_copy(update=plain | {"num_steps": TRIAL_STEPS, "global_batch_size": num_samples})
+    steps = {"num_steps": TRIAL_STEPS, "global_batch_size": num_samples, "record_every": 1}
+    config = spec.fit.model_copy(update=plain | steps)
     # Of one class each, so that every family can take them; zeros and ones, which any likelihood takes.
     numbers, classes = torch.arange(num_samples), torch.arange(len(sizes.labels))
     evidence = torch.where(numbers[:, None] % len(classes) == classes, 0.0, -torch.inf).numpy() if sizes.labels else None
     (block,) = sizes.trial_blocks(1, num_samples, "categories")
     rows = RowSet(block.x.float().numpy(), numbers.numpy(), evidence=evidence)
-    began: list[float] = []
-
-    def asked() -> Asked:
-        began.append(time.process_time())
-        return Asked.NOTHING
-
     with one_thread():
         model = family_class(spec.family).create(spec.model, sizes.x_shape, sizes.labels, spec.seed)
         engine = engine_class(config)(Processes(0, 1, torch.device("cpu")), config)
         engine.prepare(model.networks())
-        for _ in train(model, engine, rows, config, spec.seed, asked=asked):
-            pass
-        began.append(time.process_time())
-    fastest = min(range(1, TRIAL_STEPS), key=lambda number: began[number + 1] - began[number])
+        ended = [time.process_time() for _ in train(model, engine, rows, config, spec.seed)]
+    taken = {step: ended[step] - ended[step - 1] for step in range(1, TRIAL_STEPS)}
+    fastest = min(taken, key=taken.__getitem__)
     phases = model.phases(fastest)
     flops = num_samples * sum(cost.flops for cost in networks.phases if cost.phase in phases)
-    return flops / len(phases), (began[fastest + 1] - began[fastest]) / len(phases)
+    return flops / len(phases), taken[fastest] / len(phases)

@@ -53,7 +53,11 @@ def arranged(precision: Precision, device: torch.device, deterministic: bool = T
     cudnn.allow_tf32 = is_rounded
     torch.set_float32_matmul_precision("high" if is_rounded else "highest")
     try:
-        yield
+        # A GPU's backward pass has a thread of its own, which counts its operations apart from this one. Where it makes some,
+        # as that of a gradient does which is differentiated again, the order of sums would depend on how long the process has
+        # been at work.
+        with torch.autograd.set_multithreading_enabled(not deterministic):
+            yield
     finally:
         torch.use_deterministic_algorithms(was_deterministic[0], warn_only=was_deterministic[1])
         memory.fill_uninitialized_memory, cudnn.benchmark, cudnn.allow_tf32, matmul_precision = before

@@ -20,7 +20,7 @@ from gendist.noise import Noise
 from gendist.protocols import Block, DeepModel, Draw, Phase
 from gendist.train.order import Order
 
-NUM_AHEAD = 2  # steps whose rows and noise are made while a GPU computes; each by a thread of its own
+NUM_AHEAD = 2  # steps, beyond the one that the loop has begun, made while a GPU computes; each by a thread of its own
 
 
 class Rows(Protocol):
@@ -103,7 +103,7 @@ class MicroBatch:
         pinned = self._each(Tensor.pin_memory)  # memory that a GPU reads by itself
         with torch.cuda.stream(stream):
             there = pinned._each(partial(_sent, device=stream.device))
-            return replace(self, sent=(there, stream.record_event()))
+            return replace(self, noise={}, sent=(there, stream.record_event()))  # rows are still counted here
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         noise = {phase: {name: function(values) for name, values in of.items()} for phase, of in self.noise.items()}
@@ -154,7 +154,10 @@ def ahead(
                     begun[each] = threads.submit(make, each)
             return begun.pop(step).result()
 
-        yield at
+        try:
+            yield at
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 @contextmanager

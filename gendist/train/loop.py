@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ def train(
     progress: Progress = START,
     validation: Rows | None = None,
     asked: Callable[[], Asked] = lambda: Asked.NOTHING,
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Train the networks that `engine.prepare` was given, from `progress` on, until a decision to stop.
 
     asked  called once for each step, while the one before is made; where one process, and no more, is asked to stop, all end
@@ -89,13 +89,14 @@ def train(
     window, num_skipped = Window(), Counter[str]()
     micro_batches = MicroBatches(model, rows, order, division, engine.rank, seed)
     with for_device(micro_batches, engine.device) as batches_at:
-        upcoming = _begun(model, engine, progress.step, batches_at, asked())
-        while decide(progress, config) is Decision.CONTINUE:
+        upcoming = _begun(model, engine, progress.step, batches_at, asked()) if progress.step < config.num_steps else None
+        while upcoming and decide(progress, config) is Decision.CONTINUE:
             step, this = progress.step, upcoming
-            upcoming = _begun(model, engine, step + 1, batches_at, asked())
+            upcoming = _begun(model, engine, step + 1, batches_at, asked()) if step + 1 < config.num_steps else None
             counts, total_weight, request = this.totals()
             if request >= Asked.TO_STOP_NOW or (request and not window.num_steps):
-                upcoming.totals()
+                if upcoming:
+                    upcoming.totals()
                 yield Report(window.record(step, engine) if window.num_steps else {}, progress, Decision.CONTINUE, True, False)
                 return
             batches = [batch.on_device() for batch in this.batches]
@@ -121,6 +122,7 @@ def train(
                     if gives_up(config, bool(not_finite), num_skipped[phase.name]):
                         raise NotFinite(_explanation(step, phase, not_finite, norm, config), step)
                     window.skip_phase(step, phase)
+            del batches, this  # those of the next steps are there already
             window.add_step(config.global_batch_size)
             progress = progress.advanced()
             is_checkpoint_due, is_evaluation_due, is_record_due = (
@@ -140,7 +142,8 @@ def train(
                 is_checkpoint_due |= is_best or decision is not Decision.CONTINUE
                 yield Report(record, progress, decision, is_checkpoint_due, is_best)
                 window = Window()
-        upcoming.totals()  # so that no process ends while another one listens to it
+        if upcoming:
+            upcoming.totals()  # so that no process ends while another one listens to it
 
 
 @dataclass(frozen=True)

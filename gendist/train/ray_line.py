@@ -26,7 +26,7 @@ class Line:
         self._mailbox, self._is_heard, self._limit_s = mailbox, rank == 0, silence_limit_s
         self._messages: list[Message] = []
         self._lock = threading.Lock()
-        self._flushing = threading.Lock()
+        self._flushing, self._arming = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._flush_now_and_then, daemon=True)
         self._alive_at = float("-inf")
@@ -48,13 +48,12 @@ class Line:
     def alive(self) -> None:
         """To be called by every worker, at least once in a step."""
         now = time.monotonic()
-        if self._closed.is_set():  # a thread that looked ahead
-            return
-        if now - self._alive_at > min(1.0, self._limit_s / 10):
-            self._alive_at = now
-            # A thread of C's, which a process that hangs in whatever place does not hinder, ends it when this is not called
-            # again in time; where each thread was is written to the worker's log.
-            faulthandler.dump_traceback_later(self._limit_s, exit=True)
+        with self._arming:
+            if now - self._alive_at > min(1.0, self._limit_s / 10) and not self._closed.is_set():
+                self._alive_at = now
+                # A thread of C's, which a process that hangs in whatever place does not hinder, ends it when this is not called
+                # again in time; where each thread was is written to the worker's log.
+                faulthandler.dump_traceback_later(self._limit_s, exit=True)
 
     def _say(self, message: Message) -> None:
         if self._is_heard:
@@ -67,9 +66,10 @@ class Line:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._closed.set()
+        with self._arming:  # threads that look ahead may still say that they are alive
+            self._closed.set()
+            faulthandler.cancel_dump_traceback_later()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
 
     def _flush_now_and_then(self) -> None:
         while not self._closed.wait(FLUSH_INTERVAL_S):

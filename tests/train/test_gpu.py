@@ -10,6 +10,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,15 +165,18 @@ def test_tfloat32_is_asked_for_and_only_then():
 def fit(run: Path, *more: str, kill_at: str | None = None) -> None:
     here = ("cluster.num_workers=0", "cluster.use_gpu=true", "tracking.wandb=disabled", "--run-dir", run)
     command = [sys.executable, PROGRAM, "fit", *more, *here]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    log = run.with_name(f"{run.name}.log")
+    with log.open("w") as said:
+        process = subprocess.Popen(command, stderr=said, stdout=subprocess.DEVNULL)
     try:
         if kill_at is not None:
             while not (run / "checkpoints" / kill_at / "training.json").exists():
-                assert process.poll() is None, process.communicate()[1]
+                assert process.poll() is None, log.read_text()
+                time.sleep(0.01)
             process.kill()
-        _, err = process.communicate(timeout=200)
-        assert process.returncode == (0 if kill_at is None else -9), err
-        assert "deterministic" not in err
+        process.wait(timeout=200)
+        assert process.returncode == (0 if kill_at is None else -9), log.read_text()
+        assert "deterministic" not in log.read_text()
     finally:
         process.kill()
 
@@ -180,14 +184,15 @@ def fit(run: Path, *more: str, kill_at: str | None = None) -> None:
 SHORT = ("fit.num_steps=100", "fit.checkpoint_every=20", "fit.eval_every=0")
 BFLOAT16, CHANNELS_LAST = "fit.precision=bfloat16", "fit.channels_last=true"
 AUGMENTED = "model.augmentation=[color,translation,cutout]"
-# Of the last, which has what the others have, a killed fit was seen to end in other bytes; why is not known.
+# Of the last a killed fit was seen to end in other bytes, before backward passes were those of one thread.
+CONVOLUTIONS = ("model.generator={channels: [32, 16]}", "model.discriminator={channels: [16, 32]}")
 SPECS = {
     "vae": ("vae_digits",),
-    "gan": ("gan_digits",),
+    "gan": ("gan_digits",),  # with R1, as all of them
     "gan, bfloat16": ("gan_digits", BFLOAT16),
-    "gan, channels_last": ("gan_digits", CHANNELS_LAST),
     "gan, augmented": ("gan_digits", AUGMENTED),
-    "gan, all of it": ("gan_digits", BFLOAT16, CHANNELS_LAST, AUGMENTED),
+    "gan, convolutions": ("gan_digits", CHANNELS_LAST, *CONVOLUTIONS),
+    "gan, bfloat16, augmented": ("gan_digits", BFLOAT16, CHANNELS_LAST, AUGMENTED),
 }
 
 
