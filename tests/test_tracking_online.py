@@ -44,7 +44,11 @@ def x() -> np.ndarray:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[WandbServer]:
-    """A server that this process's environment names, with a key that it takes, and no other settings of wandb's."""
+    """A server that this process's environment names, with a key that it takes, and no other settings of wandb's.
+
+    What is said is wandb's own: where a test has called the command line in this process, a handler is left that tells of fits.
+    """
+    monkeypatch.setattr(logging.getLogger("gendist"), "handlers", [])
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
